@@ -1,0 +1,70 @@
+"""Argument checks shared by the public functions: every message names the argument, what came, what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:
+    """Return ``value`` if it is a tensor whose rank is in ``dims``; ``layout`` names the expected shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor {layout}, got {type(value).__name__}")
+    if value.dim() not in dims:
+        raise ValueError(f"{name}: expected shape {layout}, got {tuple(value.shape)}")
+    return value
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Require a real floating dtype."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
+
+
+def check_size(name: str, value: Tensor, dim: int, expected: int, axis: str, other: str) -> None:
+    """Require ``value.shape[dim] == expected``, a size that ``other`` gave to ``axis``."""
+    if value.shape[dim] != expected:
+        raise ValueError(
+            f"{name}: expected {axis}={expected} (from {other}) in dimension {dim}, got shape {tuple(value.shape)}"
+        )
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require both tensors on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device} but {other_name} is on {other.device}: expected one device")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Require one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_nonempty(name: str, value: Tensor) -> None:
+    """Require at least one element in every dimension."""
+    if 0 in value.shape:
+        raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(value.shape)}")
+
+
+def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature") -> Tensor:
+    """Return ``value`` as a 0-d tensor of the accumulation dtype on ``like``'s device.
+
+    A Python number must be finite and > 0. A tensor is taken as it is (its value is not read: that would sync).
+    """
+    dtype = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+        return value.reshape(()).to(device=like.device, dtype=dtype)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number > 0, got {type(value).__name__}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and losses are float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
