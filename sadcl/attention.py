@@ -1,0 +1,136 @@
+"""Label attention: C label queries look at the L positions of a feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_floating, check_same_device, check_size, check_tensor
+from .ops.label_attention import FORMS, label_attention
+
+
+class LabelAttention(nn.Module):
+    """Multi-head cross attention whose parameters are named and laid out as nn.MultiheadAttention's.
+
+    The same function as ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``
+    called with ``query``, ``key=memory + memory_pos``, ``value=memory``; a state dict of either loads into
+    the other. What differs: queries may be shared by the batch, positions need not be added beforehand, the
+    weights come per head, and a fully padded image gives ``out_proj.bias`` instead of NaN. A flop count
+    picks how it is computed (:func:`sadcl.ops.label_attention.forward_macs`).
+
+    Args:
+        embed_dim: E, width of queries, memory and output.
+        num_heads: number of heads; divides E.
+        dropout: probability of dropping an attention weight in training.
+        bias: whether the projections have biases.
+        form: ``"plain"`` or ``"folded"`` forces one way of computing it; None lets the flop count decide.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        form: str | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim}, num_heads={num_heads}: expected a divisor")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        if form is not None and form not in FORMS:
+            raise ValueError(f"form: expected one of {', '.join(FORMS)} or None, got {form!r}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.form = form
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform input projections and zero biases, as nn.MultiheadAttention."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        memory_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; the equations are in :func:`sadcl.reference.label_attention.label_attention`.
+
+        Args:
+            query: ``[C, E]``, the same for every image, or ``[B, C, E]``.
+            memory: ``[B, L, E]`` positions of the feature map.
+            memory_pos: ``[L, E]`` or ``[B, L, E]``, added to the keys and not to the values.
+            key_padding_mask: bool ``[B, L]``, True where padded.
+            need_weights: also return the weights (they are never made otherwise, where that can be avoided).
+
+        Returns:
+            out ``[B, C, E]`` and the weights as applied ``[B, heads, C, L]`` or None.
+
+        Raises:
+            ValueError: if shapes or devices do not fit together.
+            TypeError: if a dtype is wrong.
+        """
+        _check_inputs(self.embed_dim, query, memory, memory_pos, key_padding_mask)
+        return label_attention(
+            query,
+            memory,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.num_heads,
+            memory_pos=memory_pos,
+            key_padding_mask=key_padding_mask,
+            dropout=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+            form=self.form,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes shown by print()."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+def _check_inputs(
+    width: int, query: Tensor, memory: Tensor, memory_pos: Tensor | None, key_padding_mask: Tensor | None
+) -> None:
+    check_tensor("memory", memory, (3,), "[B, L, E]")
+    check_tensor("query", query, (2, 3), "[C, E] or [B, C, E]")
+    named = {"query": query, "memory": memory}
+    if memory_pos is not None:
+        check_tensor("memory_pos", memory_pos, (2, 3), "[L, E] or [B, L, E]")
+        check_size("memory_pos", memory_pos, -2, memory.shape[1], "L", "memory")
+        named["memory_pos"] = memory_pos
+    for name, value in named.items():
+        check_floating(name, value)
+        check_size(name, value, -1, width, "E", "embed_dim")
+        if value.dim() == 3:
+            check_size(name, value, 0, memory.shape[0], "B", "memory")
+        check_same_device(name, value, "memory", memory)
+    if 0 in memory.shape[1:] or query.shape[-2] == 0:
+        raise ValueError(
+            f"expected at least one position and one query, got memory {tuple(memory.shape)} "
+            f"and query {tuple(query.shape)}"
+        )
+    if key_padding_mask is not None:
+        check_tensor("key_padding_mask", key_padding_mask, (2,), "[B, L]")
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask: expected bool (True = padded), got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != memory.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask: expected [B, L]={list(memory.shape[:2])} as in memory, "
+                f"got {list(key_padding_mask.shape)}"
+            )
+        check_same_device("key_padding_mask", key_padding_mask, "memory", memory)
