@@ -1,0 +1,137 @@
+"""Which implementation runs an op: what works here, why not, and the choice for a device.
+
+Nothing optional is imported when this module loads; each probe imports its backend the first time it is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ._checks import check_choice
+
+NAMES = ("cpp", "triton", "torch", "reference")
+_MIN_TRITON = (3, 6)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend as :func:`backends` reports it.
+
+    Attributes:
+        available: whether an op can run on it in this process.
+        reason: why not; empty when available.
+        detail: what it is (instruction set, compiler, version).
+    """
+
+    available: bool
+    reason: str = ""
+    detail: str = ""
+
+
+def backends() -> dict[str, BackendInfo]:
+    """Say which backends work here and why the others do not.
+
+    Returns:
+        A dict from backend name (``"cpp"``, ``"triton"``, ``"torch"``, ``"reference"``) to :class:`BackendInfo`.
+    """
+    return {
+        "cpp": _probe_cpp(),
+        "triton": _probe_triton(),
+        "torch": BackendInfo(True, detail=f"torch {torch.__version__}"),
+        "reference": BackendInfo(True, detail="eager float64 oracle, for checking"),
+    }
+
+
+@functools.cache
+def _probe_cpp() -> BackendInfo:
+    try:
+        extension = importlib.import_module("sadcl._C")
+    except ImportError as error:
+        note = Path(__file__).with_name("_build_error.txt")
+        why = f"the C++ extension was not built: {note.read_text().strip()}" if note.is_file() else f"{error}"
+        return BackendInfo(False, reason=why)
+    try:
+        isa = extension.isa()
+    except (RuntimeError, ValueError) as error:
+        return BackendInfo(False, reason=str(error))
+    return BackendInfo(True, detail=f"instruction set {isa}; {_build_line(extension)}")
+
+
+def _build_line(extension: ModuleType) -> str:
+    return ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+
+
+@functools.cache
+def _probe_triton() -> BackendInfo:
+    if importlib.util.find_spec("triton") is None:
+        return BackendInfo(False, reason="triton is not installed")
+    try:
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # a broken triton must not take the losses with it
+        return BackendInfo(False, reason=f"triton fails to import: {error}")
+    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRITON:
+        return BackendInfo(False, reason=f"triton {version} is older than {_MIN_TRITON[0]}.{_MIN_TRITON[1]}")
+    if not (torch.cuda.is_available() or triton_interprets()):
+        return BackendInfo(False, reason="no GPU that torch can use, and TRITON_INTERPRET=1 is not set")
+    return BackendInfo(True, detail=f"triton {version}" + (" (interpreter)" if triton_interprets() else ""))
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in the interpreter, where they accept CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _runs_on(name: str, device_type: str) -> str:
+    """Why backend ``name`` cannot run on a device type; empty when it can."""
+    info = backends()[name]
+    if not info.available:
+        return info.reason
+    if name == "cpp" and device_type != "cpu":
+        return f"it runs on CPU tensors, not on {device_type}"
+    if name == "triton" and device_type == "cpu" and not triton_interprets():
+        return "it runs on GPU tensors, and on CPU tensors only under TRITON_INTERPRET=1"
+    return ""
+
+
+def resolve(backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
+    """Choose the backend of one call.
+
+    Args:
+        backend: the caller's wish; ``None`` takes ``SADCL_BACKEND`` and, without it, the best for the device.
+        op: name of the op, for the error message.
+        device: where the tensors are.
+        implemented: the backends that have this op, best first.
+
+    Returns:
+        One of :data:`NAMES`.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if a backend asked for by name cannot run; there is no silent fallback.
+    """
+    asked = backend if backend is not None else os.environ.get("SADCL_BACKEND") or None
+    if asked is None:
+        for name in implemented:
+            if not _runs_on(name, device.type):
+                return name
+        raise AssertionError(f"op {op} has no portable implementation")
+    source = "backend" if backend is not None else "SADCL_BACKEND"
+    check_choice(source, asked, NAMES)
+    if asked == "reference":
+        return asked
+    if asked not in implemented:
+        have = ", ".join((*implemented, "reference"))
+        raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have})")
+    why_not = _runs_on(asked, device.type)
+    if why_not:
+        raise RuntimeError(f"{source}={asked!r} cannot run {op}: {why_not}")
+    return asked

@@ -1,0 +1,88 @@
+"""Op ``compact``: multi-hot labels to class-major pairs and class pointers (CSR), once for all losses."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import array, extension, implemented, register
+
+
+class Active(NamedTuple):
+    """The active (image, class) pairs of a batch, class by class, in buffers whose size depends on ``B`` and ``C`` only.
+
+    Example, ``B = 3``, ``C = 2``::
+
+        labels = [[1, 0],        pairs     = [0, 2, 4, 0, 0, 0]     b * C + c: class 0 in images 0 and 1, class 1 in 2
+                  [1, 0],        class_ptr = [0, 2, 3]              class c owns pairs[class_ptr[c]:class_ptr[c+1]]
+                  [-1, 1]]       target    = [[1, 0], [1, 0], [-1, 1]]
+
+    The count of pairs is ``class_ptr[-1]``; the rest of ``pairs`` is 0. No shape depends on the data, so nothing has to
+    be read back from the device.
+
+    Attributes:
+        pairs: int32 ``[B * C]``.
+        class_ptr: int32 ``[C + 1]``.
+        target: int8 ``[B, C]``; 1 active, 0 not, -1 ignored.
+    """
+
+    pairs: Tensor
+    class_ptr: Tensor
+    target: Tensor
+
+
+def _cpp(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if labels.dtype not in (torch.bool, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8):
+        labels = labels.float()
+    pairs, class_ptr, target = _empty(labels)
+    extension().compact(array(labels), array(pairs), array(class_ptr), array(target))
+    return pairs, class_ptr, target
+
+
+def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
+        check_label_values(labels)
+    b, c = labels.shape
+    target = labels.to(torch.int8)
+    active = (target == 1).t().contiguous()  # [C, B]
+    class_ptr = torch.zeros(c + 1, dtype=torch.int32, device=labels.device)
+    class_ptr[1:] = active.sum(dim=1).cumsum(0)
+    flat = active.flatten()
+    # Inactive pairs all land in one spare slot behind the buffer: no shape depends on the data.
+    slot = torch.where(flat, flat.cumsum(0) - 1, b * c)
+    pair = torch.arange(b * c, dtype=torch.int32, device=labels.device).reshape(b, c).t().flatten()
+    pairs = torch.zeros(b * c + 1, dtype=torch.int32, device=labels.device)
+    pairs.scatter_(0, slot, torch.where(flat, pair, 0))
+    return pairs[:-1].clone(), class_ptr, target
+
+
+def check_label_values(labels: Tensor) -> None:
+    """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
+    wrong = labels[~((labels == 0) | (labels == 1) | (labels == -1))]
+    if wrong.numel() > 0:
+        values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
+        raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
+
+
+def _empty(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b, c = labels.shape
+    return (
+        labels.new_empty(b * c, dtype=torch.int32),
+        labels.new_empty(c + 1, dtype=torch.int32),
+        labels.new_empty((b, c), dtype=torch.int8),
+    )
+
+
+_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+IMPLEMENTED = implemented(_IMPLEMENTATIONS)
+
+register("compact", "(Tensor labels, str backend) -> (Tensor, Tensor, Tensor)", _IMPLEMENTATIONS,
+         lambda labels, backend: _empty(labels))
+
+
+def compact(labels: Tensor, backend: str) -> Active:
+    """Run the op on ``labels [B, C]``."""
+    return Active(*torch.ops.sadcl.compact(labels, backend))

@@ -1,0 +1,145 @@
+"""Op ``pscl``: prototype-to-sample contrastive loss, one number per class.
+
+Forward keeps the ``[B, C]`` scores, the norms and two log-sum-exps per class; backward needs no product of features with
+prototypes again. Oracle: :func:`sadcl.reference.pscl.pscl`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import accumulation_dtype
+from ._library import implemented, norm_dtype, refuse_second_derivative, register, register_autograd
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _allocate(features: Tensor, prototypes: Tensor) -> Outputs:
+    """Uninitialised (class_loss, score, norm_x, norm_p, lse)."""
+    b, c, _ = features.shape
+    acc, wide = accumulation_dtype(features.dtype), norm_dtype(features.device)
+    return (
+        features.new_empty(c, dtype=acc),
+        features.new_empty((b, c), dtype=acc),
+        features.new_empty((b, c), dtype=wide),
+        features.new_empty(c, dtype=wide),
+        features.new_empty((2, c), dtype=acc),
+    )
+
+
+def _fake(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool,
+          backend: str) -> Outputs:
+    return _allocate(features, prototypes)
+
+
+def _unit(x: Tensor, norm: Tensor) -> Tensor:
+    wide = x.to(norm.dtype)
+    return torch.where(norm[..., None] == 0, 0.0, wide / norm[..., None]).to(accumulation_dtype(x.dtype))
+
+
+def _torch(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool) -> Outputs:
+    wide = norm_dtype(features.device)
+    norm_x = torch.linalg.vector_norm(features.to(wide), dim=-1)
+    norm_p = torch.linalg.vector_norm(prototypes.to(wide), dim=-1)
+    score = (_unit(features, norm_x) * _unit(prototypes, norm_p)).sum(dim=-1) / temperature
+    positive, valid = target == 1, target != -1
+    lse = torch.stack([_logsumexp(score, valid), _logsumexp(score, positive)])
+    has_positive = positive.any(dim=0)
+    class_loss = torch.where(has_positive, lse[0] - lse[1], 0.0)
+    if released:
+        highest = score.masked_fill(~valid, float("-inf")).amax(dim=0)
+        class_loss = torch.where(~has_positive & valid.any(dim=0), lse[0] - highest, class_loss)
+    return class_loss, score, norm_x, norm_p, lse
+
+
+def _logsumexp(score: Tensor, chosen: Tensor) -> Tensor:
+    """Over the chosen images of each class; ``-inf`` where there is none."""
+    return torch.logsumexp(score.masked_fill(~chosen, float("-inf")), dim=0)
+
+
+def _backward_fake(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
+                   score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor, released: bool,
+                   backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return features.new_empty(features.shape), prototypes.new_empty(prototypes.shape), torch.empty_like(temperature)
+
+
+def _backward_torch(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
+                    score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor,
+                    released: bool) -> tuple[Tensor, Tensor, Tensor]:
+    positive, valid = target == 1, target != -1
+    has_positive = positive.any(dim=0)
+    # dL/ds = G (softmax over the valid images - softmax over the positive ones)
+    grad_score = torch.where(valid, torch.exp(score - lse[0]), 0.0)
+    grad_score = grad_score - torch.where(positive, torch.exp(score - lse[1]), 0.0)
+    if not released:
+        grad_score = torch.where(has_positive, grad_score, 0.0)
+    grad_score = grad_score * grad_class
+    grad_temperature = -(grad_score * torch.where(valid, score, 0.0)).sum() / temperature
+    z, u = _unit(features, norm_x), _unit(prototypes, norm_p)
+    grad_cosine = (grad_score / temperature)[..., None]
+    cosine = (score * temperature)[..., None]
+    grad_features = _over(grad_cosine * torch.where(valid[..., None], u - cosine * z, 0.0), norm_x)
+    grad_prototypes = _over(
+        (grad_cosine * torch.where(valid[..., None], z - cosine * u, 0.0)).sum(dim=0), norm_p
+    )
+    return grad_features.to(features.dtype), grad_prototypes.to(prototypes.dtype), grad_temperature
+
+
+def _over(gradient: Tensor, norm: Tensor) -> Tensor:
+    """Divide by the norm; a zero vector has gradient 0."""
+    return torch.where(norm[..., None] == 0, 0.0, gradient.to(norm.dtype) / norm[..., None])
+
+
+_IMPLEMENTATIONS = {"torch": _torch}
+IMPLEMENTED = implemented(_IMPLEMENTATIONS)
+
+register(
+    "pscl",
+    "(Tensor features, Tensor prototypes, Tensor target, Tensor temperature, bool released, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _IMPLEMENTATIONS,
+    _fake,
+)
+register(
+    "pscl_backward",
+    "(Tensor grad_class, Tensor features, Tensor prototypes, Tensor target, Tensor temperature, Tensor score,"
+    " Tensor norm_x, Tensor norm_p, Tensor lse, bool released, str backend) -> (Tensor, Tensor, Tensor)",
+    {"torch": _backward_torch},
+    _backward_fake,
+)
+refuse_second_derivative("pscl_backward")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    features, prototypes, target, temperature, released, backend = inputs
+    _, score, norm_x, norm_p, lse = output
+    ctx.save_for_backward(features, prototypes, target, temperature, score, norm_x, norm_p, lse)
+    ctx.mark_non_differentiable(score, norm_x, norm_p, lse)
+    ctx.released, ctx.backend = released, backend
+
+
+def _autograd(ctx: Any, grad_class: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.sadcl.pscl_backward(grad_class, *ctx.saved_tensors, ctx.released, ctx.backend)
+    grad_features, grad_prototypes, grad_temperature = grads
+    return grad_features, grad_prototypes, None, grad_temperature, None, None
+
+
+register_autograd("pscl", _autograd, _setup_context)
+
+
+def pscl(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, backend: str, *,
+         released: bool = False) -> Tensor:
+    """Loss of every class, ``[C]`` in the accumulation dtype.
+
+    Args:
+        features: ``[B, C, D]`` of any strides.
+        prototypes: ``[C, D]``.
+        target: int8 ``[B, C]``, see :class:`sadcl.ops.compact.Active`.
+        temperature: 0-d tensor of the accumulation dtype.
+        backend: a name out of :data:`IMPLEMENTED`.
+        released: add the released code's term for classes without a positive.
+    """
+    return torch.ops.sadcl.pscl(features, prototypes, target, temperature, released, backend)[0]

@@ -1,0 +1,14 @@
+"""What the contrastive oracles share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last dimension; a zero vector stays zero and gets no gradient."""
+    is_zero = (x == 0).all(dim=-1, keepdim=True)
+    # Ones stand in for zero rows before the division, so that neither pass sees 0/0.
+    safe = torch.where(is_zero, torch.ones_like(x), x)
+    return torch.where(is_zero, torch.zeros_like(x), safe / safe.norm(dim=-1, keepdim=True))
