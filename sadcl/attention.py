@@ -5,12 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_floating, check_same_device, check_size, check_tensor
 from .ops.label_attention import FORMS, label_attention
 
 
-class LabelAttention(nn.Module):
-    """Multi-head cross attention whose parameters are named and laid out as nn.MultiheadAttention's.
+class PackedAttention(nn.Module):
+    """The parameters of one attention block, named, packed and initialised as nn.MultiheadAttention's."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim}, num_heads={num_heads}: expected a divisor")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform input projections and zero biases."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes shown by print()."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+class LabelAttention(PackedAttention):
+    """Multi-head cross attention from label queries to positions.
 
     The same function as ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``
     called with ``query``, ``key=memory + memory_pos``, ``value=memory``; a state dict of either loads into
@@ -24,6 +52,7 @@ class LabelAttention(nn.Module):
         dropout: probability of dropping an attention weight in training.
         bias: whether the projections have biases.
         form: ``"plain"`` or ``"folded"`` forces one way of computing it; None lets the flop count decide.
+        backend: None for the best on the device, or a backend's name.
     """
 
     def __init__(
@@ -34,29 +63,13 @@ class LabelAttention(nn.Module):
         bias: bool = True,
         *,
         form: str | None = None,
+        backend: str | None = None,
     ) -> None:
-        super().__init__()
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim}, num_heads={num_heads}: expected a divisor")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        super().__init__(embed_dim, num_heads, dropout, bias)
         if form is not None and form not in FORMS:
             raise ValueError(f"form: expected one of {', '.join(FORMS)} or None, got {form!r}")
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.dropout = dropout
         self.form = form
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform input projections and zero biases, as nn.MultiheadAttention."""
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
+        self.backend = backend
 
     def forward(
         self,
@@ -82,7 +95,6 @@ class LabelAttention(nn.Module):
             ValueError: if shapes or devices do not fit together.
             TypeError: if a dtype is wrong.
         """
-        _check_inputs(self.embed_dim, query, memory, memory_pos, key_padding_mask)
         return label_attention(
             query,
             memory,
@@ -96,41 +108,5 @@ class LabelAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             need_weights=need_weights,
             form=self.form,
+            backend=self.backend,
         )
-
-    def extra_repr(self) -> str:
-        """Sizes shown by print()."""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
-
-
-def _check_inputs(
-    width: int, query: Tensor, memory: Tensor, memory_pos: Tensor | None, key_padding_mask: Tensor | None
-) -> None:
-    check_tensor("memory", memory, (3,), "[B, L, E]")
-    check_tensor("query", query, (2, 3), "[C, E] or [B, C, E]")
-    named = {"query": query, "memory": memory}
-    if memory_pos is not None:
-        check_tensor("memory_pos", memory_pos, (2, 3), "[L, E] or [B, L, E]")
-        check_size("memory_pos", memory_pos, -2, memory.shape[1], "L", "memory")
-        named["memory_pos"] = memory_pos
-    for name, value in named.items():
-        check_floating(name, value)
-        check_size(name, value, -1, width, "E", "embed_dim")
-        if value.dim() == 3:
-            check_size(name, value, 0, memory.shape[0], "B", "memory")
-        check_same_device(name, value, "memory", memory)
-    if 0 in memory.shape[1:] or query.shape[-2] == 0:
-        raise ValueError(
-            f"expected at least one position and one query, got memory {tuple(memory.shape)} "
-            f"and query {tuple(query.shape)}"
-        )
-    if key_padding_mask is not None:
-        check_tensor("key_padding_mask", key_padding_mask, (2,), "[B, L]")
-        if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask: expected bool (True = padded), got {key_padding_mask.dtype}")
-        if key_padding_mask.shape != memory.shape[:2]:
-            raise ValueError(
-                f"key_padding_mask: expected [B, L]={list(memory.shape[:2])} as in memory, "
-                f"got {list(key_padding_mask.shape)}"
-            )
-        check_same_device("key_padding_mask", key_padding_mask, "memory", memory)

@@ -250,3 +250,20 @@ def test_bad_input_names_the_argument():
         module(query, memory[:, :0])
     with pytest.raises(TypeError, match="query"):
         module(query.long(), memory)
+
+
+def test_backend_by_name(monkeypatch):
+    module, query, memory, memory_pos = make(True, "shared")
+    want, _ = module(query, memory, memory_pos)
+    module.backend = "reference"
+    torch.testing.assert_close(module(query, memory, memory_pos)[0], want, rtol=1e-11, atol=1e-12)
+    module.dropout = 0.5
+    out, weights = module(query, memory, memory_pos, need_weights=True)
+    assert (weights == 0).any() and out.shape == want.shape
+    module.backend = "cpp"
+    with pytest.raises(RuntimeError, match="label_attention has no such implementation"):
+        module(query, memory, memory_pos)
+    module.backend = None
+    monkeypatch.setenv("SADCL_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="SADCL_BACKEND"):
+        module(query, memory, memory_pos)

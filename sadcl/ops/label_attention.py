@@ -12,13 +12,19 @@ batch. The spec is :func:`sadcl.reference.label_attention.label_attention`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._backends import resolve
+from .._checks import check_floating, check_same_device, check_size, check_tensor
+from ..reference.label_attention import label_attention as _reference
+
 FORMS = ("plain", "folded")
+_IMPLEMENTED = ("torch",)
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,9 @@ def label_attention(
     dropout: float = 0.0,
     need_weights: bool = False,
     form: str | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend from labels to positions; arguments and shapes as in the reference, checked by the caller.
+    """Attend from C label queries to L positions; equations in the reference's docstring.
 
     Args:
         query: ``[C, E]`` (shared by the batch) or ``[B, C, E]``.
@@ -118,10 +125,33 @@ def label_attention(
         dropout: probability with which a weight is dropped (0 outside training).
         need_weights: also return the applied weights.
         form: ``"plain"``, ``"folded"`` or None for :func:`choose_form`.
+        backend: None for the best on the device, or a backend's name.
 
     Returns:
         out ``[B, C, E]`` and, if asked, the weights as applied (after dropout) ``[B, heads, C, L]``.
+
+    Raises:
+        ValueError: if shapes or devices do not fit together.
+        TypeError: if a dtype is wrong.
+        RuntimeError: if the backend asked for cannot run.
     """
+    _check_inputs(in_proj_weight.shape[-1], query, memory, memory_pos, key_padding_mask)
+    if _resolved(backend, memory.device) == "reference":
+        dropped = None
+        if dropout > 0.0:
+            shape = (memory.shape[0], num_heads, query.shape[-2], memory.shape[1])
+            dropped = F.dropout(memory.new_ones(shape), dropout)
+        weights_in = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+        out, weights = _reference(
+            query,
+            memory,
+            *weights_in,
+            num_heads,
+            memory_pos=memory_pos,
+            key_padding_mask=key_padding_mask,
+            dropped=dropped,
+        )
+        return out, weights if need_weights else None
     projections = Projections(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads)
     batch, length, width = memory.shape
     shared = query.dim() == 2
@@ -135,6 +165,13 @@ def label_attention(
     attend = _folded if form == "folded" else _plain
     context, weights = attend(query, memory, projections, memory_pos, keep, empty, dropout, need_weights)
     return projections.out(context), weights
+
+
+def _resolved(backend: str | None, device: torch.device) -> str:
+    """The backend's name; with one implementation and no wish there is nothing to probe (torch.compile cannot)."""
+    if backend is None and not os.environ.get("SADCL_BACKEND"):
+        return _IMPLEMENTED[0]
+    return resolve(backend, "label_attention", device, _IMPLEMENTED)
 
 
 def _plain(
@@ -218,3 +255,36 @@ def _normalise(scores: Tensor, keep: Tensor | None, empty: Tensor | None, dropou
     if empty is not None:
         weights = weights.masked_fill(empty, 0.0)
     return F.dropout(weights, dropout) if dropout > 0.0 else weights
+
+
+def _check_inputs(
+    width: int, query: Tensor, memory: Tensor, memory_pos: Tensor | None, key_padding_mask: Tensor | None
+) -> None:
+    check_tensor("memory", memory, (3,), "[B, L, E]")
+    check_tensor("query", query, (2, 3), "[C, E] or [B, C, E]")
+    named = {"query": query, "memory": memory}
+    if memory_pos is not None:
+        check_tensor("memory_pos", memory_pos, (2, 3), "[L, E] or [B, L, E]")
+        check_size("memory_pos", memory_pos, -2, memory.shape[1], "L", "memory")
+        named["memory_pos"] = memory_pos
+    for name, value in named.items():
+        check_floating(name, value)
+        check_size(name, value, -1, width, "E", "embed_dim")
+        if value.dim() == 3:
+            check_size(name, value, 0, memory.shape[0], "B", "memory")
+        check_same_device(name, value, "memory", memory)
+    if 0 in memory.shape[1:] or query.shape[-2] == 0:
+        raise ValueError(
+            f"expected at least one position and one query, got memory {tuple(memory.shape)} "
+            f"and query {tuple(query.shape)}"
+        )
+    if key_padding_mask is not None:
+        check_tensor("key_padding_mask", key_padding_mask, (2,), "[B, L]")
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask: expected bool (True = padded), got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != memory.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask: expected [B, L]={list(memory.shape[:2])} as in memory, "
+                f"got {list(key_padding_mask.shape)}"
+            )
+        check_same_device("key_padding_mask", key_padding_mask, "memory", memory)
