@@ -36,7 +36,8 @@ def _open(path: str | os.PathLike[str]) -> Image:
 
 
 def load_rgb(path: str | os.PathLike[str]) -> Image:
-    """Decode a picture to RGB, upright (the EXIF orientation is applied) and on white where it is transparent.
+    """Decode a picture to RGB, upright (the EXIF orientation is applied) and on white where it is
+    transparent.
 
     Args:
         path: a file in any format Pillow reads (grayscale, palette and CMYK included).

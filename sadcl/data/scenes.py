@@ -1,7 +1,8 @@
 """Composed scenes: cut-outs pasted on background photos, with labels that are exact because we pasted them.
 
-This is a made-up task for demonstrations and for comparing methods offline; it is not a natural benchmark, and its
-figures say nothing about COCO or VOC. Training and validation share no source object and no background.
+This is a made-up task for demonstrations and for comparing methods offline; it is not a natural benchmark,
+and its figures say nothing about COCO or VOC. Training and validation share no source object and no
+background.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ PLACEMENT_TRIES = 12
 
 
 class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
-    """``length`` scenes, each drawn from its own seed ``(seed, index)``: any order, any worker, the same scene.
+    """``length`` scenes, each drawn from its own seed ``(seed, index)``: any order, any worker, the same
+    scene.
 
-    Every object that can be placed is labelled and every label has an object at least half visible. One scene takes
-    about 2.5 ms; the cut-outs are held in memory at drawing size (about 15 MB).
+    Every object that can be placed is labelled and every label has an object at least half visible. One
+    scene takes about 2.5 ms; the cut-outs are held in memory at drawing size (about 15 MB).
 
     Args:
         source: pictures to draw from; pass one side of :func:`sadcl.data.sources.split_objects`.
@@ -42,8 +44,8 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         seed: seed of the whole set; use different seeds for training and validation.
         image_size: side of a scene in pixels.
 
-    A picture file that cannot be read is skipped with a warning that names it; a label or a background set that
-    loses all its pictures this way raises :class:`ImageFileError`.
+    A picture file that cannot be read is skipped with a warning that names it; a label or a background set
+    that loses all its pictures this way raises :class:`ImageFileError`.
     """
 
     def __init__(self, source: SceneSource, length: int, seed: int = 0, image_size: int = 160) -> None:
@@ -55,7 +57,9 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         cutout_side = round(SCALE[1] * image_size * 1.1)
         self.cutouts: list[list[list[Image]]] = []  # label -> object -> variant
         for label, label_objects in zip(source.labels, source.objects, strict=True):
-            readable = [[cut for path in files if (cut := _try_cutout(path, cutout_side))] for files in label_objects]
+            readable = [
+                [cut for path in files if (cut := _try_cutout(path, cutout_side))] for files in label_objects
+            ]
             self.cutouts.append([variants for variants in readable if variants])
             if not self.cutouts[-1]:
                 raise ImageFileError(label_objects[0][0], f"no picture of label {label!r} can be read")
@@ -95,7 +99,9 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         else:
             pool = tuple(range(len(self.labels)))
         labels: list[int] = []
-        for first, second in rng.integers(len(pool), size=(count, 2)):  # a repeated label is drawn again, once
+        for first, second in rng.integers(
+            len(pool), size=(count, 2)
+        ):  # a repeated label is drawn again, once
             labels.append(pool[second if pool[first] in labels else first])
         return labels
 
@@ -104,7 +110,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         return variants[int(rng.integers(len(variants)))]
 
     def _draw_background(self, rng: np.random.Generator) -> np.ndarray:
-        """A random square of a background photo, flipped half of the time. Returns uint8 [H, W, 3], writable."""
+        """A random square of a background photo, flipped half of the time: uint8 [H, W, 3], writable."""
         photo = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
         side = int(min(photo.size) * rng.uniform(0.5, 1.0))
         left = int(rng.integers(photo.width - side + 1))
@@ -117,7 +123,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
     def _place(
         self, scene: np.ndarray, owner: np.ndarray, areas: list[int], cutout: Image, rng: np.random.Generator
     ) -> bool:
-        """Paste ``cutout`` where it leaves every object at least half visible; False where no such place was found."""
+        """Paste ``cutout`` so that every object stays half visible or more; False if no place was found."""
         rgb, alpha = _transform(cutout, rng.uniform(*SCALE) * self.image_size, rng, self.image_size)
         height, width = alpha.shape
         solid = alpha > 127
@@ -140,7 +146,9 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         return False
 
 
-def _transform(cutout: Image, side: float, rng: np.random.Generator, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def _transform(
+    cutout: Image, side: float, rng: np.random.Generator, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale, flip, rotate and colour a cut-out.
 
     Returns:
@@ -150,8 +158,8 @@ def _transform(cutout: Image, side: float, rng: np.random.Generator, limit: int)
     size = (max(1, round(cutout.width * shrink)), max(1, round(cutout.height * shrink)))
     image = cutout.resize(size, 2)
     if rng.random() < 0.5:
-        image = image.transpose(0)  # FLIP_LEFT_RIGHT
-    image = image.rotate(rng.uniform(-MAX_ROTATION, MAX_ROTATION), 2, expand=True)
+        image = image.transpose(0)  # type: ignore[arg-type]  # FLIP_LEFT_RIGHT
+    image = image.rotate(rng.uniform(-MAX_ROTATION, MAX_ROTATION), 2, expand=True)  # type: ignore[arg-type]
     pixels = np.asarray(image)[:limit, :limit]
     return _jitter(pixels[..., :3], pixels[..., 3:], rng), pixels[..., 3]
 
@@ -179,7 +187,9 @@ def _jitter(rgb: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.
 
 def _try_cutout(path: object, max_side: int) -> Image | None:
     try:
-        return load_cutout(str(path), max_side).convert("RGBa")  # premultiplied: resizing mixes no hidden colours
+        return load_cutout(str(path), max_side).convert(
+            "RGBa"
+        )  # premultiplied: resizing mixes no hidden colours
     except ImageFileError as error:
         warnings.warn(f"skipped {error}", stacklevel=2)
         return None
@@ -193,7 +203,12 @@ def _try_background(background: Background, min_side: int) -> Image | None:
         return None
     left, top, right, bottom = background.box
     photo = photo.crop(
-        (round(left * photo.width), round(top * photo.height), round(right * photo.width), round(bottom * photo.height))
+        (
+            round(left * photo.width),
+            round(top * photo.height),
+            round(right * photo.width),
+            round(bottom * photo.height),
+        )
     )
     shrink = min_side / min(photo.size)
     if shrink < 1:

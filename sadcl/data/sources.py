@@ -2,12 +2,15 @@
 
 Two sources, neither shipped with this package:
 
-* ``photos``: photo cut-outs and photo backgrounds of Debian's ``tuxpaint-stamps-default`` and ``tuxpaint-data``
+* ``photos``: photo cut-outs and photo backgrounds of Debian's ``tuxpaint-stamps-default`` and
+``tuxpaint-data``
   (19 labels, 284 objects), installed, or unpacked into the user's cache by ``python -m sadcl.data.fetch``.
-* ``emoji``: Twemoji drawings (graphics CC-BY 4.0, Twitter and contributors) of the PyPI package ``augly`` on photo
+* ``emoji``: Twemoji drawings (graphics CC-BY 4.0, Twitter and contributors) of the PyPI package ``augly`` on
+photo
   backgrounds of scikit-image and scikit-learn (26 labels, 352 objects).
 
-The label specs (``tuxpaint.json``, ``twemoji.json``) lie beside this file; they name files and hold no pictures.
+The label specs (``tuxpaint.json``, ``twemoji.json``) lie beside this file; they name files and hold no
+pictures.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class SourceNotFound(ValueError):
 
 @dataclass(frozen=True)
 class Background:
-    """A background photo; ``box`` = (left, top, right, bottom) as fractions, the part of it that shows no label."""
+    """A background photo; ``box`` (left, top, right, bottom; fractions) is the part that shows no label."""
 
     path: Path
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -75,8 +78,8 @@ def find_source(name: str = "auto", root: str | os.PathLike[str] | None = None) 
 
     Args:
         name: ``"photos"``, ``"emoji"``, or ``"auto"`` (photos where they are, else emoji).
-        root: explicit folder: for photos the one that holds ``stamps`` and ``templates``, for emoji the one that
-            holds ``twemojis/*/*.png``. Default: the places listed in the module docstring.
+        root: explicit folder: for photos the one that holds ``stamps`` and ``templates``, for emoji the one
+            that holds ``twemojis/*/*.png``. Default: the places listed in the module docstring.
 
     Raises:
         SourceNotFound: not there; the message says what to install.
@@ -104,8 +107,9 @@ def find_source(name: str = "auto", root: str | os.PathLike[str] | None = None) 
 def split_objects(source: SceneSource, split: str, seed: int = 0, held_out: float = 0.3) -> SceneSource:
     """Keep the training or the validation part of a source: per label, 70 % or 30 % of its objects.
 
-    Objects are split, not files or scenes: all variants of an object land on one side, so do whole backgrounds.
-    (Splitting scenes would show the same cut-outs to training and validation and read about 0.15 mAP too high.)
+    Objects are split, not files or scenes: all variants of an object land on one side, so do whole
+    backgrounds. (Splitting scenes would show the same cut-outs to training and validation and read about
+    0.15 mAP too high.)
 
     Args:
         source: all objects.
@@ -173,12 +177,16 @@ def _photo_source(root: Path) -> SceneSource:
                 continue
             by_object.setdefault(_object_key(path, spec["same_object_prefixes"]), []).append(path)
         if len(by_object) < 2:
-            raise SourceNotFound(f"{stamps}: expected at least 2 objects of label {label!r}, found {len(by_object)}")
+            raise SourceNotFound(
+                f"{stamps}: expected at least 2 objects of label {label!r}, found {len(by_object)}"
+            )
         objects.append(tuple(tuple(files) for files in by_object.values()))
     drop = tuple(spec["drop_backgrounds"])
     templates = sorted(path for path in (root / "templates").glob("*.jpg") if not path.name.startswith(drop))
     if len(templates) < 2:
-        raise SourceNotFound(f"{root / 'templates'}: expected at least 2 background photos, found {len(templates)}")
+        raise SourceNotFound(
+            f"{root / 'templates'}: expected at least 2 background photos, found {len(templates)}"
+        )
     return SceneSource(
         "photos",
         "composed scenes of real photo cut-outs (Debian package tuxpaint-stamps-default)",
@@ -196,7 +204,9 @@ def _emoji_source(root: Path) -> SceneSource:
     for label, names in spec["labels"].items():
         found = tuple((files[name],) for name in names if name in files)
         if len(found) < 2:
-            raise SourceNotFound(f"{root}: expected at least 2 drawings of label {label!r}, found {len(found)}")
+            raise SourceNotFound(
+                f"{root}: expected at least 2 drawings of label {label!r}, found {len(found)}"
+            )
         objects.append(found)
     folders = {
         "skimage": _package_folder("skimage", "data"),
@@ -206,12 +216,14 @@ def _emoji_source(root: Path) -> SceneSource:
     for entry in spec["backgrounds"]:
         folder = folders[entry["package"]]
         if folder is not None and (folder / entry["file"]).is_file():
-            backgrounds.append(Background(folder / entry["file"], tuple(entry.get("box", (0.0, 0.0, 1.0, 1.0)))))
+            backgrounds.append(
+                Background(folder / entry["file"], tuple(entry.get("box", (0.0, 0.0, 1.0, 1.0))))
+            )
     if len(backgrounds) < 2:
         raise SourceNotFound("emoji scenes need background photos: pip install scikit-image scikit-learn")
     return SceneSource(
         "emoji",
-        "composed scenes of Twemoji drawings (CC-BY 4.0, PyPI package augly) on photo backgrounds; drawings, not photos",
+        "composed scenes of Twemoji drawings, not photos (CC-BY 4.0, PyPI package augly)",
         tuple(spec["labels"]),
         tuple(objects),
         tuple(backgrounds),

@@ -1,0 +1,190 @@
+"""The console script ``sadcl``: train, eval, predict, doctor.
+
+Each command imports what it needs when it runs, so that ``sadcl doctor`` works on an install without the
+``[train]`` extra. What a user can get wrong ends in one line and exit code 2 (``SADCL_TRACEBACK=1`` shows
+where).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sadcl.model import SADCL
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train the method's two steps and draw what was learned",
+    "eval": "measure a checkpoint on its validation images, or on a list of yours",
+    "predict": "labels, probabilities and attention overlay for pictures",
+    "doctor": "which backends work on this machine, and why the others do not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0, or 2 for a mistake of the caller, 130 for Ctrl-C)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: sadcl COMMAND ...\n")
+        print("\n".join(f"  {name:10}{about}" for name, about in COMMANDS.items()))
+        print("\n`sadcl COMMAND --help` explains a command.")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from sadcl import __version__
+
+        print(f"sadcl {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"sadcl: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return {"train": _train, "eval": _eval, "predict": _predict, "doctor": _doctor}[name](rest)
+    except KeyboardInterrupt:
+        print(f"\nsadcl {name}: interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        if os.environ.get("SADCL_TRACEBACK"):
+            raise
+        hint = (
+            ""
+            if error.name is None or error.name.startswith("sadcl")
+            else "; try: pip install 'sadcl[train]'"
+        )
+        print(f"sadcl {name}: error: {error}{hint}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("SADCL_TRACEBACK"):
+            raise
+        print(f"sadcl {name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments: list[str]) -> int:
+    from sadcl.train.config import parse_config
+
+    config, resume = parse_config(arguments)  # before anything heavy is imported: --help is quick
+    from sadcl.train.run import train
+
+    train(config, resume)
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sadcl eval", description=COMMANDS["eval"])
+    parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
+    parser.add_argument("--csv", help="measure on this list (lines of path,label;label) instead")
+    parser.add_argument("--root", help="folder of the pictures, if they have moved since training")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="probability above which a label counts as given"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args(arguments)
+
+    from sadcl.train.evaluate import evaluate_checkpoint
+
+    report, about = evaluate_checkpoint(options.checkpoint, options.csv, options.root, options.threshold)
+    if options.json:
+        print(json.dumps({**report.as_dict(), "images": about}, indent=1))
+        return 0
+    print(f"{options.checkpoint} on {about} [{report.protocol}]")
+    for name in ("mAP", "CP", "CR", "CF1", "OP", "OR", "OF1"):
+        print(f"  {name:4} {getattr(report, name):.4f}")
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sadcl predict", description=COMMANDS["predict"])
+    parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder for the overlays (PNG)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="probability above which a label is given"
+    )
+    parser.add_argument("--top", type=int, default=5, help="how many labels to show")
+    parser.add_argument("--json", action="store_true", help="print the predictions as JSON")
+    parser.add_argument("--no-overlay", action="store_true", help="write no pictures")
+    options = parser.parse_args(arguments)
+
+    from sadcl.data.csv_list import image_tensor
+    from sadcl.train.checkpoint import load_checkpoint
+    from sadcl.train.evaluate import restore_model
+
+    content = load_checkpoint(options.checkpoint)
+    model, classes = restore_model(content), content["classes"]
+    side = model.preprocessing.size[0]
+    results = []
+    for path in options.images:
+        picture = image_tensor(path, side)
+        result, overlay = _predict_one(model, classes, path, picture, options)
+        results.append(result)
+        if not options.json:
+            given = ", ".join(f"{name} {p:.2f}" for name, p in result["labels"].items()) or "no label"
+            print(f"{path}: {given}")
+            below = [f"{name} {p:.2f}" for name, p in result["top"].items() if name not in result["labels"]]
+            print(f"  below {options.threshold:g}: {', '.join(below) or '-'}")
+            if overlay:
+                print(f"  overlay: {overlay}")
+    if options.json:
+        print(json.dumps(results, indent=1))
+    return 0
+
+
+def _predict_one(
+    model: SADCL, classes: list[str], path: str, picture: Tensor, options: argparse.Namespace
+) -> tuple[dict[str, Any], Path | None]:
+    """Predict one picture: its JSON entry, and the overlay's path if one was written."""
+    from sadcl.train.evaluate import attention_maps, predictions
+
+    probabilities, maps = attention_maps(model, picture)
+    shown = predictions(probabilities, classes, options.top)
+    top = {classes[i]: round(float(probabilities[i]), 4) for i, _, _ in shown}
+    labels = {
+        classes[i]: round(float(probabilities[i]), 4)
+        for i in probabilities.argsort(descending=True).tolist()
+        if probabilities[i] > options.threshold
+    }
+    result: dict[str, Any] = {"image": path, "labels": labels, "top": top}
+    if options.no_overlay:
+        return result, None
+    from sadcl.train.plots import plot_attention
+
+    overlay = options.output / f"{Path(path).stem}.labels.png"
+    plot_attention(
+        overlay, [picture], [Path(path).name], [maps], [shown], "where the model looks for each label"
+    )
+    result["overlay"] = str(overlay)
+    return result, overlay
+
+
+def _doctor(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="sadcl doctor", description=COMMANDS["doctor"]).parse_args(arguments)
+    import platform
+
+    import torch
+
+    import sadcl
+
+    print(f"sadcl {sadcl.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"threads: {torch.get_num_threads()} (torch.get_num_threads), {os.cpu_count()} CPUs")
+    print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
+    print("backends:")
+    for name, info in sadcl.backends().items():
+        state, why = ("works", info.detail) if info.available else ("no", info.reason)
+        print(f"  {name:10} {state:6} {why}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The pictures of a run: scenes, curves, attention overlays, and the scatter of label embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from sadcl.train.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_attention", "plot_curves", "plot_embeddings", "plot_scenes"]
+
+INK, MUTED = "#222222", "#777777"
+BLUE, GRAY, RED = "#2b6cb0", "#8a8f98", "#c0392b"
+
+
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure that needs no display, with its axes as an array [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _plain(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+
+
+def plot_scenes(
+    path: Path, images: Sequence[Tensor], titles: Sequence[str], heading: str, columns: int = 6
+) -> None:
+    """A sheet of pictures, each under its labels.
+
+    Args:
+        path: PNG file to write.
+        images: uint8 [3, H, W] each.
+        titles: one line each.
+        heading: title of the sheet.
+        columns: pictures a row.
+    """
+    rows = -(-len(images) // columns)
+    figure, axes = _figure(2.0 * columns, 2.2 * rows + 0.4, rows, columns)
+    figure.suptitle(heading, color=INK)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.set_title(_wrap(title, 26), fontsize=7.5, color=INK)
+    _save(figure, path)
+
+
+def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Loss parts and validation mAP by epoch.
+
+    Args:
+        path: PNG file to write.
+        history: one dict an epoch: ``stage`` (step1, control, step2), ``epoch`` (counted through the steps),
+            ``val_mAP`` and ``losses`` (name -> mean over the epoch).
+    """
+    figure, axes = _figure(13, 3.8, 1, 3)
+    loss_axis, contrast_axis, map_axis = axes[0]
+    rows = {
+        stage: [row for row in history if row["stage"] == stage] for stage in ("step1", "control", "step2")
+    }
+    first_end = rows["step1"][-1:]
+    styles = {
+        "step1": (INK, "-", "step 1 (SARL, ASL)"),
+        "control": (GRAY, "--", "step 1 continued (control)"),
+        "step2": (RED, "-", "step 2 (ASL + SSCL + PSCL)"),
+    }
+    for stage, (color, line, name) in styles.items():
+        if not rows[stage]:
+            continue
+        joined = rows[stage] if stage == "step1" else first_end + rows[stage]
+        epochs = [row["epoch"] for row in joined]
+        loss_axis.plot(
+            epochs, [row["losses"]["classification"] for row in joined], line, color=color, marker="o", ms=4
+        )
+        map_axis.plot(
+            epochs, [row["val_mAP"] for row in joined], line, color=color, marker="o", ms=4, label=name
+        )
+    for part, color, name in (("sample", BLUE, "SSCL"), ("prototype", RED, "PSCL")):
+        values = [(row["epoch"], row["losses"][part]) for row in rows["step2"] if part in row["losses"]]
+        if values:
+            contrast_axis.plot(*zip(*values, strict=True), color=color, marker="o", ms=4, label=name)
+    titles = (
+        "classification loss (ASL), training",
+        "contrastive losses (unweighted), training",
+        "validation mAP",
+    )
+    for axis, title in zip(axes[0], titles, strict=True):
+        _plain(axis)
+        axis.set_title(title, fontsize=11, color=INK, loc="left")
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    if contrast_axis.lines:
+        contrast_axis.legend(frameon=False)
+    else:
+        contrast_axis.set_visible(False)
+    map_axis.legend(frameon=False, fontsize=9, loc="lower right")
+    _save(figure, path)
+
+
+def plot_attention(
+    path: Path,
+    images: Sequence[Tensor],
+    titles: Sequence[str],
+    attention: Sequence[Tensor],
+    chosen: Sequence[Sequence[tuple[int, str, bool | None]]],
+    heading: str,
+) -> None:
+    """Every picture with, beside it, where the model looked for some labels.
+
+    Args:
+        path: PNG file to write.
+        images: uint8 [3, H, W] each.
+        titles: one line each.
+        attention: [C, h, w] each, weights that sum to 1 over h and w.
+        chosen: per picture (class index, caption, right: green, wrong: red, or None where the truth is
+            unknown).
+        heading: title of the sheet.
+    """
+    columns = 1 + max(1, *(len(labels) for labels in chosen))
+    figure, axes = _figure(2.1 * columns, 2.35 * len(images) + 0.4, len(images), columns)
+    figure.suptitle(heading, color=INK, fontsize=11)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, image, title, maps, labels in zip(axes, images, titles, attention, chosen, strict=True):
+        picture = image.permute(1, 2, 0).numpy()
+        row[0].imshow(picture)
+        row[0].set_title(_wrap(title, 26), fontsize=8.5, color=INK)
+        for axis, (index, caption, right) in zip(row[1:], labels, strict=False):
+            _overlay(axis, picture, maps[index].numpy())
+            color = MUTED if right is None else "#2e7d32" if right else RED
+            axis.set_title(caption, fontsize=8.5, color=color)
+    _save(figure, path)
+
+
+def _overlay(axis: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
+    """The picture in gray, lit in colour where the attention is above the uniform level."""
+    gray = picture.mean(axis=2, keepdims=True) / 255.0
+    height, width = picture.shape[:2]
+    strength = np.clip(weights / max(float(weights.max()), 1e-12), 0.0, 1.0)
+    axis.imshow(np.repeat(0.25 + 0.75 * gray, 3, axis=2), extent=(0, width, height, 0))
+    axis.imshow(
+        strength,
+        cmap="inferno",
+        alpha=0.62,
+        vmin=0,
+        vmax=1,
+        extent=(0, width, height, 0),
+        interpolation="bicubic",
+    )
+
+
+def plot_embeddings(
+    path: Path,
+    panels: Sequence[tuple[str, np.ndarray]],
+    classes: np.ndarray,
+    names: Sequence[str],
+    seed: int = 0,
+) -> None:
+    """Label embeddings of the same (image, label) pairs under several models, in two dimensions by t-SNE.
+
+    Args:
+        path: PNG file to write.
+        panels: (title, embeddings [n, E]) each; the caption adds the cosine silhouette score, which t-SNE
+            does not touch (higher: labels lie further apart).
+        classes: [n] label of every row.
+        names: label names.
+        seed: of t-SNE.
+    """
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
+    figure, axes = _figure(6.2 * len(panels) + 1.4, 5.8, 1, len(panels))
+    colors, markers = _label_styles(len(names))
+    for axis, (title, vectors) in zip(axes[0], panels, strict=True):
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        perplexity = min(30.0, max(2.0, (len(unit) - 1) / 4))
+        points = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(
+            unit
+        )
+        for index in np.unique(classes):
+            rows = classes == index
+            axis.scatter(
+                *points[rows].T, s=13, color=colors[index], marker=markers[index], linewidths=0, alpha=0.85
+            )
+        score = (
+            silhouette_score(unit, classes, metric="cosine")
+            if 1 < len(np.unique(classes)) < len(unit)
+            else np.nan
+        )
+        axis.set_title(f"{title}\nsilhouette {score:.3f}", fontsize=11, color=INK)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_color("#cccccc")
+    handles = [
+        axes[0, 0].scatter([], [], s=28, color=colors[i], marker=markers[i], linewidths=0)
+        for i in range(len(names))
+    ]
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8.5)
+    _save(figure, path)
+
+
+def _label_styles(count: int) -> tuple[list[Any], list[str]]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    order = [*range(0, 20, 2), *range(1, 20, 2)]
+    return [palette[order[i % 20]] for i in range(count)], ["osD^v"[i // 10 % 5] for i in range(count)]
+
+
+def _wrap(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)) or " "
