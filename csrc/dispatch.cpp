@@ -1,0 +1,111 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace sadcl {
+
+// Defined by the copies of the kernel files that setup.py compiled; SADCL_HAS_* says which.
+#define SADCL_DECLARE(name)                      \
+  namespace name {                               \
+  void sscl_forward(const SsclForward&);         \
+  double sscl_backward(const SsclBackward&);     \
+  }
+#define SADCL_TABLE(name) {#name, name::sscl_forward, name::sscl_backward}
+
+SADCL_DECLARE(portable)
+#if defined(SADCL_HAS_AVX2)
+SADCL_DECLARE(avx2)
+#endif
+#if defined(SADCL_HAS_AVX512)
+SADCL_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Candidate {
+  KernelTable table;
+  bool (*runs_here)();
+};
+
+const Candidate kCandidates[] = {
+#if defined(SADCL_HAS_AVX512)
+    {SADCL_TABLE(avx512),
+     [] {
+       return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("fma"));
+     }},
+#endif
+#if defined(SADCL_HAS_AVX2)
+    {SADCL_TABLE(avx2), [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }},
+#endif
+    {SADCL_TABLE(portable), [] { return true; }},
+};
+
+std::atomic<const KernelTable*> in_use{nullptr};
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+// The candidate of that name, or null with the reason in `why`.
+const KernelTable* find(const std::string& name, std::string& why) {
+  for (const Candidate& c : kCandidates) {
+    if (name != c.table.isa) continue;
+    if (c.runs_here()) return &c.table;
+    why = "this processor does not support " + name + "; it supports: " + joined(supported_isas());
+    return nullptr;
+  }
+  why = "expected one of " + joined(compiled_isas()) + ", got '" + name + "'";
+  return nullptr;
+}
+
+const KernelTable* choose() {
+  const char* forced = std::getenv("SADCL_CPU_ISA");
+  if (forced != nullptr && *forced != '\0') {
+    std::string why;
+    const KernelTable* table = find(forced, why);
+    if (table == nullptr) throw std::runtime_error("environment variable SADCL_CPU_ISA: " + why);
+    return table;
+  }
+  for (const Candidate& c : kCandidates)
+    if (c.runs_here()) return &c.table;
+  return nullptr;  // not reached: portable runs everywhere
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  const KernelTable* table = in_use.load(std::memory_order_acquire);
+  if (table == nullptr) {  // several threads may get here at once: they store the same
+    table = choose();
+    in_use.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+void set_isa(const std::string& name) {
+  std::string why;
+  const KernelTable* table = find(name, why);
+  if (table == nullptr) throw std::invalid_argument("isa: " + why);
+  in_use.store(table, std::memory_order_release);
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : kCandidates)
+    if (c.runs_here()) names.push_back(c.table.isa);
+  return names;
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : kCandidates) names.push_back(c.table.isa);
+  return names;
+}
+
+}  // namespace sadcl

@@ -1,0 +1,130 @@
+// Matrix products on panels.
+//
+// A matrix X [R, K] is kept as ceil(R / P) panels of P rows, each stored k-major: panel[k][lane], lane = row % P, lanes
+// past R zero. P = 3 registers wide, and the register tile is kMR x P. kMR divides P, so one copy of X serves as either
+// operand of a product (broadcast from the left, vectors from the right): no second packing.
+//
+//   AVX2, float:    4 x 24: 12 accumulators + 3 vectors + 1 broadcast = 16 registers; 7 loads per 12 FMA
+//   AVX-512, float: 8 x 48: 24 accumulators + 3 vectors, broadcasts ride in the FMA:  11 loads per 24 FMA
+//
+// The inner loops want the right operand's panel in L1 (kPanelDepth) and the rest streaming from L2.
+#pragma once
+#include "simd.h"
+
+SADCL_KERNELS_BEGIN
+
+template <class T>
+struct Tile {
+  static constexpr int kLanes = Simd<T>::kLanes;
+  static constexpr int kVecs = 3;
+  static constexpr int P = kVecs * kLanes;
+  static constexpr int kMR = kRegisters == 32 ? (kLanes >= 8 ? 8 : 6) : (P % 4 == 0 ? 4 : 2);
+  // Two panels of this depth (one per operand) take 24 KB: they share the smallest L1 in use, 32 KB, with the result.
+  static constexpr int kPanelDepth = 24 * 1024 / (2 * P * int(sizeof(T))) / kMR * kMR;
+  static_assert(P % kMR == 0, "a register tile must not straddle panels");
+};
+
+template <class T>
+struct Accumulators {
+  vec<T> v[Tile<T>::kMR][Tile<T>::kVecs];
+};
+
+template <class T>
+SADCL_INLINE void clear(Accumulators<T>& acc) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Tile<T>::kMR; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < Tile<T>::kVecs; ++i) acc.v[r][i] = vec<T>{};
+}
+
+// c: kMR rows of P, contiguous.
+template <class T>
+SADCL_INLINE void load_tile(Accumulators<T>& acc, const T* c) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Tile<T>::kMR; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < Tile<T>::kVecs; ++i) acc.v[r][i] = load(c + r * Tile<T>::P + i * Tile<T>::kLanes);
+}
+
+template <class T>
+SADCL_INLINE void store_tile(const Accumulators<T>& acc, T* c) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Tile<T>::kMR; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < Tile<T>::kVecs; ++i) store(c + r * Tile<T>::P + i * Tile<T>::kLanes, acc.v[r][i]);
+}
+
+// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:]
+template <int A_ROW, int A_K, class T>
+SADCL_INLINE void multiply_add(Accumulators<T>& acc, const T* a, const T* b, int depth) {
+  for (int k = 0; k < depth; ++k, a += A_K, b += Tile<T>::P) {
+    const vec<T> b0 = load(b), b1 = load(b + Tile<T>::kLanes), b2 = load(b + 2 * Tile<T>::kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < Tile<T>::kMR; ++r) {
+      const vec<T> left = splat(a[r * A_ROW]);
+      acc.v[r][0] += left * b0;
+      acc.v[r][1] += left * b1;
+      acc.v[r][2] += left * b2;
+    }
+  }
+}
+
+// out[jp][i][lane] = sum over k of x_i[k] y_j[k], j = jp * P + lane: all pairs of rows of x_panels and y_panels panels of
+// depth `depth` (a multiple of kMR). Depth is cut so that the running pair of panels stays in L1; each cut is summed in
+// registers and added to `out`, so the rounding error grows with depth / kPanelDepth, not with depth.
+template <class T>
+void dot_panels(const T* x, int x_panels, const T* y, int y_panels, int64_t depth, T* out) {
+  constexpr int P = Tile<T>::P;
+  for (int64_t k0 = 0; k0 < depth; k0 += Tile<T>::kPanelDepth) {
+    const int cut = int(depth - k0 < Tile<T>::kPanelDepth ? depth - k0 : Tile<T>::kPanelDepth);
+    for (int jp = 0; jp < y_panels; ++jp) {
+      const T* b = y + (jp * depth + k0) * P;
+      for (int ip = 0; ip < x_panels; ++ip) {
+        const T* a = x + (ip * depth + k0) * P;
+        T* c = out + (int64_t(jp) * x_panels + ip) * P * P;
+        for (int r = 0; r < P; r += Tile<T>::kMR) {
+          Accumulators<T> acc;
+          k0 == 0 ? clear(acc) : load_tile(acc, c + r * P);
+          multiply_add<1, P>(acc, a + r, b, cut);
+          store_tile(acc, c + r * P);
+        }
+      }
+    }
+  }
+}
+
+// out[ip][d][lane] += sum over j of w[ip][j][lane] * y_j[d]: mixes the rows of y (y_panels panels of depth `depth`) into
+// out's x_panels panels, weights given as panels themselves. The depth goes in slices so that y's slice stays in L2
+// while every panel of w passes through L1.
+template <class T>
+void mix_panels(const T* w, int x_panels, const T* y, int y_panels, int64_t depth, T* out) {
+  constexpr int P = Tile<T>::P, kSlice = 128 / Tile<T>::kMR * Tile<T>::kMR;
+  for (int64_t d0 = 0; d0 < depth; d0 += kSlice) {
+    const int64_t d1 = d0 + kSlice < depth ? d0 + kSlice : depth;
+    for (int ip = 0; ip < x_panels; ++ip) {
+      for (int64_t d = d0; d < d1; d += Tile<T>::kMR) {
+        T* c = out + (ip * depth + d) * P;
+        Accumulators<T> acc;
+        load_tile(acc, c);
+        for (int jp = 0; jp < y_panels; ++jp)
+          multiply_add<P, 1>(acc, y + (jp * depth + d) * P, w + (int64_t(ip) * y_panels + jp) * P * P, P);
+        store_tile(acc, c);
+      }
+    }
+  }
+}
+
+// out[b][a][i][j] = in[a][b][j][i] for P x P blocks: turns w[jp][i][lane] into w'[ip][j][lane].
+template <class T>
+void transpose_blocks(const T* in, int outer, int inner, T* out) {
+  constexpr int P = Tile<T>::P;
+  for (int a = 0; a < outer; ++a)
+    for (int b = 0; b < inner; ++b) {
+      const T* block = in + (int64_t(a) * inner + b) * P * P;
+      T* target = out + (int64_t(b) * outer + a) * P * P;
+      for (int i = 0; i < P; ++i)
+        for (int j = 0; j < P; ++j) target[i * P + j] = block[j * P + i];
+    }
+}
+
+SADCL_KERNELS_END

@@ -1,0 +1,57 @@
+// What the per-ISA kernel files offer to the rest: argument structs and one table of functions per instruction set.
+#pragma once
+#include "array.h"
+
+namespace sadcl {
+
+// Active rows of `features [B, V, C, D]`: compact row i = p * V + v is feature row (pairs[p] / C, v, pairs[p] % C).
+// Classes are the segments class_ptr[k] <= p < class_ptr[k + 1], k < num_classes.
+struct SsclRows {
+  Array features;
+  const int32_t* pairs;
+  const int32_t* class_ptr;
+  int64_t num_classes;
+  int64_t capacity;  // entries of `pairs`; class_ptr[num_classes] of them are active
+  double temperature;
+  bool normalize;
+  int threads;
+};
+
+// Outputs arrive uninitialised. T is the accumulation type: double for float64 features, else float.
+struct SsclForward {
+  SsclRows rows;
+  bool released;
+  void* row_loss;  // T [B, V, C]
+  void* lse;       // T [V * capacity]
+  double* norm;    // [V * capacity]
+  void* tile;      // T [tile_size]: holds the N x N scores if they fit
+  int64_t tile_size;
+};
+
+struct SsclBackward {
+  SsclRows rows;
+  Array grad_rows;  // T [B, V, C], any strides
+  const void* lse;
+  const double* norm;
+  const void* tile;
+  int64_t tile_size;
+  void* grad_features;  // features' dtype, contiguous
+};
+
+struct KernelTable {
+  const char* isa;
+  void (*sscl_forward)(const SsclForward&);
+  double (*sscl_backward)(const SsclBackward&);  // returns d loss / d temperature
+};
+
+// compact.cpp. `bad` receives up to `max_bad` distinct offending values; returns how many there are (0: all is well).
+struct Compact {
+  Array labels;  // [B, C]
+  int32_t* pairs;
+  int32_t* class_ptr;
+  int8_t* target;
+  int threads;
+};
+int compact(const Compact& args, double* bad, int max_bad);
+
+}  // namespace sadcl

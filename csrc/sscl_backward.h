@@ -1,0 +1,184 @@
+// SSCL backward: scores again (or from the tile), turned into weights in place, and two products per pair of blocks.
+//
+// With anchor weights m and n_c - 1 = k positives, all that moves row i is one symmetric matrix:
+//
+//   g_i = 1/tau * sum over j != i of w_ij z_j,   w_ij = m_i e^(s_ij - lse_i) + m_j e^(s_ij - lse_j)
+//                                                       - [same class] (m_i + m_j) / k
+//
+// w is symmetric, so each block of scores, computed once, serves both its rows and its columns: 3 N^2 D flops, not 4.
+#pragma once
+#include "sscl_forward.h"
+
+SADCL_KERNELS_BEGIN
+
+// Per row (padding rows: all zero): `anchor` and `shift` give m_i e^(s - lse_i) as anchor * 2^(t - shift), or, where
+// scores are small (kFixedBound), as anchor * 2^t; `pull` is m_i / k.
+template <class T>
+struct Anchors {
+  Scratch<T> anchor, shift, pull;
+  double scale = 1;  // a power of two taken out of m, so that float32 does not limit how small or large m may be
+  bool fixed;
+
+  Anchors(Rows<T>& rows, const SsclBackward& args)
+      : anchor(rows.panels * Rows<T>::P + 1), shift(rows.panels * Rows<T>::P + 1), pull(rows.panels * Rows<T>::P + 1),
+        fixed(rows.bound <= kFixedBound) {
+    const T* grad = static_cast<const T*>(args.grad_rows.data);
+    const T* lse = static_cast<const T*>(args.lse);
+    double largest = 0;
+    for (int64_t i = 0; i < rows.panels * Rows<T>::P; ++i) {
+      const bool active = i < rows.n && !(lse[i] == T(HUGE_VAL));
+      anchor[i] = active ? grad[rows.offset(rows.place(i), args.grad_rows)] : T(0);
+      if (fabs(double(anchor[i])) > largest) largest = fabs(double(anchor[i]));
+    }
+    if (largest > 0 && largest < HUGE_VAL) {
+      int exponent;
+      frexp(largest, &exponent);
+      scale = ldexp(1.0, exponent);
+    }
+    for (int64_t i = 0; i < rows.panels * Rows<T>::P; ++i) {
+      const double m = double(anchor[i]) / scale, value = i < rows.n ? double(lse[i]) : HUGE_VAL;
+      const Range same = i < rows.n ? rows.rows_of(rows.classes[i]) : Range{0, 1};
+      pull[i] = T(same.last - same.first > 1 ? m / double(same.last - same.first - 1) : 0);
+      shift[i] = T(value * kLog2E);
+      anchor[i] = T(value == HUGE_VAL ? 0 : fixed ? m * exp(-value) : m);
+    }
+  }
+};
+
+template <class T>
+void to_weights(const Block<T>& block, T scale, Anchors<T>& anchors) {
+  constexpr int P = Block<T>::P, L = Block<T>::L;
+  for (int jp = 0; jp < block.panels; ++jp)
+    for (int v = 0; v < 3; ++v) {
+      const int64_t j = block.j0 + jp * P + v * L;
+      const vec<T> anchor_j = load(anchors.anchor.get() + j), shift_j = load(anchors.shift.get() + j);
+      for (int i = 0; i < block.m; ++i) {
+        T* s = block.at(jp, i) + v * L;
+        const vec<T> t = load(s) * scale;
+        const T anchor_i = anchors.anchor[block.i0 + i], shift_i = anchors.shift[block.i0 + i];
+        if (anchors.fixed) {
+          store(s, exp2<T>(t) * (anchor_i + anchor_j));
+        } else {  // s <= lse but for rounding; the clamp keeps exp2 in its domain and lets NaN pass
+          const vec<T> x = t - shift_i, y = t - shift_j;
+          store(s, exp2<T>(x > T(0) ? vec<T>{} : x) * anchor_i + exp2<T>(y > T(0) ? vec<T>{} : y) * anchor_j);
+        }
+      }
+    }
+}
+
+template <class T>
+void subtract_positives(const Rows<T>& rows, const Block<T>& block, Anchors<T>& anchors) {
+  constexpr int P = Block<T>::P, L = Block<T>::L;
+  for_same_class(rows, block, [&](const Rect& r, int32_t) {
+    for (int jp = int(r.cols.first - block.j0) / P; jp * P < r.cols.last - block.j0; ++jp) {
+      const LaneMask<T> mask(block, jp, r.cols);
+      for (int v = 0; v < 3; ++v) {
+        const vec<T> pull_j = load(anchors.pull.get() + block.j0 + jp * P + v * L);
+        for (int64_t i = r.rows.first; i < r.rows.last; ++i) {
+          T* w = block.at(jp, int(i - block.i0)) + v * L;
+          store(w, load(w) - (mask.v[v] ? pull_j + anchors.pull[i] : vec<T>{}));
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void load_scores(const Block<T>& block, const T* tile) {
+  constexpr int P = Block<T>::P;
+  const int64_t n = block.n;
+  for (int jp = 0; jp < block.panels; ++jp)
+    for (int i = 0; i < block.m; ++i) {
+      const int64_t row = block.i0 + i, j = block.j0 + int64_t(jp) * P;
+      T* s = block.at(jp, i);
+      const int64_t count = row >= n ? 0 : n - j < P ? n - j : P;
+      for (int64_t l = 0; l < P; ++l) s[l] = l < count ? tile[row * n + j + l] : T(0);
+    }
+}
+
+// gradients += w z, for both sides of every block. gradients: panels, as z.
+template <class T>
+void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, const T* tile, T* gradients) {
+  constexpr int P = Rows<T>::P;
+  const Blocks<T> blocks(rows.panels, rows.threads);
+  const T scale = T(tile != nullptr ? kLog2E : kLog2E / rows.in.temperature);
+  Scratch<Workspace<T>> workspaces(rows.threads);
+  for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
+    Workspace<T>& ws = workspaces[thread_index()];
+    const Block<T> block = block_of(rows, blocks, a, b, ws);
+    tile != nullptr ? load_scores(block, tile) : compute_scores(rows, block);
+    to_weights(block, scale, anchors);
+    subtract_positives(rows, block, anchors);
+    block.set_diagonal(0);
+    T* to_i = gradients + block.i0 * rows.depth;
+    T* to_j = gradients + block.j0 * rows.depth;
+    const T* z_i = rows.panel(block.i0 / P);
+    const T* z_j = rows.panel(block.j0 / P);
+    if (block.diagonal()) {  // comes first for its rows; and a symmetric block is its own transpose
+      memset(to_i, 0, size_t(block.m * rows.depth) * sizeof(T));
+      mix_panels(ws.w, block.panels, z_i, block.panels, rows.depth, to_i);
+    } else {
+      transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
+      mix_panels(ws.w_transposed, block.m / P, z_j, block.panels, rows.depth, to_i);
+      mix_panels(ws.w, block.panels, z_i, block.m / P, rows.depth, to_j);
+    }
+  });
+}
+
+// Through the normalisation, dx = (g - z (z.g)) / |x|, and out to the rows of [B, V, C, D].
+// Returns the panel's sum of z.g, without the factor `scale`.
+template <class T>
+double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, double scale, T* g, T* staging) {
+  constexpr int P = Rows<T>::P, kSlice = 64;
+  const T* z = rows.panel(panel);
+  const int64_t first = panel * P;
+  const int lanes = int(rows.n - first < P ? rows.n - first : P);
+  double radial[P] = {}, factor[P] = {}, total = 0;
+  for (int64_t d = 0; d < rows.D; ++d)
+    for (int l = 0; l < P; ++l) radial[l] += double(z[d * P + l]) * double(g[d * P + l]);
+  for (int l = 0; l < lanes; ++l) {
+    total += radial[l];
+    const double norm = args.norm[first + l];
+    factor[l] = norm == 0 ? 0 : scale / norm;
+    if (!rows.in.normalize) radial[l] = 0;
+  }
+  for (int64_t d0 = 0; d0 < rows.D; d0 += kSlice) {
+    const int64_t count = rows.D - d0 < kSlice ? rows.D - d0 : kSlice;
+    for (int64_t d = d0; d < d0 + count; ++d)
+      for (int l = 0; l < P; ++l)
+        g[d * P + l] = T((double(g[d * P + l]) - double(z[d * P + l]) * radial[l]) * factor[l]);
+    for (int l = 0; l < lanes; ++l) {
+      for (int64_t d = 0; d < count; ++d) staging[d] = g[(d0 + d) * P + l];
+      const int64_t out = rows.flat(rows.place(first + l)) * rows.D + d0;
+      write_row(args.grad_features, rows.in.features.dtype, out, count, staging);
+    }
+  }
+  return total;
+}
+
+template <class T>
+double backward(const SsclBackward& args) {
+  Rows<T> rows(args.rows);
+  const Array& x = args.rows.features;
+  zero_fill(args.grad_features, x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3] * element_size(x.dtype),
+            team_size(args.rows.threads));
+  if (rows.n == 0) return 0;
+  gather(rows, const_cast<double*>(args.norm), true);
+  Anchors<T> anchors(rows, args);
+  Scratch<T> gradients(rows.panels * rows.depth * Rows<T>::P);
+  const T* tile = rows.n * rows.n <= args.tile_size ? static_cast<const T*>(args.tile) : nullptr;
+  sweep_backward(rows, anchors, tile, gradients.get());
+
+  const double tau = args.rows.temperature, scale = anchors.scale / tau;
+  Scratch<double> radial(rows.panels);
+#pragma omp parallel for num_threads(rows.threads) schedule(static)
+  for (int64_t p = 0; p < rows.panels; ++p) {
+    alignas(64) T staging[64];
+    radial[p] = scatter_panel(rows, p, args, scale, gradients.get() + p * rows.depth * Rows<T>::P, staging);
+  }
+  double total = 0;
+  for (int64_t p = 0; p < rows.panels; ++p) total += radial[p];
+  return -total * scale / (2 * tau);
+}
+
+SADCL_KERNELS_END

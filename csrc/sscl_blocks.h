@@ -1,0 +1,133 @@
+// SSCL's work on one block of scores, and the order in which the blocks are visited.
+//
+// A block is w[jp][i][lane]: scores of m rows i against the P lanes of each panel jp (gemm.h's dot_panels).
+#pragma once
+#include "sscl_rows.h"
+
+SADCL_KERNELS_BEGIN
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// Panels [first, last) form a block. 192 rows: w and its transpose (2 x 147 KB) stay in L2, and a panel of weights
+// (192 x P) in L1 while mix_panels runs over it.
+template <class T>
+struct Blocks {
+  static constexpr int P = Tile<T>::P;
+  static constexpr int kFit = 27 * 1024 / (P * int(sizeof(T)));
+  static constexpr int kMaxPanels = (kFit < 192 ? kFit : 192) / P;
+  int64_t panels, count;
+
+  // At least two blocks a thread, so that a round of `for_all_pairs` has a task for everybody.
+  Blocks(int64_t panels, int threads) : panels(panels) {
+    const int64_t step = 2 * threads, needed = (panels + kMaxPanels - 1) / kMaxPanels;
+    count = (needed + step - 1) / step * step;
+    if (count > panels) count = panels;
+  }
+  Range panels_of(int64_t b) const { return {b * panels / count, (b + 1) * panels / count}; }
+};
+
+// Calls task(a, b) once for every pair of blocks a <= b, in rounds in which no two tasks share a block: a round-robin
+// tournament. So a task may add to what belongs to its two blocks without locks or atomics, whichever thread runs it,
+// and the order of additions (hence every bit) does not depend on timing.
+template <class Task>
+void for_all_pairs(int64_t blocks, int threads, Task task) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t b = 0; b < blocks; ++b) task(b, b);
+    const int64_t players = blocks + (blocks & 1), circle = players - 1;
+    for (int64_t round = 0; round < circle; ++round) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t k = 0; k < players / 2; ++k) {
+        const int64_t a = k == 0 ? circle : (round + k) % circle, b = (round + circle - k) % circle;
+        if (a < blocks) a < b ? task(a, b) : task(b, a);
+      }
+    }
+  }
+}
+
+// One pair of blocks: rows [i0, i0 + m) against columns [j0, j0 + panels * P); rows and columns from n on are padding.
+template <class T>
+struct Block {
+  static constexpr int P = Tile<T>::P, L = Tile<T>::kLanes;
+  int64_t i0, j0, n;
+  int m, panels;
+  T* w;
+
+  T* at(int jp, int i) const { return w + (int64_t(jp) * m + i) * P; }
+  T& score(int64_t i, int64_t j) const { return at(int(j - j0) / P, int(i - i0))[(j - j0) % P]; }
+  bool diagonal() const { return i0 == j0; }
+
+  void set_diagonal(T value) const {
+    if (diagonal())
+      for (int64_t i = i0; i < i0 + m; ++i) score(i, i) = value;
+  }
+  void set_padding(T value) const {
+    for (int64_t i = i0; i < i0 + m; ++i)
+      for (int64_t j = i < n ? (n > j0 ? n : j0) : j0; j < j0 + panels * P; ++j) score(i, j) = value;
+  }
+};
+
+// Rows i in `rows`, columns j in `cols` (numbers of rows of the whole problem): all of one class.
+struct Rect {
+  Range rows, cols;
+};
+
+// Calls f(rect, class) for the parts of the block where row and column have the same class. Off the diagonal there is at
+// most one: a class is one contiguous range, so it has to hold the last row of the one block and the first of the other.
+template <class T, class F>
+void for_same_class(const Rows<T>& rows, const Block<T>& block, F f) {
+  const int64_t i1 = block.i0 + block.m < block.n ? block.i0 + block.m : block.n;
+  const int64_t width = int64_t(block.panels) * Block<T>::P;
+  const int64_t j1 = block.j0 + width < block.n ? block.j0 + width : block.n;
+  const Scratch<int32_t>& classes = rows.classes;
+  for (int64_t i = block.diagonal() ? block.i0 : i1 - 1; i < i1;) {
+    const int32_t c = classes[i];
+    const Range all = rows.rows_of(c);
+    const Range in_i = {all.first > block.i0 ? all.first : block.i0, all.last < i1 ? all.last : i1};
+    const Range in_j = {all.first > block.j0 ? all.first : block.j0, all.last < j1 ? all.last : j1};
+    if (in_j.first < in_j.last && all.last - all.first > 1) f(Rect{in_i, in_j}, c);
+    i = in_i.last;
+  }
+}
+
+// Sums f(score) over rows and over columns of the rectangle of panels [p0, p1) and rows [r0, r1), local numbers:
+// row_sums[i - r0] and col_sums[(jp - p0) * P + lane]. Columns are added in two stages, as long float sums lose bits.
+template <class T, class F>
+void sums(const Block<T>& block, int p0, int p1, int r0, int r1, T* lanes, double* row_sums, double* col_sums, F f) {
+  constexpr int P = Block<T>::P, L = Block<T>::L, kStage = 32;
+  memset(lanes, 0, size_t(r1 - r0) * L * sizeof(T));
+  for (int jp = p0; jp < p1; ++jp) {
+    vec<T> total[3] = {};
+    for (int stage = r0; stage < r1; stage += kStage) {
+      vec<T> c0 = {}, c1 = {}, c2 = {};
+      for (int i = stage; i < r1 && i < stage + kStage; ++i) {
+        const T* s = block.at(jp, i);
+        const vec<T> e0 = f(load(s), i, jp, 0), e1 = f(load(s + L), i, jp, 1), e2 = f(load(s + 2 * L), i, jp, 2);
+        c0 += e0;
+        c1 += e1;
+        c2 += e2;
+        T* row = lanes + int64_t(i - r0) * L;
+        store(row, load(row) + ((e0 + e1) + e2));
+      }
+      total[0] += c0;
+      total[1] += c1;
+      total[2] += c2;
+    }
+    for (int l = 0; l < P; ++l) col_sums[(jp - p0) * P + l] = total[l / L][l % L];
+  }
+  for (int i = r0; i < r1; ++i) row_sums[i - r0] = sum<T>(load(lanes + int64_t(i - r0) * L));
+}
+
+// Lanes of panel jp that lie in `cols`: all ones there, else 0.
+template <class T>
+struct LaneMask {
+  typename Simd<T>::I v[3];
+  LaneMask(const Block<T>& block, int jp, const Range& cols) {
+    const int64_t base = block.j0 + int64_t(jp) * Block<T>::P;
+    for (int l = 0; l < Block<T>::P; ++l)
+      v[l / Block<T>::L][l % Block<T>::L] = base + l >= cols.first && base + l < cols.last ? -1 : 0;
+  }
+};
+
+SADCL_KERNELS_END

@@ -1,0 +1,215 @@
+// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; nothing N x N is kept (but `tile`).
+#pragma once
+#include "sscl_blocks.h"
+#include "sscl_released.h"
+
+SADCL_KERNELS_BEGIN
+
+// What a thread needs while it works on a block.
+template <class T>
+struct Workspace {
+  static constexpr int kRows = Blocks<T>::kMaxPanels * Tile<T>::P;
+  static constexpr int64_t kSquare = int64_t(kRows) * kRows;
+  alignas(64) T w[kSquare];
+  alignas(64) T w_transposed[kSquare];
+  alignas(64) T lanes[kRows * Tile<T>::kLanes];
+  alignas(64) T row_values[kRows], col_values[kRows];
+  double row_sums[kRows], col_sums[kRows];
+};
+
+template <class T>
+Block<T> block_of(const Rows<T>& rows, const Blocks<T>& blocks, int64_t a, int64_t b, Workspace<T>& ws) {
+  const Range i = blocks.panels_of(a), j = blocks.panels_of(b);
+  constexpr int P = Block<T>::P;
+  return {i.first * P, j.first * P, rows.n, int(i.last - i.first) * P, int(j.last - j.first), ws.w};
+}
+
+template <class T>
+void compute_scores(Rows<T>& rows, const Block<T>& block) {
+  constexpr int P = Block<T>::P;
+  dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w);
+}
+
+// Per row, over the columns visited so far: sum of 2^(t - peak) (peak 0 with a fixed shift), t = log2(e) s; sum of z_i.z_p
+// over the row's positives.
+template <class T>
+struct Statistics {
+  Scratch<double> sum, positive;
+  Scratch<T> peak;
+  explicit Statistics(int64_t n) : sum(n + 1), positive(n + 1), peak(n + 1) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = positive[i] = 0, peak[i] = T(-HUGE_VAL);
+  }
+};
+
+template <class T>
+void add_sums(const Block<T>& block, const Workspace<T>& ws, Scratch<double>& total) {
+  for (int i = 0; i < block.m && block.i0 + i < block.n; ++i) total[block.i0 + i] += ws.row_sums[i];
+  if (block.diagonal()) return;
+  for (int j = 0; j < block.panels * Block<T>::P && block.j0 + j < block.n; ++j) total[block.j0 + j] += ws.col_sums[j];
+}
+
+// The numerators. They could be had from class sums as z_i.(S_c - z_i); but the scores are here, in cache, so adding them
+// costs n_c^2 additions, no second pass over z, and no cancellation of z_i.z_i.
+template <class T>
+void add_positives(const Rows<T>& rows, const Block<T>& block, Workspace<T>& ws, Scratch<double>& positive) {
+  constexpr int P = Block<T>::P;
+  for_same_class(rows, block, [&](const Rect& r, int32_t) {
+    const int r0 = int(r.rows.first - block.i0), r1 = int(r.rows.last - block.i0);
+    for (int jp = int(r.cols.first - block.j0) / P; jp * P < r.cols.last - block.j0; ++jp) {
+      const LaneMask<T> mask(block, jp, r.cols);
+      sums(block, jp, jp + 1, r0, r1, ws.lanes, ws.row_sums, ws.col_sums,
+           [&](vec<T> s, int, int, int v) { return mask.v[v] ? s : vec<T>{}; });
+      for (int i = r0; i < r1; ++i) positive[block.i0 + i] += ws.row_sums[i - r0];
+      if (block.diagonal()) continue;
+      const int64_t base = block.j0 + int64_t(jp) * P;
+      for (int l = 0; l < P && base + l < block.n; ++l) positive[base + l] += ws.col_sums[l];
+    }
+  });
+}
+
+// |s| <= kFixedBound: sums of e^s and products with e^-lse are far from float32's limits, no maximum is needed.
+constexpr double kFixedBound = 40;
+
+template <class T>
+void add_exponentials(const Block<T>& block, T scale, Workspace<T>& ws, Statistics<T>& stats) {
+  sums(block, 0, block.panels, 0, block.m, ws.lanes, ws.row_sums, ws.col_sums,
+       [&](vec<T> s, int, int, int) { return exp2<T>(s * scale); });
+  add_sums(block, ws, stats.sum);
+}
+
+// Moves a row's pivot up to `candidate` and returns it, 0 as long as it is -inf.
+template <class T>
+T raise_peak(Statistics<T>& stats, int64_t i, T candidate) {
+  const T old = stats.peak[i];
+  if (candidate > old) {
+    stats.sum[i] *= ::exp2(double(old) - double(candidate));
+    stats.peak[i] = candidate;
+  }
+  return stats.peak[i] == T(-HUGE_VAL) ? T(0) : stats.peak[i];
+}
+
+// The same with a running maximum. Rows and columns have different pivots, hence two exponentials a score.
+template <class T>
+void add_exponentials_online(const Block<T>& block, T scale, Workspace<T>& ws, Statistics<T>& stats) {
+  constexpr int P = Block<T>::P, L = Block<T>::L;
+  const vec<T> lowest = splat(T(-HUGE_VAL));
+  for (int i = 0; i < block.m; ++i) store(ws.lanes + i * L, lowest);
+  for (int jp = 0; jp < block.panels; ++jp) {
+    vec<T> col[3] = {lowest, lowest, lowest};
+    for (int i = 0; i < block.m; ++i) {
+      vec<T> row = load(ws.lanes + i * L);
+      for (int v = 0; v < 3; ++v) {
+        T* s = block.at(jp, i) + v * L;
+        const vec<T> t = load(s) * scale;
+        store(s, t);
+        col[v] = vmax<T>(t, col[v]);
+        row = vmax<T>(t, row);
+      }
+      store(ws.lanes + i * L, row);
+    }
+    for (int v = 0; v < 3; ++v) store(ws.col_values + jp * P + v * L, col[v]);
+  }
+  for (int i = 0; i < block.m && block.i0 + i < block.n; ++i) {
+    T largest = ws.lanes[i * L];
+    for (int l = 1; l < L; ++l) largest = ws.lanes[i * L + l] > largest ? ws.lanes[i * L + l] : largest;
+    ws.row_values[i] = raise_peak(stats, block.i0 + i, largest);
+  }
+  if (!block.diagonal())
+    for (int j = 0; j < block.panels * P && block.j0 + j < block.n; ++j)
+      ws.col_values[j] = raise_peak(stats, block.j0 + j, ws.col_values[j]);
+
+  double unused[Workspace<T>::kRows];
+  if (!block.diagonal())
+    sums(block, 0, block.panels, 0, block.m, ws.lanes, unused, ws.col_sums,
+         [&](vec<T> t, int, int jp, int v) { return exp2<T>(t - load(ws.col_values + jp * P + v * L)); });
+  sums(block, 0, block.panels, 0, block.m, ws.lanes, ws.row_sums, unused,
+       [&](vec<T> t, int i, int, int) { return exp2<T>(t - ws.row_values[i]); });
+  add_sums(block, ws, stats.sum);
+}
+
+template <class T>
+void save_scores(const Block<T>& block, T factor, T* tile) {
+  const int64_t n = block.n, i1 = block.i0 + block.m < n ? block.i0 + block.m : n;
+  const int64_t end = block.j0 + int64_t(block.panels) * Block<T>::P, j1 = end < n ? end : n;
+  for (int64_t i = block.i0; i < i1; ++i)
+    for (int64_t j = block.j0; j < j1; ++j) tile[i * n + j] = block.score(i, j) * factor;
+  if (block.diagonal()) return;
+  for (int64_t i = block.i0; i < i1; ++i)
+    for (int64_t j = block.j0; j < j1; ++j) tile[j * n + i] = tile[i * n + j];
+}
+
+template <class T>
+void sweep_forward(Rows<T>& rows, bool fixed, T* tile, Statistics<T>& stats) {
+  const Blocks<T> blocks(rows.panels, rows.threads);
+  const double inverse = 1 / rows.in.temperature;
+  const T scale = T(kLog2E * inverse);
+  Scratch<Workspace<T>> workspaces(rows.threads);
+  for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
+    Workspace<T>& ws = workspaces[thread_index()];
+    const Block<T> block = block_of(rows, blocks, a, b, ws);
+    compute_scores(rows, block);
+    block.set_diagonal(0);
+    if (tile != nullptr) save_scores(block, T(inverse), tile);
+    add_positives(rows, block, ws, stats.positive);
+    block.set_diagonal(T(-HUGE_VAL));
+    block.set_padding(T(-HUGE_VAL));
+    fixed ? add_exponentials(block, scale, ws, stats) : add_exponentials_online(block, scale, ws, stats);
+  });
+}
+
+// lse and loss of each row from its statistics; `maxima` is the mean of R over the row's positives (SPEC section 4).
+template <class T>
+void write_rows(Rows<T>& rows, const SsclForward& args, bool fixed, Statistics<T>& stats, const double* maxima) {
+  T* lse = static_cast<T*>(args.lse);
+  T* row_loss = static_cast<T*>(args.row_loss);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const Range same = rows.rows_of(rows.classes[i]);
+    const double positives = double(same.last - same.first - 1);
+    if (positives == 0) {
+      lse[i] = T(HUGE_VAL);
+      continue;
+    }
+    const double peak = fixed ? 0 : double(stats.peak[i]) * kLn2;
+    double value = peak + log(stats.sum[i]), subtract = 0;
+    if (args.released) {
+      const double pivot = peak > 0 ? peak : 0;
+      value = pivot + log(1e-5 + stats.sum[i] * exp(peak - pivot));
+      subtract = pivot - maxima[i];
+    }
+    lse[i] = T(value);
+    row_loss[rows.flat(rows.place(i))] =
+        T(value - subtract - stats.positive[i] / positives / rows.in.temperature);
+  }
+}
+
+template <class T>
+void zero_rest(T* data, int64_t from, int64_t to, int threads) {
+  zero_fill(data + from, (to - from) * int64_t(sizeof(T)), threads);
+}
+
+template <class T>
+void forward(const SsclForward& args) {
+  Rows<T> rows(args.rows);
+  const int64_t capacity = rows.V * args.rows.capacity;
+  const int team = team_size(args.rows.threads);
+  zero_fill(args.row_loss, rows.in.features.shape[0] * rows.V * rows.C * int64_t(sizeof(T)), team);
+  zero_rest(static_cast<T*>(args.lse), rows.n, capacity, team);
+  zero_rest(args.norm, rows.n, capacity, team);
+  gather(rows, args.norm, false);
+
+  const bool fits = rows.n * rows.n <= args.tile_size;
+  zero_rest(static_cast<T*>(args.tile), fits ? rows.n * rows.n : 0, args.tile_size, team);
+  // The released value looks at the scores of positives a second time: keep them where that is cheap.
+  const bool keep = !fits && args.released && rows.n * rows.n <= kKeptScores;
+  Scratch<T> kept(keep ? rows.n * rows.n : 1);
+  T* tile = fits ? static_cast<T*>(args.tile) : keep ? kept.get() : nullptr;
+
+  Statistics<T> stats(rows.n);
+  const bool fixed = !args.released && rows.bound <= kFixedBound;
+  sweep_forward(rows, fixed, tile, stats);
+  Scratch<double> maxima(args.released ? rows.n + 1 : 1);
+  if (args.released) released_maxima(rows, tile, maxima.get());
+  write_rows(rows, args, fixed, stats, maxima.get());
+}
+
+SADCL_KERNELS_END

@@ -1,0 +1,150 @@
+// The active rows of an SSCL call: where they live in `features`, and their unit vectors as panels (gemm.h).
+#pragma once
+#include <float.h>
+#include <math.h>
+
+#include "convert.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "scratch.h"
+
+SADCL_KERNELS_BEGIN
+
+struct Place {
+  int64_t image, view, label;
+};
+
+// Rows [first, last) of a class.
+struct Range {
+  int64_t first, last;
+};
+
+template <class T>
+struct Rows {
+  static constexpr int P = Tile<T>::P;
+
+  const SsclRows& in;
+  int64_t V, C, D;
+  int64_t n;       // active rows
+  int64_t depth;   // D rounded up to the register tile; the rest is zero
+  int64_t panels;  // ceil(n / P)
+  int threads;
+  Scratch<int32_t> classes;  // [n] class of each row
+  Scratch<T> z;              // [panels][depth][P]
+  double bound;              // |s_ij| <= bound; NaN if a row is not finite
+
+  explicit Rows(const SsclRows& r)
+      : in(r), V(r.features.shape[1]), C(r.features.shape[2]), D(r.features.shape[3]),
+        n(V * r.class_ptr[r.num_classes]), depth((D + Tile<T>::kMR - 1) / Tile<T>::kMR * Tile<T>::kMR),
+        panels((n + P - 1) / P), threads(team_size(r.threads)), classes(n + 1), z(panels * depth * P + 1), bound(0) {
+    // Below some hundred thousand multiply-adds waking the team costs more than it brings.
+    if (double(n) * double(n) * double(depth) < 5e5) threads = 1;
+    for (int64_t c = 0; c < r.num_classes; ++c) {
+      const Range range = rows_of(c);
+      for (int64_t i = range.first; i < range.last; ++i) classes[i] = int32_t(c);
+    }
+  }
+
+  Range rows_of(int64_t c) const { return {in.class_ptr[c] * V, in.class_ptr[c + 1] * V}; }
+
+  Place place(int64_t i) const {
+    const int64_t pair = in.pairs[i / V];
+    return {pair / C, i % V, pair % C};
+  }
+  int64_t offset(const Place& p, const Array& a) const {
+    return p.image * a.stride[0] + p.view * a.stride[1] + p.label * a.stride[2];
+  }
+  // Row number in a contiguous [B, V, C].
+  int64_t flat(const Place& p) const { return (p.image * V + p.view) * C + p.label; }
+  T* panel(int64_t p) { return z.get() + p * depth * P; }
+};
+
+// Sum of squares in float64, where neither 1e30 nor the smallest subnormal of float32 can do harm.
+template <class T>
+double sum_of_squares(const T* x, int64_t n) {
+  constexpr int kParts = 16;
+  double part[kParts] = {};
+  int64_t d = 0;
+  for (; d + kParts <= n; d += kParts)
+    for (int i = 0; i < kParts; ++i) part[i] += double(x[d + i]) * double(x[d + i]);
+  for (; d < n; ++d) part[0] += double(x[d]) * double(x[d]);
+  for (int step = kParts / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) part[i] += part[i + step];
+  return part[0];
+}
+
+// |x|, also where float64 features overflow or underflow when squared.
+template <class T>
+double length(const T* x, int64_t n) {
+  const double squares = sum_of_squares(x, n);
+  if (squares > 1e-280 && squares < 1e280) return sqrt(squares);
+  double largest = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    const double size = fabs(double(x[d]));
+    if (!(size <= largest)) largest = size;
+  }
+  if (largest == 0 || !(largest < HUGE_VAL)) return largest;
+  double scaled = 0;
+  for (int64_t d = 0; d < n; ++d) scaled += (double(x[d]) / largest) * (double(x[d]) / largest);
+  return largest * sqrt(scaled);
+}
+
+template <class T>
+void scale_row(T* x, int64_t n, double norm) {
+  if (norm >= DBL_MIN) {
+    const double inverse = 1 / norm;
+    for (int64_t d = 0; d < n; ++d) x[d] = T(double(x[d]) * inverse);
+  } else {
+    for (int64_t d = 0; d < n; ++d) x[d] = norm == 0 ? T(0) : T(double(x[d]) / norm);
+  }
+}
+
+// Reads the rows of one panel, scales them to unit length and stores them k-major. `staging` is [P][pitch].
+// Returns the largest |z|^2.
+template <class T>
+double gather_panel(Rows<T>& rows, int64_t panel, double* norm, bool norm_known, T* staging, int64_t pitch) {
+  constexpr int P = Rows<T>::P;
+  const Array& x = rows.in.features;
+  const int64_t D = rows.D, first = panel * P;
+  const int lanes = int(rows.n - first < P ? rows.n - first : P);
+  double largest = 0;
+  for (int l = 0; l < lanes; ++l) {
+    T* row = staging + l * pitch;
+    read_row(x, rows.offset(rows.place(first + l), x), x.stride[3], D, row);
+    double square = 1;
+    if (rows.in.normalize) {
+      if (!norm_known) norm[first + l] = length(row, D);
+      scale_row(row, D, norm[first + l]);
+      if (!(norm[first + l] < HUGE_VAL)) square = NAN;
+    } else {
+      if (!norm_known) norm[first + l] = 1;
+      square = sum_of_squares(row, D);
+    }
+    if (!(square <= largest)) largest = square;
+  }
+  T* z = rows.panel(panel);
+  for (int64_t d = 0; d < D; ++d) {
+    int l = 0;
+    for (; l < lanes; ++l) z[d * P + l] = staging[l * pitch + d];
+    for (; l < P; ++l) z[d * P + l] = 0;
+  }
+  memset(z + D * P, 0, size_t((rows.depth - D) * P) * sizeof(T));
+  return largest;
+}
+
+template <class T>
+void gather(Rows<T>& rows, double* norm, bool norm_known) {
+  constexpr int P = Rows<T>::P;
+  const int64_t pitch = (rows.D + 15) / 16 * 16 + 16;  // odd in cache lines: P rows do not share one cache set
+  Scratch<T> staging(rows.threads * P * pitch);
+  Scratch<double> squares(rows.panels + 1);
+#pragma omp parallel for num_threads(rows.threads) schedule(static)
+  for (int64_t p = 0; p < rows.panels; ++p)
+    squares[p] = gather_panel(rows, p, norm, norm_known, staging.get() + thread_index() * P * pitch, pitch);
+  double largest = 0;
+  for (int64_t p = 0; p < rows.panels; ++p)
+    if (!(squares[p] <= largest)) largest = squares[p];
+  rows.bound = largest / rows.in.temperature;
+}
+
+SADCL_KERNELS_END
