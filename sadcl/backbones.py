@@ -63,7 +63,11 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+        known = {"size", "mean", "std", "scale"}
+        if set(values) != known:
+            raise ValueError(f"preprocessing: expected the keys {sorted(known)}, got {sorted(values)}")
+        size, mean, std = (tuple(values[key]) for key in ("size", "mean", "std"))
+        return cls(size, mean, std, float(values["scale"]))
 
 
 class Backbone(nn.Module):

@@ -48,7 +48,8 @@ def fit_width(embeddings: Tensor, width: int) -> Tensor:
         return embeddings.clone()
     mapped = embeddings.cpu().double() @ fixed_map(embeddings.shape[1], width)
     length = mapped.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return (mapped / length * width**0.5).to(embeddings)
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    return (mapped / length * width**0.5).to(device=embeddings.device, dtype=dtype)
 
 
 def check_indices(indices: Sequence[int] | Tensor, num_classes: int) -> Tensor:

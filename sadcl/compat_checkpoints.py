@@ -38,7 +38,15 @@ _NAMES = (
 )
 _BATCHED = ("classifier.weight", "classifier.bias", "prototypes")  # released with a leading dimension of 1
 _BODY = "backbone.0.body."
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    zipfile.BadZipFile,
+)
 _STATE_KEYS = ("state_dict", "model")
 
 
@@ -121,6 +129,8 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(name, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: truncated, or not a PyTorch checkpoint ({reason})") from error
@@ -140,10 +150,8 @@ def _numpy_scalars() -> list[Any]:
     """What unpickling a numpy scalar needs, under numpy 1's module name and numpy 2's."""
     import numpy as np
 
-    try:
-        from numpy._core.multiarray import scalar
-    except ImportError:  # numpy 1
-        from numpy.core.multiarray import scalar
+    core = getattr(np, "_core", None) or np.core  # numpy 2, numpy 1
+    scalar = core.multiarray.scalar
     kinds = (np.float16, np.float32, np.float64, np.int32, np.int64)
     return [
         (scalar, "numpy._core.multiarray.scalar"),

@@ -141,17 +141,19 @@ def label_attention(
         if dropout > 0.0:
             shape = (memory.shape[0], num_heads, query.shape[-2], memory.shape[1])
             dropped = F.dropout(memory.new_ones(shape), dropout)
-        weights_in = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
-        out, weights = _reference(
+        out, applied = _reference(
             query,
             memory,
-            *weights_in,
+            in_proj_weight,
+            in_proj_bias,
+            out_proj_weight,
+            out_proj_bias,
             num_heads,
             memory_pos=memory_pos,
             key_padding_mask=key_padding_mask,
             dropped=dropped,
         )
-        return out, weights if need_weights else None
+        return out, applied if need_weights else None
     projections = Projections(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads)
     batch, length, width = memory.shape
     shared = query.dim() == 2
@@ -168,7 +170,7 @@ def label_attention(
 
 
 def _resolved(backend: str | None, device: torch.device) -> str:
-    """The backend's name; with one implementation and no wish there is nothing to probe (torch.compile cannot)."""
+    """The backend's name; without a wish there is nothing to probe, which torch.compile could not trace."""
     if backend is None and not os.environ.get("SADCL_BACKEND"):
         return _IMPLEMENTED[0]
     return resolve(backend, "label_attention", device, _IMPLEMENTED)

