@@ -1,17 +1,17 @@
 """Which implementation runs an op: what works here, why not, and the choice for a device.
 
-Nothing optional is imported when this module loads; each probe imports its backend the first time it is asked.
+The probes run once, when this module loads: they import the C++ extension and look up triton's version without importing
+it (that, like ``torch._dynamo``, would cost seconds). So a call under ``torch.compile`` only reads a table.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -28,7 +28,7 @@ class BackendInfo:
     Attributes:
         available: whether an op can run on it in this process.
         reason: why not; empty when available.
-        detail: what it is (instruction set, compiler, version).
+        detail: what it is (instruction set, compiler, version); empty when not available.
     """
 
     available: bool
@@ -42,46 +42,46 @@ def backends() -> dict[str, BackendInfo]:
     Returns:
         A dict from backend name (``"cpp"``, ``"triton"``, ``"torch"``, ``"reference"``) to :class:`BackendInfo`.
     """
-    return {
-        "cpp": _probe_cpp(),
-        "triton": _probe_triton(),
-        "torch": BackendInfo(True, detail=f"torch {torch.__version__}"),
-        "reference": BackendInfo(True, detail="eager float64 oracle, for checking"),
-    }
+    found = dict(_FOUND)
+    if found["triton"].available and not (torch.cuda.is_available() or triton_interprets()):
+        found["triton"] = BackendInfo(False, reason="no GPU that torch can use, and TRITON_INTERPRET=1 is not set")
+    return found
 
 
-@functools.cache
 def _probe_cpp() -> BackendInfo:
     try:
         extension = importlib.import_module("sadcl._C")
-    except ImportError as error:
+        isa, build = extension.isa(), extension.build_info()
+    except (ImportError, RuntimeError, ValueError) as error:
         note = Path(__file__).with_name("_build_error.txt")
-        why = f"the C++ extension was not built: {note.read_text().strip()}" if note.is_file() else f"{error}"
+        why = f"the C++ extension was not built: {note.read_text().strip()}" if note.is_file() else str(error)
         return BackendInfo(False, reason=why)
-    try:
-        isa = extension.isa()
-    except (RuntimeError, ValueError) as error:
-        return BackendInfo(False, reason=str(error))
-    return BackendInfo(True, detail=f"instruction set {isa}; {_build_line(extension)}")
+    built = ", ".join(f"{key} {value}" for key, value in build.items())
+    return BackendInfo(True, detail=f"instruction set {isa} ({built})")
 
 
-def _build_line(extension: ModuleType) -> str:
-    return ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
-
-
-@functools.cache
 def _probe_triton() -> BackendInfo:
-    if importlib.util.find_spec("triton") is None:
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            version = importlib.metadata.version(package)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
         return BackendInfo(False, reason="triton is not installed")
-    try:
-        version = importlib.import_module("triton").__version__
-    except Exception as error:  # a broken triton must not take the losses with it
-        return BackendInfo(False, reason=f"triton fails to import: {error}")
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRITON:
         return BackendInfo(False, reason=f"triton {version} is older than {_MIN_TRITON[0]}.{_MIN_TRITON[1]}")
-    if not (torch.cuda.is_available() or triton_interprets()):
-        return BackendInfo(False, reason="no GPU that torch can use, and TRITON_INTERPRET=1 is not set")
-    return BackendInfo(True, detail=f"triton {version}" + (" (interpreter)" if triton_interprets() else ""))
+    if importlib.util.find_spec("triton") is None:
+        return BackendInfo(False, reason=f"triton {version} is installed but cannot be imported")
+    return BackendInfo(True, detail=f"triton {version}")
+
+
+_FOUND = {
+    "cpp": _probe_cpp(),
+    "triton": _probe_triton(),
+    "torch": BackendInfo(True, detail=f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
+    "reference": BackendInfo(True, detail="eager float64 oracle, for checking"),
+}
 
 
 def triton_interprets() -> bool:
@@ -89,12 +89,10 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _runs_on(name: str, device_type: str) -> str:
+def _why_not(name: str, device_type: str) -> str:
     """Why backend ``name`` cannot run on a device type; empty when it can."""
-    info = backends()[name]
-    if not info.available:
-        return info.reason
+    if not _FOUND[name].available:
+        return _FOUND[name].reason
     if name == "cpp" and device_type != "cpu":
         return f"it runs on CPU tensors, not on {device_type}"
     if name == "triton" and device_type == "cpu" and not triton_interprets():
@@ -121,7 +119,7 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     asked = backend if backend is not None else os.environ.get("SADCL_BACKEND") or None
     if asked is None:
         for name in implemented:
-            if not _runs_on(name, device.type):
+            if not _why_not(name, device.type):
                 return name
         raise AssertionError(f"op {op} has no portable implementation")
     source = "backend" if backend is not None else "SADCL_BACKEND"
@@ -131,7 +129,7 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     if asked not in implemented:
         have = ", ".join((*implemented, "reference"))
         raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have})")
-    why_not = _runs_on(asked, device.type)
+    why_not = _why_not(asked, device.type)
     if why_not:
         raise RuntimeError(f"{source}={asked!r} cannot run {op}: {why_not}")
     return asked

@@ -372,7 +372,9 @@ def supcon_loss(
     if mask is not None:
         arguments.check_mask(mask, b, features)
         name = resolve(backend, "supcon with a mask", features.device, ("torch",))
-        rows = reference.supcon(features, mask, tau) if name == "reference" else _masked_supcon(features, mask, tau)
+        with torch.autocast(features.device.type, enabled=False):
+            run = reference.supcon if name == "reference" else _masked_supcon
+            rows = run(features, mask, tau)
     else:
         group = arguments.check_groups(labels, b, features)
         name = resolve(backend, "supcon", features.device, _sscl.IMPLEMENTED)

@@ -77,7 +77,7 @@ def _torch(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_ne
         grad = grad - log_likelihood * gamma * weight * relative
     scale = ~ignored if class_weight is None else torch.where(ignored, 0.0, class_weight.to(x.dtype))
     loss, grad = scale * loss, scale * grad
-    return loss.sum(dim=1) if sum_classes else loss, grad
+    return loss.sum(dim=1) if sum_classes else loss.contiguous(), grad.contiguous()
 
 
 def check_soft_labels(labels: Tensor) -> None:

@@ -46,7 +46,7 @@ def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
         check_label_values(labels)
     b, c = labels.shape
-    target = labels.to(torch.int8)
+    target = labels.to(torch.int8).contiguous()
     active = (target == 1).t().contiguous()  # [C, B]
     class_ptr = torch.zeros(c + 1, dtype=torch.int32, device=labels.device)
     class_ptr[1:] = active.sum(dim=1).cumsum(0)

@@ -1,7 +1,8 @@
 """Op ``pscl``: prototype-to-sample contrastive loss, one number per class.
 
 Forward keeps the ``[B, C]`` scores, the norms and two log-sum-exps per class; backward needs no product of features with
-prototypes again. Oracle: :func:`sadcl.reference.pscl.pscl`.
+prototypes again. These are float64: a gradient row hangs on one difference of two softmax weights, and a float32 score
+of 1 / 0.07 is already off by 5e-7. Oracle: :func:`sadcl.reference.pscl.pscl`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def _allocate(features: Tensor, prototypes: Tensor) -> Outputs:
     acc, wide = accumulation_dtype(features.dtype), norm_dtype(features.device)
     return (
         features.new_empty(c, dtype=acc),
-        features.new_empty((b, c), dtype=acc),
+        features.new_empty((b, c), dtype=wide),
         features.new_empty((b, c), dtype=wide),
         features.new_empty(c, dtype=wide),
-        features.new_empty((2, c), dtype=acc),
+        features.new_empty((2, c), dtype=wide),
     )
 
 
@@ -36,8 +37,7 @@ def _fake(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Ten
 
 
 def _unit(x: Tensor, norm: Tensor) -> Tensor:
-    wide = x.to(norm.dtype)
-    return torch.where(norm[..., None] == 0, 0.0, wide / norm[..., None]).to(accumulation_dtype(x.dtype))
+    return torch.where(norm[..., None] == 0, 0.0, x.to(norm.dtype) / norm[..., None])
 
 
 def _torch(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool) -> Outputs:
@@ -52,7 +52,7 @@ def _torch(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Te
     if released:
         highest = score.masked_fill(~valid, float("-inf")).amax(dim=0)
         class_loss = torch.where(~has_positive & valid.any(dim=0), lse[0] - highest, class_loss)
-    return class_loss, score, norm_x, norm_p, lse
+    return class_loss.to(accumulation_dtype(features.dtype)), score.contiguous(), norm_x.contiguous(), norm_p, lse
 
 
 def _logsumexp(score: Tensor, chosen: Tensor) -> Tensor:
@@ -85,7 +85,11 @@ def _backward_torch(grad_class: Tensor, features: Tensor, prototypes: Tensor, ta
     grad_prototypes = _over(
         (grad_cosine * torch.where(valid[..., None], z - cosine * u, 0.0)).sum(dim=0), norm_p
     )
-    return grad_features.to(features.dtype), grad_prototypes.to(prototypes.dtype), grad_temperature
+    return (
+        grad_features.to(features.dtype).contiguous(),
+        grad_prototypes.to(prototypes.dtype).contiguous(),
+        grad_temperature.to(temperature.dtype),
+    )
 
 
 def _over(gradient: Tensor, norm: Tensor) -> Tensor:
