@@ -153,7 +153,7 @@ class BuildExt(build_ext):
 setup(
     packages=[*find_packages(include=["sadcl", "sadcl.*"]), "sadcl.kernels"],
     package_dir={"sadcl.kernels": "kernels"},
-    package_data={"sadcl": ["py.typed"]},
+    package_data={"sadcl": ["py.typed", "data/*.json"]},
     ext_modules=[
         Extension("sadcl._C", SOURCES, depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")))
     ],

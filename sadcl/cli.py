@@ -1,4 +1,4 @@
-"""The console script ``sadcl``: train, eval, predict, doctor.
+"""The console script ``sadcl``: train, eval, predict, fetch, doctor.
 
 Each command imports what it needs when it runs, so that ``sadcl doctor`` works on an install without the
 ``[train]`` extra. What a user can get wrong ends in one line and exit code 2 (``SADCL_TRACEBACK=1`` shows
@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train the method's two steps and draw what was learned",
     "eval": "measure a checkpoint on its validation images, or on a list of yours",
     "predict": "labels, probabilities and attention overlay for pictures",
+    "fetch": "bring the photo cut-outs for the demo onto this machine (Debian, Ubuntu)",
     "doctor": "which backends work on this machine, and why the others do not",
 }
 
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sadcl: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return {"train": _train, "eval": _eval, "predict": _predict, "doctor": _doctor}[name](rest)
+        return {"train": _train, "eval": _eval, "predict": _predict, "fetch": _fetch, "doctor": _doctor}[
+            name
+        ](rest)
     except KeyboardInterrupt:
         print(f"\nsadcl {name}: interrupted", file=sys.stderr)
         return 130
@@ -166,6 +169,12 @@ def _predict_one(
     )
     result["overlay"] = str(overlay)
     return result, overlay
+
+
+def _fetch(arguments: list[str]) -> int:
+    from sadcl.data.fetch import main as fetch
+
+    return fetch(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""``python -m sadcl.data.fetch``: bring Debian's photo cut-outs onto this machine through apt.
+"""``sadcl fetch``: bring Debian's photo cut-outs onto this machine through apt.
 
 As root the two packages are installed. Anyone else gets them downloaded (with package lists in a private apt
 state, so nothing of the system is touched) and unpacked into the user's cache. Exit codes: 0 there, 3 not
@@ -56,7 +56,7 @@ def fetch_into(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch the photos unless they are there; say what happened."""
-    parser = argparse.ArgumentParser(prog="python -m sadcl.data.fetch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sadcl fetch", description=__doc__)
     parser.add_argument("--into", type=Path, help="unpack into this folder instead of installing")
     into = parser.parse_args(argv).into
     try:

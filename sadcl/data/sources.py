@@ -4,7 +4,7 @@ Two sources, neither shipped with this package:
 
 * ``photos``: photo cut-outs and photo backgrounds of Debian's ``tuxpaint-stamps-default`` and
 ``tuxpaint-data``
-  (19 labels, 284 objects), installed, or unpacked into the user's cache by ``python -m sadcl.data.fetch``.
+  (19 labels, 284 objects), installed, or unpacked into the user's cache by ``sadcl fetch``.
 * ``emoji``: Twemoji drawings (graphics CC-BY 4.0, Twitter and contributors) of the PyPI package ``augly`` on
 photo
   backgrounds of scikit-image and scikit-learn (26 labels, 352 objects).
@@ -98,7 +98,7 @@ def find_source(name: str = "auto", root: str | os.PathLike[str] | None = None) 
             return _emoji_source(emoji_root)
     where = f" under {root}" if root else ""
     raise SourceNotFound(
-        f"source {name!r}: no pictures found{where}. For the photo cut-outs run `python -m sadcl.data.fetch` "
+        f"source {name!r}: no pictures found{where}. For the photo cut-outs run `sadcl fetch` "
         "(Debian, Ubuntu: packages tuxpaint-stamps-default and tuxpaint-data); "
         "elsewhere `pip install 'sadcl[emoji]'` brings the drawings"
     )

@@ -153,20 +153,19 @@ def plot_attention(
 
 
 def _overlay(axis: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
-    """The picture in gray, lit in colour where the attention is above the uniform level."""
-    gray = picture.mean(axis=2, keepdims=True) / 255.0
+    """The picture in gray, coloured where the attention is: the stronger, the brighter and the less gray."""
+    from matplotlib import colormaps
+    from PIL import Image
+
     height, width = picture.shape[:2]
-    strength = np.clip(weights / max(float(weights.max()), 1e-12), 0.0, 1.0)
-    axis.imshow(np.repeat(0.25 + 0.75 * gray, 3, axis=2), extent=(0, width, height, 0))
-    axis.imshow(
-        strength,
-        cmap="inferno",
-        alpha=0.62,
-        vmin=0,
-        vmax=1,
-        extent=(0, width, height, 0),
-        interpolation="bicubic",
-    )
+    low, high = float(weights.min()), float(weights.max())
+    strength = (weights - low) / max(high - low, 1e-12)
+    smooth = Image.fromarray(strength.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    heat = np.clip(np.asarray(smooth), 0.0, 1.0)
+    gray = np.repeat(picture.mean(axis=2, keepdims=True) / 255.0, 3, axis=2) * 0.85
+    colour = colormaps["inferno"](heat)[..., :3]
+    opacity = 0.8 * heat[..., None]
+    axis.imshow(gray * (1.0 - opacity) + colour * opacity)
 
 
 def plot_embeddings(

@@ -36,7 +36,7 @@ def summary(run: Run, reports: dict[str, MultilabelReport]) -> dict[str, Any]:
     return {
         "mAP": reports[final].mAP,
         "of": final,
-        "protocol": f"{reports[final].protocol}; {run.images.protocol}; last epoch, none chosen on validation",
+        "protocol": f"{reports[final].protocol}; {run.images.protocol}; last epoch, not chosen on validation",
         "data": run.images.title,
         "stages": {name: report.as_dict() for name, report in reports.items()},
         "classes": list(run.images.classes),
