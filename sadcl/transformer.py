@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,15 @@ class PositionSine(nn.Module):
             with torch.inference_mode(False):  # an inference tensor could not serve a later training step
                 self._cache[key] = position_sine(self.width, size, device=device, dtype=dtype)
         return self._cache[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionSine:
+        """Move or cast, then compute anew: to_empty() leaves garbage, and half precision would not come back."""
+        super()._apply(fn, recurse)
+        self._cache.clear()
+        if not self.position.is_meta:
+            device, dtype = self.position.device, self.position.dtype
+            self.position = position_sine(self.width, self.size, device=device, dtype=dtype)
+        return self
 
 
 class SelfAttention(PackedAttention):

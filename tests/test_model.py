@@ -44,8 +44,11 @@ def test_positions_of_other_sizes_are_made_once_and_serve_training_after_inferen
     assert position((4, 3)) is first and not first.is_inference()
     torch.testing.assert_close(first, position_sine(8, (4, 3)))
     assert position((2, 3)) is position.position and not position.state_dict()
-    position.to(torch.float64)
+    position.to(torch.bfloat16).to(torch.float64)
     assert position((4, 3)).dtype == torch.float64
+    torch.testing.assert_close(position((2, 3)), position_sine(8, (2, 3), dtype=torch.float64))
+    materialised = PositionSine(8, (2, 3)).to("meta").to_empty(device="cpu")
+    torch.testing.assert_close(materialised((2, 3)), position_sine(8, (2, 3)))
     for extra in range(1, 40):
         position((1, extra))
     assert len(position._cache) <= 8
@@ -277,6 +280,20 @@ def test_state_dict_round_trip_and_the_bank_is_left_to_its_process():
     names = {name for name, _ in head.named_buffers()}
     assert set(SADCLHead._ddp_params_and_buffers_to_ignore) <= names
     assert isinstance(head(x), SADCLOutput)
+
+
+def test_distributed_data_parallel_takes_the_output_apart(tmp_path):
+    head, x = make(dropout=0.0)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(head)
+        out = parallel(x)
+        assert isinstance(out, SADCLOutput)
+        sum(part.square().mean() for part in out[:5]).backward()
+        assert all(p.grad is not None for p in head.parameters())
+        assert "memory_bank.slots" in parallel.parameters_to_ignore
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_bad_input():
