@@ -64,7 +64,7 @@ def test_pscl(path: Path, formulation: str, backend: str) -> None:
     loss.backward()
     if f"{formulation}_loss" not in golden:  # the released code crashes without a positive; ours is defined
         assert formulation == "released" and "released_error" in golden
-        assert torch.isfinite(loss) and torch.isfinite(features.grad).all()
+        assert loss == 0 and (features.grad == 0).all() and (prototypes.grad == 0).all()
         return
     assert_golden(loss, golden[f"{formulation}_loss"], "loss")
     assert_golden(features.grad, golden[f"{formulation}_grad_features"], "gradient of features")

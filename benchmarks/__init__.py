@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks`` prints interleaved comparisons, ``pytest benchmarks`` keeps single timings."""
