@@ -19,9 +19,7 @@ def sscl(b: int, v: int, c: int, labels_per_image: float) -> None:
     labels = make_labels(b, c, labels_per_image=labels_per_image)
     results = {}
     for name in F.FORMULATIONS:
-        results[name] = value_and_grads(
-            lambda x, f=name: F.sample_contrastive_loss(x, labels, formulation=f), features
-        )
+        results[name] = value_and_grads(lambda x, f=name: F.sample_contrastive_loss(x, labels, formulation=f), features)
     order = torch.randperm(b, generator=torch.Generator().manual_seed(0))
     permuted = F.sample_contrastive_loss(features[order], labels[order], formulation="released")
     (paper, paper_grad), (released, released_grad) = results["paper"], results["released"]
@@ -48,7 +46,9 @@ def pscl(b: int, c: int, labels_per_image: float) -> None:
 
 
 def main() -> None:
-    print("SSCL\n| B | V | C | labels/image | paper | released | released, batch permuted | anchors kept | gradient off by |")
+    print(
+        "SSCL\n| B | V | C | labels/image | paper | released | released, batch permuted | anchors kept | gradient off by |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for v in (1, 2, 3):
         sscl(32, v, 80, 2.9)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RAGGED = ("random", "none", "single_pair", "one_row_per_class", "one_huge_class", "all_active", "empty_images", "ignored")
+RAGGED = (
+    "random",
+    "none",
+    "single_pair",
+    "one_row_per_class",
+    "one_huge_class",
+    "all_active",
+    "empty_images",
+    "ignored",
+)
 
 
 @dataclass(frozen=True)
@@ -106,16 +115,16 @@ class poisoned_allocations:
         self._previous: tuple[Any, ...] = (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         )
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         return self
 
     def __exit__(self, *_: object) -> None:
         enabled, warn_only, fill = self._previous
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:

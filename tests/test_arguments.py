@@ -38,7 +38,11 @@ VALUE_ERRORS: list[tuple[Callable[..., Tensor], dict[str, object], str]] = [
     (sscl, {"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
     (sscl, {"temperature": -1}, "temperature: expected a finite number > 0, got -1"),
     (sscl, {"temperature": float("nan")}, "temperature: expected a finite number > 0, got nan"),
-    (sscl, {"temperature": torch.ones(2)}, r"temperature: expected a number or a tensor of one element, got shape \(2,\)"),
+    (
+        sscl,
+        {"temperature": torch.ones(2)},
+        r"temperature: expected a number or a tensor of one element, got shape \(2,\)",
+    ),
     (sscl, {"formulation": "original"}, "formulation: expected one of paper, released, got 'original'"),
     (sscl, {"reduction": "average"}, "reduction: expected one of mean, sum, none, got 'average'"),
     (sscl, {"backend": "cuda"}, "backend: expected one of cpp, triton, torch, reference, got 'cuda'"),

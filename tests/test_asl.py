@@ -59,9 +59,11 @@ def test_finite_at_any_logit(constants: dict[str, float], dtype: torch.dtype, ba
     logits = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 65.0, 100.0, 1e4], dtype=dtype).repeat(3, 1)
     labels = torch.tensor([[0.0], [1.0], [0.3]]).expand(3, 8)
     run = functools.partial(F.asymmetric_loss, labels=labels, reduction="none", **constants)
-    value, grad = value_and_grads(lambda x: run(x, backend=backend), logits, upstream=torch.ones(3, 8).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
-    ))
+    value, grad = value_and_grads(
+        lambda x: run(x, backend=backend),
+        logits,
+        upstream=torch.ones(3, 8).to(torch.float64 if dtype == torch.float64 else torch.float32),
+    )
     assert value.isfinite().all() and grad.isfinite().all() and grad.dtype == dtype
     want = run(logits.double(), backend="reference")
     torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=1e-6)

@@ -74,7 +74,9 @@ def losses(backend: str | None) -> dict[str, Callable[..., Tensor]]:
     groups = torch.tensor([0, 1, 0, 2, 1, 0])
     return {
         "sscl": lambda x, p: F.sample_contrastive_loss(x, labels, backend=backend),
-        "sscl_rows": lambda x, p: F.sample_contrastive_loss(x, labels, reduction="none", backend=backend).square().sum(),
+        "sscl_rows": lambda x, p: (
+            F.sample_contrastive_loss(x, labels, reduction="none", backend=backend).square().sum()
+        ),
         "sscl_released": lambda x, p: F.sample_contrastive_loss(
             x, labels, formulation="released", base_temperature=0.1, backend=backend
         ),

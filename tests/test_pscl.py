@@ -25,7 +25,9 @@ from sadcl.testing import (
 BACKENDS = backends_here("pscl")
 
 
-def problem(b: int, c: int, d: int, pattern: str = "random", dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def problem(
+    b: int, c: int, d: int, pattern: str = "random", dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
     return make_features(b, c, d, dtype=dtype), make_features(c, d, dtype=dtype, seed=5), make_labels(b, c, pattern)
 
 

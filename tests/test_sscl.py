@@ -53,9 +53,7 @@ def test_within_the_error_budget(size: tuple[int, ...], pattern: str, dtype: tor
     b, v, c, d = size
     features, labels = make_features(b, v, c, d, dtype=dtype), make_labels(b, c, pattern)
     upstream = torch.randn(b, v, c)
-    truth = value_and_grads(
-        lambda x: reference.sscl(x, labels, 0.2), features.double(), upstream=upstream.double()
-    )
+    truth = value_and_grads(lambda x: reference.sscl(x, labels, 0.2), features.double(), upstream=upstream.double())
     peer = value_and_grads(lambda x: eager_float32(x, labels, 0.2), features, upstream=upstream)
     with poisoned_allocations():
         ours = value_and_grads(lambda x: rows_loss(x, labels, backend=backend), features, upstream=upstream)
@@ -145,9 +143,7 @@ def test_cold_and_warm_temperatures(temperature: float, backend: str) -> None:
     features, labels = make_features(6, 2, 9, 64), make_labels(6, 9)
     truth = value_and_grads(lambda x: reference.sscl(x, labels, temperature).sum(), features.double())
     peer = value_and_grads(lambda x: eager_float32(x, labels, temperature).sum(), features)
-    ours = value_and_grads(
-        lambda x: rows_loss(x, labels, temperature=temperature, backend=backend).sum(), features
-    )
+    ours = value_and_grads(lambda x: rows_loss(x, labels, temperature=temperature, backend=backend).sum(), features)
     for name, got, other, want in zip(("loss", "gradient"), ours, peer, truth, strict=True):
         assert_within_budget(name, got, other, want)
 

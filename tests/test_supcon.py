@@ -59,9 +59,7 @@ def test_mask_may_be_asymmetric_and_weighted() -> None:
 
 def test_mask_of_a_partition_is_labels() -> None:
     x, labels = unit_features(6, 2, 8), torch.tensor([0, 1, 0, 2, 1, 0])
-    torch.testing.assert_close(
-        F.supcon_loss(x, labels), F.supcon_loss(x, mask=(labels[:, None] == labels).double())
-    )
+    torch.testing.assert_close(F.supcon_loss(x, labels), F.supcon_loss(x, mask=(labels[:, None] == labels).double()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

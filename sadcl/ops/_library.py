@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -66,18 +68,15 @@ _DTYPE_CODES = {
 }
 
 
+@functools.cache
 def extension() -> Any:
     """The C++ extension; resolve() has made sure that it is there."""
-    from sadcl import _C
-
-    return _C
+    return importlib.import_module("sadcl._C")
 
 
 def array(tensor: Tensor) -> Any:
     """Describe a CPU tensor to the extension: address, dtype, shape, strides in elements."""
-    return extension().Array(
-        tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride())
-    )
+    return extension().Array(tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:

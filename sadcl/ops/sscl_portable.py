@@ -65,8 +65,9 @@ def _scores(z: Tensor, block: slice, temperature: Tensor) -> Tensor:
     return s
 
 
-def forward(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool,
-            released: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``row_loss [B, V, C]``, ``lse [capacity]`` and ``norm [capacity]``, see the op's docstring."""
     b, v, c, _ = features.shape
     rows = _gather(features, pairs, class_ptr, normalize)
@@ -123,8 +124,17 @@ def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor)
     return total / rows.peers.clamp(min=1)
 
 
-def backward(grad_rows: Tensor, features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, lse: Tensor,
-             norm: Tensor, tile: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def backward(
+    grad_rows: Tensor,
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    tile: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
     """Return ``grad_features [B, V, C, D]`` and ``grad_temperature []`` by the closed form of the op's docstring."""
     v = features.shape[1]
     rows = _gather(features, pairs, class_ptr, normalize)
