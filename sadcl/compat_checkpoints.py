@@ -50,9 +50,7 @@ _UNREADABLE = (
 _STATE_KEYS = ("state_dict", "model")
 
 
-def head_from_released(
-    state_dict: Mapping[str, Tensor], num_heads: int, feature_size: tuple[int, int]
-) -> SADCLHead:
+def head_from_released(state_dict: Mapping[str, Tensor], num_heads: int, feature_size: tuple[int, int]) -> SADCLHead:
     """Build a head from a state dict in the released format.
 
     Keys may start with ``module.``. A missing ``input_proj`` means the identity. Everything under
@@ -106,9 +104,7 @@ def load_released_checkpoint(
         ours = _renamed(state)
         sizes = _head_sizes(ours)
         channels = sizes.pop("in_channels")
-        model = SADCL(
-            backbone=backbone, image_size=image_size, feature_size=feature_size, num_heads=num_heads, **sizes
-        )
+        model = SADCL(backbone=backbone, image_size=image_size, feature_size=feature_size, num_heads=num_heads, **sizes)
         if model.head.in_channels != channels:
             raise ValueError(
                 f"the head reads {channels} channels, backbone {backbone!r} gives {model.head.in_channels}"
@@ -140,9 +136,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
             break
     tensors = isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
     if not tensors or not content:
-        raise ValueError(
-            f"{name}: holds no state dict (looked for {', '.join(_STATE_KEYS)}, or bare tensors)"
-        )
+        raise ValueError(f"{name}: holds no state dict (looked for {', '.join(_STATE_KEYS)}, or bare tensors)")
     return content
 
 

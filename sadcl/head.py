@@ -119,9 +119,7 @@ class SADCLHead(nn.Module):
         if input_proj is None:
             input_proj = in_channels != width
         elif not input_proj and in_channels != width:
-            raise ValueError(
-                f"input_proj=False: expected in_channels == hidden_dim, got {in_channels} and {width}"
-            )
+            raise ValueError(f"input_proj=False: expected in_channels == hidden_dim, got {in_channels} and {width}")
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.hidden_dim = width
@@ -129,12 +127,8 @@ class SADCLHead(nn.Module):
         self.ffn_dim = inner
         self.input_proj = nn.Conv2d(in_channels, width, 1) if input_proj else nn.Identity()
         self.position = PositionSine(width, (feature_size[0], feature_size[1]))
-        self.encoder = nn.ModuleList(
-            EncoderLayer(width, num_heads, inner, dropout) for _ in range(encoder_layers)
-        )
-        self.decoder = nn.ModuleList(
-            DecoderLayer(width, num_heads, inner, dropout) for _ in range(decoder_layers)
-        )
+        self.encoder = nn.ModuleList(EncoderLayer(width, num_heads, inner, dropout) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(width, num_heads, inner, dropout) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.queries = nn.Parameter(torch.randn(num_classes, width))
         self.classifier = GroupClassifier(num_classes, width)
@@ -165,13 +159,10 @@ class SADCLHead(nn.Module):
         Raises:
             ValueError: if the shape is wrong, or the batch larger than the memory bank while ``contrastive``.
         """
-        check_floating(
-            "feature_map", check_tensor("feature_map", feature_map, (4,), "[B, in_channels, H, W]")
-        )
+        check_floating("feature_map", check_tensor("feature_map", feature_map, (4,), "[B, in_channels, H, W]"))
         if feature_map.shape[1] != self.in_channels or 0 in feature_map.shape[2:]:
             raise ValueError(
-                f"feature_map: expected [B, {self.in_channels}, H, W] with H, W >= 1, "
-                f"got {list(feature_map.shape)}"
+                f"feature_map: expected [B, {self.in_channels}, H, W] with H, W >= 1, got {list(feature_map.shape)}"
             )
         label_features, attention = self._decode(feature_map, need_weights)
         output = SADCLOutput(self.classifier(label_features), label_features, attention=attention)
@@ -245,9 +236,7 @@ class SADCLHead(nn.Module):
         """
         queries = fit_width(embeddings, self.hidden_dim)
         if queries.shape[0] != self.num_classes:
-            raise ValueError(
-                f"embeddings: expected {self.num_classes} rows, one a class, got {queries.shape[0]}"
-            )
+            raise ValueError(f"embeddings: expected {self.num_classes} rows, one a class, got {queries.shape[0]}")
         self.queries.copy_(queries)
 
     def keep_classes(self, indices: Sequence[int] | Tensor) -> None:
@@ -274,9 +263,7 @@ class SADCLHead(nn.Module):
         count = new if isinstance(new, int) else new.shape[0]
         if isinstance(new, bool) or count < 1:
             raise ValueError(f"new: expected a number of classes >= 1 or embeddings [n, E'], got {new!r}")
-        queries = (
-            torch.randn(count, self.hidden_dim) if isinstance(new, int) else fit_width(new, self.hidden_dim)
-        )
+        queries = torch.randn(count, self.hidden_dim) if isinstance(new, int) else fit_width(new, self.hidden_dim)
         fresh = GroupClassifier(count, self.hidden_dim)
         prototypes = torch.randn(count, self.hidden_dim)
         added = {
@@ -305,9 +292,7 @@ class SADCLHead(nn.Module):
         ):
             old = getattr(owner, name)
             if old is not None:
-                setattr(
-                    owner, name, nn.Parameter(change(old.detach(), name), requires_grad=old.requires_grad)
-                )
+                setattr(owner, name, nn.Parameter(change(old.detach(), name), requires_grad=old.requires_grad))
         if self.memory_bank is not None:
             self.memory_bank.slots = change(self.memory_bank.slots, "slots")
         self.num_classes = self.queries.shape[0]

@@ -65,9 +65,7 @@ class SADCL(nn.Module):
         freeze_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.backbone = build_backbone(
-            backbone, pretrained, image_size, frozen=frozen, freeze_norm=freeze_norm
-        )
+        self.backbone = build_backbone(backbone, pretrained, image_size, frozen=frozen, freeze_norm=freeze_norm)
         self.head = SADCLHead(
             self.backbone.channels,
             num_classes,

@@ -86,7 +86,7 @@ class PositionSine(nn.Module):
         return self._cache[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionSine:
-        """Move or cast, then compute anew: to_empty() leaves garbage, and half precision would not come back."""
+        """Move or cast, then compute anew: to_empty() leaves garbage, and a cast to half and back rounds."""
         super()._apply(fn, recurse)
         self._cache.clear()
         if not self.position.is_meta:

@@ -78,9 +78,7 @@ def test_published_model_has_200037456_trainable_parameters():
     assert model.backbone.feature_size == (14, 14) and model.head.memory_bank.batch_slots == 32
     frozen = {n.split(".")[0] for n, p in model.backbone.body.named_parameters() if not p.requires_grad}
     assert {"conv1", "bn1", "layer1"} <= frozen
-    assert all(
-        p.requires_grad for n, p in model.backbone.body.named_parameters() if n == "layer2.0.conv1.weight"
-    )
+    assert all(p.requires_grad for n, p in model.backbone.body.named_parameters() if n == "layer2.0.conv1.weight")
 
 
 def test_frozen_norms_stay_still_in_training():
@@ -102,9 +100,9 @@ def test_frozen_parts_by_name_and_all():
     assert not any(p.requires_grad for p in whole.parameters())
     assert not any(m.training for m in whole.body.modules()) and whole.training
     part = build_backbone("resnet18", image_size=64, frozen=["layer4."]).train()
-    assert {
-        n.split(".")[0] for n, p in part.body.named_parameters() if not p.requires_grad and "conv" in n
-    } == {"layer4"}
+    assert {n.split(".")[0] for n, p in part.body.named_parameters() if not p.requires_grad and "conv" in n} == {
+        "layer4"
+    }
     with pytest.raises(ValueError, match="layer9"):
         build_backbone("resnet18", image_size=64, frozen=["layer9."])
     with pytest.raises(ValueError, match="frozen"):
@@ -133,9 +131,7 @@ def test_lite0_names_cover_the_network(lite0):
     assert lite0_name("_blocks.5._project_conv.weight") == "blocks.3.0.conv_pwl.weight"
     assert lite0_name("_blocks.0._project_conv.weight") == "blocks.0.0.conv_pw.weight"
     assert lite0_name("_fc.bias") == "classifier.bias"
-    assert {
-        lite0_name(n) for n in ("_conv_stem.weight", "_bn0.bias", "_conv_head.weight", "_bn1.bias")
-    } <= wanted
+    assert {lite0_name(n) for n in ("_conv_stem.weight", "_bn0.bias", "_conv_head.weight", "_bn1.bias")} <= wanted
     assert lite0.channels == 1280 and lite0.feature_size == (7, 7)
 
 

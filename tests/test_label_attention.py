@@ -40,9 +40,7 @@ def padding() -> Tensor:
     return mask
 
 
-CASES = list(
-    itertools.product(FORMS, (True, False), ("none", "shared", "image"), (False, True), (False, True))
-)
+CASES = list(itertools.product(FORMS, (True, False), ("none", "shared", "image"), (False, True), (False, True)))
 
 
 @pytest.mark.parametrize(("form", "shared", "pos", "masked", "need"), CASES)
@@ -52,9 +50,7 @@ def test_both_forms_match_the_oracle_with_gradients(form, shared, pos, masked, n
     mask = padding() if masked else None
     leaves = [t.requires_grad_() for t in (query, memory, memory_pos, *module.parameters()) if t is not None]
     out, weights = module(query, memory, memory_pos, mask, need_weights=need)
-    want, want_weights = oracle(
-        query, memory, *weights_of(module), H, memory_pos=memory_pos, key_padding_mask=mask
-    )
+    want, want_weights = oracle(query, memory, *weights_of(module), H, memory_pos=memory_pos, key_padding_mask=mask)
     torch.testing.assert_close(out, want, rtol=1e-11, atol=1e-12)
     assert (weights is None) == (not need)
     if need:
@@ -188,9 +184,7 @@ def test_gradcheck():
         def run(*tensors, form=form):
             query, memory, pos, *params = tensors
             mask = padding()
-            return label_attention(
-                query, memory, *params, H, memory_pos=pos, key_padding_mask=mask, form=form
-            )[0]
+            return label_attention(query, memory, *params, H, memory_pos=pos, key_padding_mask=mask, form=form)[0]
 
         inputs = [t.detach().requires_grad_() for t in (query, memory, memory_pos, *weights_of(module))]
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)

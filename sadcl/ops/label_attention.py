@@ -47,9 +47,7 @@ class Projections:
         return F.linear(context, self.out_weight, self.out_bias)
 
 
-def forward_macs(
-    form: str, batch: int, classes: int, length: int, width: int, num_heads: int, shared: bool
-) -> int:
+def forward_macs(form: str, batch: int, classes: int, length: int, width: int, num_heads: int, shared: bool) -> int:
     """Multiply-accumulates of one forward: the whole cost model.
 
     ======================  ======================  ==============================
