@@ -11,8 +11,11 @@ namespace sadcl {
   namespace name {                               \
   void sscl_forward(const SsclForward&);         \
   double sscl_backward(const SsclBackward&);     \
+  bool asl_forward(const AslForward&);           \
+  void asl_backward(const AslBackward&);         \
   }
-#define SADCL_TABLE(name) {#name, name::sscl_forward, name::sscl_backward}
+#define SADCL_TABLE(name) \
+  {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward}
 
 SADCL_DECLARE(portable)
 #if defined(SADCL_HAS_AVX2)

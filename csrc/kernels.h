@@ -1,6 +1,7 @@
 // What the per-ISA kernel files offer to the rest: argument structs and one table of functions per instruction set.
 #pragma once
 #include "array.h"
+#include "asl.h"
 
 namespace sadcl {
 
@@ -42,6 +43,8 @@ struct KernelTable {
   const char* isa;
   void (*sscl_forward)(const SsclForward&);
   double (*sscl_backward)(const SsclBackward&);  // returns d loss / d temperature
+  bool (*asl_forward)(const AslForward&);        // returns false if a label is not allowed
+  void (*asl_backward)(const AslBackward&);
 };
 
 // compact.cpp. `bad` receives up to `max_bad` distinct offending values; returns how many there are (0: all is well).

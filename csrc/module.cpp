@@ -8,21 +8,12 @@
 #include <cstdio>
 #include <memory>
 
+#include "bind.h"
 #include "dispatch.h"
 #include "parallel.h"
 
-namespace py = pybind11;
-
 namespace sadcl {
 namespace {
-
-const char* const kDTypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64"};
-
-std::string shape_text(const Array& a) {
-  std::string text = "[";
-  for (int d = 0; d < a.dims; ++d) text += (d ? ", " : "") + std::to_string(a.shape[d]);
-  return text + "]";
-}
 
 Array make_array(uintptr_t data, int dtype, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
   if (dtype < kF32 || dtype > kI64) throw py::value_error("Array: unknown dtype code " + std::to_string(dtype));
@@ -41,42 +32,6 @@ Array make_array(uintptr_t data, int dtype, const std::vector<int64_t>& shape, c
   }
   return a;
 }
-
-int64_t count(const Array& a) {
-  int64_t n = 1;
-  for (int d = 0; d < a.dims; ++d) n *= a.shape[d];
-  return n;
-}
-
-bool contiguous(const Array& a) {
-  int64_t expected = 1;
-  for (int d = a.dims - 1; d >= 0; --d) {
-    if (a.shape[d] != 1 && a.stride[d] != expected) return false;
-    expected *= a.shape[d];
-  }
-  return true;
-}
-
-void check_rank(const char* name, const Array& a, int dims) {
-  if (a.dims != dims)
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(dims) + " dimensions, got shape " +
-                          shape_text(a));
-}
-
-void check_dtype(const char* name, const Array& a, DType expected) {
-  if (a.dtype != expected)
-    throw py::type_error(std::string(name) + ": expected " + kDTypeNames[expected] + ", got " + kDTypeNames[a.dtype]);
-}
-
-// A contiguous array of the given type and number of elements.
-void check_buffer(const char* name, const Array& a, DType dtype, int64_t elements) {
-  check_dtype(name, a, dtype);
-  if (count(a) != elements || (elements > 0 && !contiguous(a)))
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(elements) +
-                          " contiguous elements, got shape " + shape_text(a));
-}
-
-DType accumulation(const Array& features) { return features.dtype == kF64 ? kF64 : kF32; }
 
 SsclRows make_rows(const Array& features, const Array& pairs, const Array& class_ptr, double temperature, bool normalize,
                    int threads) {
@@ -210,4 +165,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("sscl_backward", &bind_sscl_backward, py::arg("grad_rows"), py::arg("features"), py::arg("pairs"),
         py::arg("class_ptr"), py::arg("temperature"), py::arg("lse"), py::arg("norm"), py::arg("tile"),
         py::arg("normalize"), py::arg("grad_features"), py::arg("threads"));
+  bind_losses(m);
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .._checks import accumulation_dtype
-from ._library import implemented, refuse_second_derivative, register, register_autograd
+from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,20 @@ def _allocate(logits: Tensor, sum_classes: bool) -> tuple[Tensor, Tensor]:
 def _fake(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg: float, gamma_pos: float, clip: float,
           eps: float, detach_focal_weight: bool, sum_classes: bool, backend: str) -> tuple[Tensor, Tensor]:
     return _allocate(logits, sum_classes)
+
+
+def _cpp(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg: float, gamma_pos: float, clip: float,
+         eps: float, detach_focal_weight: bool, sum_classes: bool) -> tuple[Tensor, Tensor]:
+    loss, grad = _allocate(logits, sum_classes)
+    if class_weight is not None:
+        class_weight = class_weight.to(loss.dtype).contiguous()
+    allowed = extension().asl_forward(
+        array(logits), array(labels), None if class_weight is None else array(class_weight),
+        gamma_neg, gamma_pos, clip, eps, detach_focal_weight, array(loss), array(grad), torch.get_num_threads(),
+    )  # fmt: skip
+    if not allowed:
+        check_soft_labels(labels)
+    return loss, grad
 
 
 def _torch(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg: float, gamma_pos: float, clip: float,
@@ -92,12 +106,18 @@ def _backward_fake(grad_loss: Tensor, grad: Tensor, logits: Tensor, backend: str
     return logits.new_empty(logits.shape)
 
 
+def _backward_cpp(grad_loss: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
+    grad_logits = logits.new_empty(logits.shape)
+    extension().asl_backward(array(grad_loss), array(grad), array(grad_logits), torch.get_num_threads())
+    return grad_logits
+
+
 def _backward_torch(grad_loss: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
     upstream = grad_loss if grad_loss.dim() == 2 else grad_loss[:, None]
     return (upstream * grad).to(logits.dtype).contiguous()
 
 
-_IMPLEMENTATIONS = {"torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
@@ -110,7 +130,7 @@ register(
 register(
     "asl_backward",
     "(Tensor grad_loss, Tensor grad, Tensor logits, str backend) -> Tensor",
-    {"torch": _backward_torch},
+    {"cpp": _backward_cpp, "torch": _backward_torch},
     _backward_fake,
 )
 refuse_second_derivative("asl_backward")
