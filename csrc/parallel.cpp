@@ -7,6 +7,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -46,10 +49,25 @@ int thread_index() {
 #endif
 }
 
+int team_now() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 void* scratch_alloc(size_t bytes) {
-  constexpr size_t kAlign = 64;
-  void* pointer = std::aligned_alloc(kAlign, (bytes + kAlign) / kAlign * kAlign);
+  // Large blocks come fresh from the system: with huge pages they cost 512 times fewer page faults (half a second a GB
+  // here without) and the kernels' panels fewer TLB misses.
+  constexpr size_t kLine = 64, kHugePage = size_t(2) << 20;
+  const size_t align = bytes >= 2 * kHugePage ? kHugePage : kLine;
+  const size_t size = (bytes + align) / align * align;
+  void* pointer = std::aligned_alloc(align, size);
   if (pointer == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (align == kHugePage) madvise(pointer, size, MADV_HUGEPAGE);  // a wish: failing is fine
+#endif
   return pointer;
 }
 

@@ -9,8 +9,9 @@ namespace sadcl {
 // into the child and a parallel region there can wait forever.
 int team_size(int requested);
 
-// Number of the calling thread in its team.
+// Number of the calling thread in its team, and the size of that team.
 int thread_index();
+int team_now();
 
 bool has_openmp();
 

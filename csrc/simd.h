@@ -4,6 +4,10 @@
 
 #include "isa.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>  // its functions are inline at every call: nothing of it reaches the linker
+#endif
+
 SADCL_KERNELS_BEGIN
 
 #if defined(__AVX512F__)
@@ -67,9 +71,27 @@ template <class T>
 SADCL_INLINE void storeu(T* p, vec<T> v) {
   *reinterpret_cast<typename Simd<T>::U*>(p) = v;
 }
+// Stores zeros past the caches (64 bytes at a 64-byte address); stream_end() before others may look.
+SADCL_INLINE void stream_zeros(char* p) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), _mm512_setzero_ps());
+#elif defined(__AVX2__)
+  for (int i = 0; i < 64; i += 32) _mm256_stream_ps(reinterpret_cast<float*>(p + i), _mm256_setzero_ps());
+#elif defined(__SSE2__)
+  for (int i = 0; i < 64; i += 16) _mm_stream_ps(reinterpret_cast<float*>(p + i), _mm_setzero_ps());
+#else
+  __builtin_memset(p, 0, 64);
+#endif
+}
+SADCL_INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 SADCL_INLINE vec<T> splat(T x) {
-  return vec<T>{} + x;
+  return x - vec<T>{};  // not 0 + x: that turns -0 into 0, so compilers really add
 }
 template <class T>
 SADCL_INLINE T sum(const vec<T>& v) {  // pairwise, so that the order is the same for every width's lanes

@@ -46,7 +46,7 @@ struct Anchors {
 };
 
 template <class T>
-void to_weights(const Block<T>& block, T scale, Anchors<T>& anchors) {
+void softmax_weights(const Block<T>& block, T scale, const Anchors<T>& anchors) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
   for (int jp = 0; jp < block.panels; ++jp)
     for (int v = 0; v < 3; ++v) {
@@ -67,9 +67,9 @@ void to_weights(const Block<T>& block, T scale, Anchors<T>& anchors) {
 }
 
 template <class T>
-void subtract_positives(const Rows<T>& rows, const Block<T>& block, Anchors<T>& anchors) {
+void subtract_positives(const Rows<T>& rows, const Block<T>& block, const Anchors<T>& anchors) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
-  for_same_class(rows, block, [&](const Rect& r, int32_t) {
+  for_same_class(rows, block, [&](const Rect& r) {
     for (int jp = int(r.cols.first - block.j0) / P; jp * P < r.cols.last - block.j0; ++jp) {
       const LaneMask<T> mask(block, jp, r.cols);
       for (int v = 0; v < 3; ++v) {
@@ -81,6 +81,14 @@ void subtract_positives(const Rows<T>& rows, const Block<T>& block, Anchors<T>& 
       }
     }
   });
+}
+
+// Scores to w, in place; t = scale * score.
+template <class T>
+void to_weights(const Rows<T>& rows, const Block<T>& block, T scale, const Anchors<T>& anchors) {
+  softmax_weights(block, scale, anchors);
+  subtract_positives(rows, block, anchors);
+  block.set_diagonal(0);
 }
 
 template <class T>
@@ -96,44 +104,16 @@ void load_scores(const Block<T>& block, const T* tile) {
     }
 }
 
-// gradients += w z, for both sides of every block. gradients: panels, as z.
-template <class T>
-void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, const T* tile, T* gradients) {
-  constexpr int P = Rows<T>::P;
-  const Blocks<T> blocks(rows.panels, rows.threads);
-  const T scale = T(tile != nullptr ? kLog2E : kLog2E / rows.in.temperature);
-  Scratch<Workspace<T>> workspaces(rows.threads);
-  for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
-    Workspace<T>& ws = workspaces[thread_index()];
-    const Block<T> block = block_of(rows, blocks, a, b, ws);
-    tile != nullptr ? load_scores(block, tile) : compute_scores(rows, block);
-    to_weights(block, scale, anchors);
-    subtract_positives(rows, block, anchors);
-    block.set_diagonal(0);
-    T* to_i = gradients + block.i0 * rows.depth;
-    T* to_j = gradients + block.j0 * rows.depth;
-    const T* z_i = rows.panel(block.i0 / P);
-    const T* z_j = rows.panel(block.j0 / P);
-    if (block.diagonal()) {  // comes first for its rows; and a symmetric block is its own transpose
-      memset(to_i, 0, size_t(block.m * rows.depth) * sizeof(T));
-      mix_panels(ws.w, block.panels, z_i, block.panels, rows.depth, to_i);
-    } else {
-      transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
-      mix_panels(ws.w_transposed, block.m / P, z_j, block.panels, rows.depth, to_i);
-      mix_panels(ws.w, block.panels, z_i, block.m / P, rows.depth, to_j);
-    }
-  });
-}
-
 // Through the normalisation, dx = (g - z (z.g)) / |x|, and out to the rows of [B, V, C, D].
 // Returns the panel's sum of z.g, without the factor `scale`.
 template <class T>
-double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, double scale, T* g, T* staging) {
+double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, double scale, T* g) {
   constexpr int P = Rows<T>::P, kSlice = 64;
   const T* z = rows.panel(panel);
   const int64_t first = panel * P;
   const int lanes = int(rows.n - first < P ? rows.n - first : P);
   double radial[P] = {}, factor[P] = {}, total = 0;
+  alignas(64) T staging[kSlice];
   for (int64_t d = 0; d < rows.D; ++d)
     for (int l = 0; l < P; ++l) radial[l] += double(z[d * P + l]) * double(g[d * P + l]);
   for (int l = 0; l < lanes; ++l) {
@@ -156,26 +136,74 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
   return total;
 }
 
+// gradients += w z, for both sides of every block. gradients: panels, as z.
+template <class T>
+void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, T* gradients) {
+  constexpr int P = Rows<T>::P;
+  const Blocks<T> blocks(rows.panels, rows.threads);
+  const T scale = T(kLog2E / rows.in.temperature);
+  Scratch<Workspace<T>> workspaces(rows.threads);
+  for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
+    Workspace<T>& ws = workspaces[thread_index()];
+    const Block<T> block = block_of(rows, blocks, a, b, ws);
+    compute_scores(rows, block);
+    to_weights(rows, block, scale, anchors);
+    T* to_i = gradients + block.i0 * rows.depth;
+    T* to_j = gradients + block.j0 * rows.depth;
+    const T* z_i = rows.panel(block.i0 / P);
+    const T* z_j = rows.panel(block.j0 / P);
+    if (block.diagonal()) {  // comes first for its rows; and a symmetric block is its own transpose
+      memset(to_i, 0, size_t(block.m * rows.depth) * sizeof(T));
+      mix_panels(ws.w, block.panels, z_i, block.panels, rows.depth, to_i);
+    } else {
+      transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
+      mix_panels(ws.w_transposed, block.m / P, z_j, block.panels, rows.depth, to_i);
+      mix_panels(ws.w, block.panels, z_i, block.m / P, rows.depth, to_j);
+    }
+  });
+}
+
+// Few rows, scores at hand: a panel at a time from its weights to the gradient's rows, no rounds and nothing to transpose.
+template <class T>
+void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
+  constexpr int P = Rows<T>::P;
+  const int64_t square = rows.panels * P * P, panel_size = rows.depth * P;
+  Scratch<T> weights(rows.threads * square), gradients(rows.threads * panel_size);
+#pragma omp parallel for num_threads(rows.threads) schedule(dynamic, 1)
+  for (int64_t p = 0; p < rows.panels; ++p) {
+    T* w = weights.get() + thread_index() * square;
+    T* g = gradients.get() + thread_index() * panel_size;
+    const Block<T> block = {0, p * P, rows.n, int(rows.panels) * P, 1, w};  // all rows against this panel's
+    load_scores(block, static_cast<const T*>(args.tile));
+    to_weights(rows, block, T(kLog2E), anchors);
+    memset(g, 0, size_t(panel_size) * sizeof(T));
+    mix_panels(w, 1, rows.z.get(), int(rows.panels), rows.depth, g);
+    radial[p] = scatter_panel(rows, p, args, scale, g);
+  }
+}
+
+template <class T>
+void backward_from_scratch(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
+  const int64_t panel_size = rows.depth * Rows<T>::P;
+  Scratch<T> gradients(rows.panels * panel_size);
+  sweep_backward(rows, anchors, gradients.get());
+#pragma omp parallel for num_threads(rows.threads) schedule(static)
+  for (int64_t p = 0; p < rows.panels; ++p)
+    radial[p] = scatter_panel(rows, p, args, scale, gradients.get() + p * panel_size);
+}
+
 template <class T>
 double backward(const SsclBackward& args) {
   Rows<T> rows(args.rows);
   const Array& x = args.rows.features;
-  zero_fill(args.grad_features, x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3] * element_size(x.dtype),
-            team_size(args.rows.threads));
-  if (rows.n == 0) return 0;
-  gather(rows, const_cast<double*>(args.norm), true);
+  const int64_t size = x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3];
+  gather(rows, const_cast<double*>(args.norm), true, {Fill{args.grad_features, size * element_size(x.dtype)}});
   Anchors<T> anchors(rows, args);
-  Scratch<T> gradients(rows.panels * rows.depth * Rows<T>::P);
-  const T* tile = rows.n * rows.n <= args.tile_size ? static_cast<const T*>(args.tile) : nullptr;
-  sweep_backward(rows, anchors, tile, gradients.get());
-
   const double tau = args.rows.temperature, scale = anchors.scale / tau;
-  Scratch<double> radial(rows.panels);
-#pragma omp parallel for num_threads(rows.threads) schedule(static)
-  for (int64_t p = 0; p < rows.panels; ++p) {
-    alignas(64) T staging[64];
-    radial[p] = scatter_panel(rows, p, args, scale, gradients.get() + p * rows.depth * Rows<T>::P, staging);
-  }
+  Scratch<double> radial(rows.panels + 1);
+  const bool fits = rows.n * rows.n <= args.tile_size;
+  fits ? backward_from_tile(rows, anchors, args, scale, radial.get())
+       : backward_from_scratch(rows, anchors, args, scale, radial.get());
   double total = 0;
   for (int64_t p = 0; p < rows.panels; ++p) total += radial[p];
   return -total * scale / (2 * tau);

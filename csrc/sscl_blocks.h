@@ -59,8 +59,8 @@ struct Block {
   bool diagonal() const { return i0 == j0; }
 
   void set_diagonal(T value) const {
-    if (diagonal())
-      for (int64_t i = i0; i < i0 + m; ++i) score(i, i) = value;
+    const int64_t i1 = i0 + m, j1 = j0 + int64_t(panels) * P;
+    for (int64_t i = i0 > j0 ? i0 : j0; i < i1 && i < j1; ++i) score(i, i) = value;
   }
   void set_padding(T value) const {
     for (int64_t i = i0; i < i0 + m; ++i)
@@ -73,21 +73,20 @@ struct Rect {
   Range rows, cols;
 };
 
-// Calls f(rect, class) for the parts of the block where row and column have the same class. Off the diagonal there is at
-// most one: a class is one contiguous range, so it has to hold the last row of the one block and the first of the other.
+inline Range intersection(const Range& a, const Range& b) {
+  return {a.first > b.first ? a.first : b.first, a.last < b.last ? a.last : b.last};
+}
+
+// Calls f(rect) for the parts of the block where row and column have the same class, unless that class is a single row.
 template <class T, class F>
 void for_same_class(const Rows<T>& rows, const Block<T>& block, F f) {
-  const int64_t i1 = block.i0 + block.m < block.n ? block.i0 + block.m : block.n;
-  const int64_t width = int64_t(block.panels) * Block<T>::P;
-  const int64_t j1 = block.j0 + width < block.n ? block.j0 + width : block.n;
-  const Scratch<int32_t>& classes = rows.classes;
-  for (int64_t i = block.diagonal() ? block.i0 : i1 - 1; i < i1;) {
-    const int32_t c = classes[i];
-    const Range all = rows.rows_of(c);
-    const Range in_i = {all.first > block.i0 ? all.first : block.i0, all.last < i1 ? all.last : i1};
-    const Range in_j = {all.first > block.j0 ? all.first : block.j0, all.last < j1 ? all.last : j1};
-    if (in_j.first < in_j.last && all.last - all.first > 1) f(Rect{in_i, in_j}, c);
-    i = in_i.last;
+  const Range all = {0, block.n}, in_i = intersection(all, {block.i0, block.i0 + block.m}),
+              in_j = intersection(all, {block.j0, block.j0 + int64_t(block.panels) * Block<T>::P});
+  for (int64_t j = in_j.first; j < in_j.last;) {
+    const Range same = rows.rows_of(rows.classes[j]);
+    const Rect rect = {intersection(same, in_i), intersection(same, in_j)};
+    if (rect.rows.first < rect.rows.last && same.last - same.first > 1) f(rect);
+    j = rect.cols.last;
   }
 }
 

@@ -53,7 +53,7 @@ void add_sums(const Block<T>& block, const Workspace<T>& ws, Scratch<double>& to
 template <class T>
 void add_positives(const Rows<T>& rows, const Block<T>& block, Workspace<T>& ws, Scratch<double>& positive) {
   constexpr int P = Block<T>::P;
-  for_same_class(rows, block, [&](const Rect& r, int32_t) {
+  for_same_class(rows, block, [&](const Rect& r) {
     const int r0 = int(r.rows.first - block.i0), r1 = int(r.rows.last - block.i0);
     for (int jp = int(r.cols.first - block.j0) / P; jp * P < r.cols.last - block.j0; ++jp) {
       const LaneMask<T> mask(block, jp, r.cols);
@@ -183,25 +183,23 @@ void write_rows(Rows<T>& rows, const SsclForward& args, bool fixed, Statistics<T
 }
 
 template <class T>
-void zero_rest(T* data, int64_t from, int64_t to, int threads) {
-  zero_fill(data + from, (to - from) * int64_t(sizeof(T)), threads);
+Fill rest(T* data, int64_t from, int64_t to) {
+  return {data + from, (to - from) * int64_t(sizeof(T))};
 }
 
 template <class T>
 void forward(const SsclForward& args) {
   Rows<T> rows(args.rows);
-  const int64_t capacity = rows.V * args.rows.capacity;
-  const int team = team_size(args.rows.threads);
-  zero_fill(args.row_loss, rows.in.features.shape[0] * rows.V * rows.C * int64_t(sizeof(T)), team);
-  zero_rest(static_cast<T*>(args.lse), rows.n, capacity, team);
-  zero_rest(args.norm, rows.n, capacity, team);
-  gather(rows, args.norm, false);
+  const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
+  const bool fits = squared <= args.tile_size;
+  gather(rows, args.norm, false,
+         {rest(static_cast<T*>(args.row_loss), 0, rows.in.features.shape[0] * rows.V * rows.C),
+          rest(static_cast<T*>(args.lse), rows.n, capacity), rest(args.norm, rows.n, capacity),
+          rest(static_cast<T*>(args.tile), fits ? squared : 0, args.tile_size)});
 
-  const bool fits = rows.n * rows.n <= args.tile_size;
-  zero_rest(static_cast<T*>(args.tile), fits ? rows.n * rows.n : 0, args.tile_size, team);
   // The released value looks at the scores of positives a second time: keep them where that is cheap.
-  const bool keep = !fits && args.released && rows.n * rows.n <= kKeptScores;
-  Scratch<T> kept(keep ? rows.n * rows.n : 1);
+  const bool keep = !fits && args.released && squared <= kKeptScores;
+  Scratch<T> kept(keep ? squared : 1);
   T* tile = fits ? static_cast<T*>(args.tile) : keep ? kept.get() : nullptr;
 
   Statistics<T> stats(rows.n);

@@ -132,15 +132,25 @@ double gather_panel(Rows<T>& rows, int64_t panel, double* norm, bool norm_known,
   return largest;
 }
 
-template <class T>
-void gather(Rows<T>& rows, double* norm, bool norm_known) {
+// Gathers all panels. The call's zero-filling rides in the same parallel region, which saves a barrier for each.
+template <class T, int kFills>
+void gather(Rows<T>& rows, double* norm, bool norm_known, const Fill (&fills)[kFills]) {
   constexpr int P = Rows<T>::P;
+  constexpr int64_t kAlone = 1 << 20;  // bytes that one thread fills before another is awake
+  int64_t bytes = 0;
+  for (const Fill& fill : fills) bytes += fill.bytes;
+  const int threads = bytes > kAlone ? team_size(rows.in.threads) : rows.threads;
   const int64_t pitch = (rows.D + 15) / 16 * 16 + 16;  // odd in cache lines: P rows do not share one cache set
-  Scratch<T> staging(rows.threads * P * pitch);
+  Scratch<T> staging(threads * P * pitch);
   Scratch<double> squares(rows.panels + 1);
-#pragma omp parallel for num_threads(rows.threads) schedule(static)
-  for (int64_t p = 0; p < rows.panels; ++p)
-    squares[p] = gather_panel(rows, p, norm, norm_known, staging.get() + thread_index() * P * pitch, pitch);
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = thread_index(), team = team_now();
+    for (const Fill& fill : fills) zero_share(fill, thread, team);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < rows.panels; ++p)
+      squares[p] = gather_panel(rows, p, norm, norm_known, staging.get() + thread * P * pitch, pitch);
+  }
   double largest = 0;
   for (int64_t p = 0; p < rows.panels; ++p)
     if (!(squares[p] <= largest)) largest = squares[p];
