@@ -69,10 +69,7 @@ def test_specs_are_consistent_without_any_picture_installed() -> None:
         spec = json.loads((folder / name).read_text())
         assert len(spec["labels"]) == count
         assert {label for theme in spec["themes"] for label in theme} == set(spec["labels"])
-    assert (
-        sum(len(names) for names in json.loads((folder / "twemoji.json").read_text())["labels"].values())
-        == 352
-    )
+    assert sum(len(names) for names in json.loads((folder / "twemoji.json").read_text())["labels"].values()) == 352
 
 
 def test_variants_are_one_object() -> None:
@@ -99,9 +96,7 @@ def test_split_shares_neither_objects_nor_backgrounds(name: str, seed: int) -> N
 
 def test_split_depends_on_its_seed_alone(drawn: SceneSource) -> None:
     assert split_objects(drawn, "val", 3) == split_objects(drawn, "val", 3)
-    assert any(
-        split_objects(drawn, "val", 3).objects != split_objects(drawn, "val", s).objects for s in range(4)
-    )
+    assert any(split_objects(drawn, "val", 3).objects != split_objects(drawn, "val", s).objects for s in range(4))
     with pytest.raises(ValueError, match="train or val"):
         split_objects(drawn, "test")
 
@@ -156,9 +151,7 @@ def test_no_object_is_more_than_half_hidden(drawn: SceneSource, monkeypatch: pyt
 
 def test_photo_scenes_have_the_described_statistics() -> None:
     dataset = SceneDataset(split_objects(installed("photos"), "train"), 400)
-    labels = torch.stack(
-        [torch.zeros(19).index_fill_(0, torch.tensor(dataset.compose(i)[1]), 1.0) for i in range(400)]
-    )
+    labels = torch.stack([torch.zeros(19).index_fill_(0, torch.tensor(dataset.compose(i)[1]), 1.0) for i in range(400)])
     assert 2.3 < labels.sum(1).mean() < 2.8
     assert labels.mean(0).min() > 0.06 and labels.mean(0).max() < 0.3
 

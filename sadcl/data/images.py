@@ -15,7 +15,9 @@ __all__ = ["ImageFileError", "load_cutout", "load_rgb"]
 class ImageFileError(ValueError):
     """A picture file is missing, truncated, or no picture. The message starts with its path."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], reason: str | None = None) -> None:
+        if reason is None:  # a DataLoader raises a worker's error anew, with the worker's traceback as the argument
+            path, _, reason = str(path).rstrip().splitlines()[-1].partition("ImageFileError: ")[2].rpartition(": ")
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
 

@@ -73,13 +73,13 @@ class ModelConfig:
     backbone: str = "efficientnet_lite0"
     pretrained: bool = True
     train_backbone: bool = False
-    hidden_dim: int = 192
+    hidden_dim: int = 256
     num_heads: int = 4
-    ffn_dim: int = 384
+    ffn_dim: int = 512
     encoder_layers: int = 0
     decoder_layers: int = 1
     proj_dim: int = 128
-    dropout: float = 0.1
+    dropout: float = 0.3
 
 
 @dataclass
@@ -104,7 +104,7 @@ class LossConfig:
     classification_weight: float | None = None
     sample_temperature: float = 0.2
     prototype_temperature: float = 0.07
-    gamma_neg: float = 2.0
+    gamma_neg: float = 4.0
     gamma_pos: float = 0.0
     clip: float = 0.0
 
@@ -119,7 +119,7 @@ class StepConfig:
         weight_decay: decoupled weight decay.
     """
 
-    epochs: int = 4
+    epochs: int = 3
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
 
@@ -150,7 +150,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     step1: StepConfig = field(default_factory=StepConfig)
-    step2: StepConfig = field(default_factory=StepConfig)
+    step2: StepConfig = field(default_factory=lambda: StepConfig(epochs=2, learning_rate=5e-4))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in checkpoints."""

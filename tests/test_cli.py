@@ -1,0 +1,153 @@
+"""The command line: what it prints, its exit codes, one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sadcl
+from sadcl.cli import main
+
+
+def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name, info in sadcl.backends().items():
+        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
+        assert (" works " in line) == info.available
+        assert (info.detail if info.available else info.reason) in line
+    assert f"threads: {torch.get_num_threads()}" in out
+
+
+def test_doctor_needs_torch_alone() -> None:
+    """No extra is imported: the command exists to say what is missing."""
+    code = (
+        "import sys\n"
+        "for name in ('timm', 'torchvision', 'matplotlib', 'jsonargparse', 'tqdm', 'PIL', 'sklearn', 'yaml'):\n"
+        "    sys.modules[name] = None\n"
+        "from sadcl.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "sys.exit(main(['train', '--seed', '1']))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert ran.returncode == 2, ran.stderr
+    assert "sadcl[train]" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_help_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("train",))
+    assert main([]) == 2
+    assert main(["dance"]) == 2
+    assert "unknown command 'dance'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert sadcl.__version__ in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint and the pictures it was trained on, made by `sadcl train`."""
+    for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml"):
+        pytest.importorskip(needed)
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("trained")
+    for number in range(8):
+        Image.new("RGB", (64, 48), ((0, 200, 0) if number % 2 else (200, 0, 0))).save(folder / f"{number}.png")
+    rows = [f"{number}.png,{'green' if number % 2 else 'red'}\n" for number in range(8)]
+    (folder / "list.csv").write_text("".join(rows))
+    (folder / "config.yaml").write_text(
+        "plots: false\nbatch_size: 4\ncontrol: false\n"
+        f"data: {{source: csv, train_csv: {folder}/list.csv, val_csv: {folder}/list.csv, image_size: 64, workers: 0}}\n"
+        "model: {backbone: 'timm:test_resnet', pretrained: false, hidden_dim: 8, num_heads: 2, "
+        "ffn_dim: 16, proj_dim: 4}\n"
+        "step1: {epochs: 1}\nstep2: {epochs: 1}\n"
+    )
+    assert main(["train", "--config", str(folder / "config.yaml"), "--output", str(folder / "run")]) == 0
+    return folder
+
+
+def test_eval_measures_the_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = json.loads((trained / "run" / "metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", str(trained / "run" / "step2.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mAP"] == pytest.approx(recorded["mAP"], abs=1e-9)
+    assert main(["eval", str(trained / "run" / "step1.pt"), "--csv", str(trained / "list.csv")]) == 0
+    out = capsys.readouterr().out
+    assert "mAP" in out and "voc_area" in out
+
+
+def test_predict_needs_the_checkpoint_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    checkpoint = tmp_path / "moved.pt"
+    checkpoint.write_bytes((trained / "run" / "step2.pt").read_bytes())
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "gray photo.jpg"
+    Image.new("L", (90, 70), 80).save(picture)
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", str(checkpoint), str(picture), "--output", "shown", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert set(entry["top"]) == {"green", "red"}
+    assert all(0 <= p <= 1 for p in entry["top"].values())
+    assert all(p > 0.5 for p in entry["labels"].values())
+    with Image.open(tmp_path / "shown" / "gray photo.labels.png") as overlay:
+        assert min(overlay.size) > 100
+    assert main(["predict", str(checkpoint), str(picture), "--no-overlay", "--threshold", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "gray photo.jpg: " in out and "green" in out and "red" in out
+
+
+def test_mistakes_end_in_one_line_and_code_2(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(trained / "run" / "step2.pt")
+    picture = trained / "0.png"
+    cut_picture, cut_checkpoint = tmp_path / "cut.png", tmp_path / "cut.pt"
+    cut_picture.write_bytes(picture.read_bytes()[:50])
+    cut_checkpoint.write_bytes(Path(checkpoint).read_bytes()[:5000])
+    missing = str(tmp_path / "none")
+    cases = [
+        (["predict", checkpoint, str(cut_picture)], str(cut_picture)),
+        (["predict", checkpoint, missing], missing),
+        (["predict", str(cut_checkpoint), str(picture)], str(cut_checkpoint)),
+        (["predict", missing, str(picture)], missing),
+        (["eval", str(cut_checkpoint)], str(cut_checkpoint)),
+        (["eval", checkpoint, "--csv", missing], missing),
+    ]
+    capsys.readouterr()
+    for arguments, named in cases:
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert named in error and "error" in error
+        assert "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_picture_that_breaks_in_the_middle_of_training_is_named(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
+    for path in trained.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "list.csv").write_text((trained / "list.csv").read_text())
+    (tmp_path / "5.png").write_bytes(b"\x89PNG but no more")
+    lists = [f"--data.train_csv={tmp_path}/list.csv", f"--data.val_csv={tmp_path}/list.csv"]
+    arguments = ["train", "--config", str(trained / "config.yaml"), *lists, "--output", str(tmp_path / "run")]
+    assert main([*arguments, f"--data.workers={workers}"]) == 2
+    error = capfd.readouterr().err
+    assert f"sadcl train: error: {tmp_path / '5.png'}: " in error and "Traceback" not in error
+
+
+def test_config_key_that_does_not_exist(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    (tmp_path / "c.yaml").write_text("modle: {hidden_dim: 8}\n")
+    command = [sys.executable, "-m", "sadcl.train", "--config", str(tmp_path / "c.yaml")]
+    ran = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert ran.returncode == 2
+    assert "modle" in ran.stderr and "Traceback" not in ran.stderr
