@@ -85,7 +85,9 @@ def row_errors(got: Tensor, truth: Tensor) -> Tensor:
     return error.reshape(-1, error.shape[-1]).amax(dim=1) if error.dim() > 0 else error.reshape(1)
 
 
-def assert_within_budget(name: str, got: Tensor, peer: Tensor, truth: Tensor, terms: float = 0.0) -> None:
+def assert_within_budget(
+    name: str, got: Tensor, peer: Tensor, truth: Tensor, *, terms: float = 0.0, largest_score: float = 0.0
+) -> None:
     """Require, row by row, at most twice torch's largest error plus 1e-6 of the row's largest value.
 
     Args:
@@ -94,13 +96,15 @@ def assert_within_budget(name: str, got: Tensor, peer: Tensor, truth: Tensor, te
         peer: torch's, from the same inputs in the same dtype.
         truth: float64.
         terms: size of the terms whose difference the value is, where the value itself may be 0 by cancellation.
+        largest_score: size of float32 scores that are exponentiated: their own rounding, 2^-24 of it, replaces the
+            1e-6 where it is larger (both results are then off by a random multiple of it, row by row).
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     rows = truth.double().abs()
     largest = rows.reshape(-1, rows.shape[-1]).amax(dim=1) if rows.dim() > 0 else rows.reshape(1)
     largest = largest.clamp(min=terms)
     ours = row_errors(got, truth)
-    budget = 2 * row_errors(peer, truth) + 1e-6 * largest
+    budget = 2 * row_errors(peer, truth) + max(1e-6, 2**-24 * largest_score) * largest
     worst = (ours - budget).argmax()
     assert (ours <= budget).all(), (
         f"{name}: row {worst.item()} is off by {ours[worst]:.3g}, budget {budget[worst]:.3g} "
