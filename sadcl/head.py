@@ -149,9 +149,8 @@ class SADCLHead(nn.Module):
         Args:
             feature_map: ``[B, in_channels, H, W]``.
             need_weights: True for the attention maps of the last decoder layer, ``"all"`` for every layer's.
-            contrastive: False skips projection, bank and prototypes (prediction needs none of them, and a
-            batch may
-                then exceed the bank's slots).
+            contrastive: False skips projection, bank and prototypes (prediction needs none of them, and a batch
+                may then exceed the bank's slots).
 
         Returns:
             A :class:`SADCLOutput`.
@@ -230,9 +229,8 @@ class SADCLHead(nn.Module):
         """Start the label queries from text or other embeddings.
 
         Args:
-            embeddings: ``[C, E']``. With E' = E they are taken as they are; otherwise a fixed orthonormal
-            map brings
-                them to E and each row to length sqrt(E) (:func:`sadcl.classes.fit_width` says why).
+            embeddings: ``[C, E']``. With E' = E they are taken as they are; otherwise a fixed orthonormal map
+                brings them to E and each row to length sqrt(E) (:func:`sadcl.classes.fit_width` says why).
         """
         queries = fit_width(embeddings, self.hidden_dim)
         if queries.shape[0] != self.num_classes:

@@ -99,13 +99,13 @@ def build_prototypes(
     """Mean label feature of each class's confidently and correctly recognised positives.
 
     Args:
-        model_or_features: a trained step-1 model (or head) that ``loader``'s first elements can be given to,
-        run in
-            eval mode and put back into the mode it was in; or, without a loader, an iterable of
+        model_or_features: a trained step-1 model (or head) that ``loader``'s first elements can be given to, run
+            in eval mode and put back into the mode it was in; or, without a loader, an iterable of
             ``(label_features [B, C, E], logits [B, C], labels [B, C])``.
-        loader: batches ``(images or feature maps, labels [B, C])``; anything after the second element is
-        ignored. threshold: probability that a positive must exceed. device: where to run the model; by
-        default where its parameters are. generator: for classes without a positive.
+        loader: batches ``(images or feature maps, labels [B, C])``; anything after the second element is ignored.
+        threshold: probability that a positive must exceed.
+        device: where to run the model; by default where its parameters are.
+        generator: for classes without a positive.
 
     Returns:
         ``[C, E]`` float32, for :meth:`sadcl.SADCLHead.init_contrastive`.
