@@ -69,6 +69,11 @@ inline void check_floating(const char* name, const Array& a) {
   if (a.dtype > kF16) throw py::type_error(std::string(name) + ": expected a floating dtype, got " + kDTypeNames[a.dtype]);
 }
 
+inline void check_temperature(double temperature) {
+  if (!(temperature > 0 && temperature < __builtin_huge_val()))
+    throw py::value_error("temperature: expected a finite number > 0, got " + std::to_string(temperature));
+}
+
 inline DType accumulation(const Array& features) { return features.dtype == kF64 ? kF64 : kF32; }
 
 }  // namespace sadcl

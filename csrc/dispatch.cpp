@@ -13,9 +13,12 @@ namespace sadcl {
   double sscl_backward(const SsclBackward&);     \
   bool asl_forward(const AslForward&);           \
   void asl_backward(const AslBackward&);         \
+  void pscl_forward(const PsclForward&);         \
+  double pscl_backward(const PsclBackward&);     \
   }
 #define SADCL_TABLE(name) \
-  {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward}
+  {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward, \
+   name::pscl_forward, name::pscl_backward}
 
 SADCL_DECLARE(portable)
 #if defined(SADCL_HAS_AVX2)

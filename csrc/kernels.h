@@ -2,6 +2,7 @@
 #pragma once
 #include "array.h"
 #include "asl.h"
+#include "pscl.h"
 
 namespace sadcl {
 
@@ -45,6 +46,8 @@ struct KernelTable {
   double (*sscl_backward)(const SsclBackward&);  // returns d loss / d temperature
   bool (*asl_forward)(const AslForward&);        // returns false if a label is not allowed
   void (*asl_backward)(const AslBackward&);
+  void (*pscl_forward)(const PsclForward&);
+  double (*pscl_backward)(const PsclBackward&);  // returns d loss / d temperature
 };
 
 // compact.cpp. `bad` receives up to `max_bad` distinct offending values; returns how many there are (0: all is well).

@@ -201,7 +201,7 @@ double backward(const SsclBackward& args) {
   Anchors<T> anchors(rows, args);
   const double tau = args.rows.temperature, scale = anchors.scale / tau;
   Scratch<double> radial(rows.panels + 1);
-  const bool fits = rows.n * rows.n <= args.tile_size;
+  const bool fits = rows.n * rows.n <= kTileScores && rows.n * rows.n <= args.tile_size;
   fits ? backward_from_tile(rows, anchors, args, scale, radial.get())
        : backward_from_scratch(rows, anchors, args, scale, radial.get());
   double total = 0;

@@ -30,12 +30,13 @@ void compute_scores(Rows<T>& rows, const Block<T>& block) {
   dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w);
 }
 
-// Per row, over the columns visited so far: sum of 2^(t - peak) (peak 0 with a fixed shift), t = log2(e) s; sum of z_i.z_p
-// over the row's positives.
+// Per row, over the columns visited so far: the largest score in units of peak_unit; the sum of e^(s - peak); the sum of
+// s over the row's positives in units of positive_unit. peak_unit 0 stands for a fixed shift of 0: peak is not kept.
 template <class T>
 struct Statistics {
   Scratch<double> sum, positive;
   Scratch<T> peak;
+  double peak_unit = 1, positive_unit = 1;
   explicit Statistics(int64_t n) : sum(n + 1), positive(n + 1), peak(n + 1) {
     for (int64_t i = 0; i < n; ++i) sum[i] = positive[i] = 0, peak[i] = T(-HUGE_VAL);
   }
@@ -66,6 +67,66 @@ void add_positives(const Rows<T>& rows, const Block<T>& block, Workspace<T>& ws,
     }
   });
 }
+
+// --- few rows: all scores fit a cache ---
+
+constexpr int64_t kTileScores = 1 << 18;  // 1 MB of float32; the size that the op layer allocates for `tile`
+
+template <class T>
+T largest(const T* s, int64_t n) {
+  T value = T(-HUGE_VAL);
+  for (int64_t j = 0; j < n; ++j) value = s[j] > value ? s[j] : value;
+  return value;
+}
+
+template <class T>
+double sum_exp(const T* s, int64_t n, T pivot) {
+  constexpr int L = Simd<T>::kLanes;
+  vec<T> total = {};
+  int64_t j = 0;
+  for (; j + L <= n; j += L) total += exp2<T>((loadu(s + j) - pivot) * T(kLog2E));
+  vec<T> tail = splat(T(-HUGE_VAL));
+  for (int l = 0; j + l < n; ++l) tail[l] = s[j + l];
+  return double(sum<T>(total + exp2<T>((tail - pivot) * T(kLog2E))));
+}
+
+// Scores of panel p against itself and those after it, written to both places of the symmetric tile [n][n].
+template <class T>
+void fill_tile_panel(Rows<T>& rows, int64_t p, T* w, T* tile) {
+  constexpr int P = Rows<T>::P;
+  const int64_t n = rows.n, i1 = (p + 1) * P < n ? (p + 1) * P : n;
+  const T inverse = T(1 / rows.in.temperature);
+  const Block<T> block = {p * P, p * P, n, P, int(rows.panels - p), w};
+  compute_scores(rows, block);
+  for (int64_t i = p * P; i < i1; ++i)
+    for (int64_t j = p * P; j < n; ++j) tile[i * n + j] = block.score(i, j) * inverse;
+  for (int64_t j = i1; j < n; ++j)
+    for (int64_t i = p * P; i < i1; ++i) tile[j * n + i] = tile[i * n + j];
+}
+
+// Half of the scores computed, all kept; then every row by itself. No rounds: nobody adds to another's sums.
+template <class T>
+void fill_tile(Rows<T>& rows, T* tile, Statistics<T>& stats) {
+  const int64_t n = rows.n, square = rows.panels * Rows<T>::P * Rows<T>::P;
+  Scratch<T> scores(rows.threads * square);
+#pragma omp parallel num_threads(rows.threads)
+  {
+#pragma omp for schedule(dynamic, 1)  // the longest first
+    for (int64_t p = 0; p < rows.panels; ++p) fill_tile_panel(rows, p, scores.get() + thread_index() * square, tile);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+      const T* s = tile + i * n;
+      const T left = largest(s, i), right = largest(s + i + 1, n - i - 1), peak = left > right ? left : right;
+      const T pivot = peak == T(-HUGE_VAL) ? T(0) : peak;
+      stats.peak[i] = peak;
+      stats.sum[i] = sum_exp(s, i, pivot) + sum_exp(s + i + 1, n - i - 1, pivot);
+      const Range same = rows.rows_of(rows.classes[i]);
+      for (int64_t j = same.first; j < same.last; ++j) stats.positive[i] += j == i ? 0 : double(s[j]);
+    }
+  }
+}
+
+// --- many rows: a sweep over blocks, nothing kept ---
 
 // |s| <= kFixedBound: sums of e^s and products with e^-lse are far from float32's limits, no maximum is needed.
 constexpr double kFixedBound = 40;
@@ -128,28 +189,17 @@ void add_exponentials_online(const Block<T>& block, T scale, Workspace<T>& ws, S
 }
 
 template <class T>
-void save_scores(const Block<T>& block, T factor, T* tile) {
-  const int64_t n = block.n, i1 = block.i0 + block.m < n ? block.i0 + block.m : n;
-  const int64_t end = block.j0 + int64_t(block.panels) * Block<T>::P, j1 = end < n ? end : n;
-  for (int64_t i = block.i0; i < i1; ++i)
-    for (int64_t j = block.j0; j < j1; ++j) tile[i * n + j] = block.score(i, j) * factor;
-  if (block.diagonal()) return;
-  for (int64_t i = block.i0; i < i1; ++i)
-    for (int64_t j = block.j0; j < j1; ++j) tile[j * n + i] = tile[i * n + j];
-}
-
-template <class T>
-void sweep_forward(Rows<T>& rows, bool fixed, T* tile, Statistics<T>& stats) {
+void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats) {
   const Blocks<T> blocks(rows.panels, rows.threads);
-  const double inverse = 1 / rows.in.temperature;
-  const T scale = T(kLog2E * inverse);
+  const T scale = T(kLog2E / rows.in.temperature);
+  stats.positive_unit = 1 / rows.in.temperature;
+  stats.peak_unit = fixed ? 0 : kLn2;
   Scratch<Workspace<T>> workspaces(rows.threads);
   for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
     Workspace<T>& ws = workspaces[thread_index()];
     const Block<T> block = block_of(rows, blocks, a, b, ws);
     compute_scores(rows, block);
     block.set_diagonal(0);
-    if (tile != nullptr) save_scores(block, T(inverse), tile);
     add_positives(rows, block, ws, stats.positive);
     block.set_diagonal(T(-HUGE_VAL));
     block.set_padding(T(-HUGE_VAL));
@@ -159,7 +209,7 @@ void sweep_forward(Rows<T>& rows, bool fixed, T* tile, Statistics<T>& stats) {
 
 // lse and loss of each row from its statistics; `maxima` is the mean of R over the row's positives (SPEC section 4).
 template <class T>
-void write_rows(Rows<T>& rows, const SsclForward& args, bool fixed, Statistics<T>& stats, const double* maxima) {
+void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& stats, const double* maxima) {
   T* lse = static_cast<T*>(args.lse);
   T* row_loss = static_cast<T*>(args.row_loss);
   for (int64_t i = 0; i < rows.n; ++i) {
@@ -169,7 +219,7 @@ void write_rows(Rows<T>& rows, const SsclForward& args, bool fixed, Statistics<T
       lse[i] = T(HUGE_VAL);
       continue;
     }
-    const double peak = fixed ? 0 : double(stats.peak[i]) * kLn2;
+    const double peak = stats.peak_unit == 0 ? 0 : double(stats.peak[i]) * stats.peak_unit;
     double value = peak + log(stats.sum[i]), subtract = 0;
     if (args.released) {
       const double pivot = peak > 0 ? peak : 0;
@@ -177,8 +227,7 @@ void write_rows(Rows<T>& rows, const SsclForward& args, bool fixed, Statistics<T
       subtract = pivot - maxima[i];
     }
     lse[i] = T(value);
-    row_loss[rows.flat(rows.place(i))] =
-        T(value - subtract - stats.positive[i] / positives / rows.in.temperature);
+    row_loss[rows.flat(rows.place(i))] = T(value - subtract - stats.positive[i] / positives * stats.positive_unit);
   }
 }
 
@@ -191,23 +240,20 @@ template <class T>
 void forward(const SsclForward& args) {
   Rows<T> rows(args.rows);
   const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
-  const bool fits = squared <= args.tile_size;
+  const bool fits = squared <= kTileScores && squared <= args.tile_size;
   gather(rows, args.norm, false,
          {rest(static_cast<T*>(args.row_loss), 0, rows.in.features.shape[0] * rows.V * rows.C),
           rest(static_cast<T*>(args.lse), rows.n, capacity), rest(args.norm, rows.n, capacity),
           rest(static_cast<T*>(args.tile), fits ? squared : 0, args.tile_size)});
 
-  // The released value looks at the scores of positives a second time: keep them where that is cheap.
-  const bool keep = !fits && args.released && squared <= kKeptScores;
-  Scratch<T> kept(keep ? squared : 1);
-  T* tile = fits ? static_cast<T*>(args.tile) : keep ? kept.get() : nullptr;
-
+  const bool small = squared <= kTileScores;
+  Scratch<T> own(small && !fits ? squared : 1);
+  T* tile = !small ? nullptr : fits ? static_cast<T*>(args.tile) : own.get();
   Statistics<T> stats(rows.n);
-  const bool fixed = !args.released && rows.bound <= kFixedBound;
-  sweep_forward(rows, fixed, tile, stats);
+  small ? fill_tile(rows, tile, stats) : sweep_forward(rows, !args.released && rows.bound <= kFixedBound, stats);
   Scratch<double> maxima(args.released ? rows.n + 1 : 1);
   if (args.released) released_maxima(rows, tile, maxima.get());
-  write_rows(rows, args, fixed, stats, maxima.get());
+  write_rows(rows, args, stats, maxima.get());
 }
 
 SADCL_KERNELS_END

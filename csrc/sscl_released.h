@@ -8,7 +8,6 @@
 
 SADCL_KERNELS_BEGIN
 
-constexpr int64_t kKeptScores = 1 << 18;    // scores kept from the sweep for this purpose (1 MB)
 constexpr int64_t kStripeEntries = 1 << 20;  // of R, for each thread (4 MB)
 
 template <class T>

@@ -1,0 +1,169 @@
+// Prototype-to-sample contrastive loss (SPEC section 2), compiled once per instruction set.
+//
+// Forward: one sweep over the features for dot products and norms, then log-sum-exps of [B, C] scores. Backward: class by
+// class, so that a prototype's gradient is one thread's sum and needs no atomics. Scores and all that hangs on them are
+// float64: a gradient row hangs on one difference of two softmax weights.
+#include "pscl.h"
+
+#include "class_rows.h"
+#include "vmath.h"
+
+SADCL_KERNELS_BEGIN
+namespace {
+
+constexpr double kInfinity = __builtin_huge_val();
+
+SADCL_INLINE double over(double x, double norm) { return norm == 0 ? 0 : x / norm; }
+
+int pscl_threads(const Array& features, int requested) {
+  const int64_t size = features.shape[0] * features.shape[1] * features.shape[2];
+  return size < 1 << 14 ? 1 : team_size(requested);
+}
+
+// e^x of n numbers in place; the array has room for whole vectors.
+void exp_all(double* x, int64_t n) {
+  for (int64_t i = n; i % kWide != 0; ++i) x[i] = 0;
+  for (int64_t i = 0; i < n; i += kWide) storeu(x + i, exp<double>(loadu(x + i)));
+}
+
+// log sum e^x over n numbers, which it overwrites; -inf for none.
+double log_sum_exp(double* x, int64_t n) {
+  if (n == 0) return -kInfinity;
+  double highest = -kInfinity, total = 0;
+  for (int64_t i = 0; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+  for (int64_t i = 0; i < n; ++i) x[i] -= highest;
+  exp_all(x, n);
+  for (int64_t i = 0; i < n; ++i) total += x[i];
+  return highest + __builtin_log(total);
+}
+
+// Dot products into `score` and norms; ignored rows are not read.
+template <class T>
+void dots_and_norms(const PsclForward& a, int threads) {
+  const int64_t B = a.features.shape[0], C = a.features.shape[1], pairs = (B + 1) / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < pairs * C; ++i) {
+    const int64_t c = i % C, b = i / C * 2, first = b * C + c;
+    double dot[2] = {}, square[2] = {};
+    const bool one = a.target[first] != -1, two = b + 1 < B && a.target[first + C] != -1;
+    if (one && two) {
+      products<2, true, T>(a.features, a.prototypes, b, c, dot, square);
+    } else if (one) {
+      products<1, true, T>(a.features, a.prototypes, b, c, dot, square);
+    } else if (two) {
+      products<1, true, T>(a.features, a.prototypes, b + 1, c, dot + 1, square + 1);
+    }
+    for (int64_t r = 0; r < 2 && b + r < B; ++r) {
+      a.score[first + r * C] = dot[r];
+      a.norm_x[first + r * C] = __builtin_sqrt(square[r]);
+    }
+  }
+}
+
+// From dot products to scores, log-sum-exps and the loss of class c. `x` has room for B numbers and a vector.
+template <class T>
+void class_loss(const PsclForward& a, int64_t c, double* x) {
+  const int64_t B = a.features.shape[0], C = a.features.shape[1];
+  double highest = -kInfinity;
+  int64_t valid = 0, positive = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t i = b * C + c;
+    if (a.target[i] == -1) continue;
+    a.score[i] = over(over(a.score[i], a.norm_x[i]), a.norm_p[c]) / a.temperature;
+    highest = a.score[i] > highest ? a.score[i] : highest;
+    x[valid++] = a.score[i];
+  }
+  const double all = log_sum_exp(x, valid);
+  for (int64_t b = 0; b < B; ++b)
+    if (a.target[b * C + c] == 1) x[positive++] = a.score[b * C + c];
+  const double some = log_sum_exp(x, positive);
+  a.lse[c] = all;
+  a.lse[C + c] = some;
+  double loss = 0;
+  if (positive > 0) {
+    loss = all - some;
+  } else if (valid > 0 && (a.released || all != all)) {
+    loss = all - highest;  // NaN stays NaN in either formulation
+  }
+  static_cast<T*>(a.class_loss)[c] = T(loss);
+}
+
+template <class T>
+void forward(const PsclForward& a) {
+  const int64_t B = a.features.shape[0], C = a.features.shape[1], room = B + kWide;
+  const int threads = pscl_threads(a.features, a.threads);
+  Scratch<double> rows(threads * room);
+  Array alone = a.prototypes;  // [1, C, D]: the norms of the prototypes are products with themselves
+  alone.dims = 3;
+  for (int d = 2; d > 0; --d) alone.shape[d] = alone.shape[d - 1], alone.stride[d] = alone.stride[d - 1];
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t c = 0; c < C; ++c) {
+    double dot, square;
+    products<1, true, T>(alone, a.prototypes, 0, c, &dot, &square);
+    a.norm_p[c] = __builtin_sqrt(square);
+  }
+  dots_and_norms<T>(a, threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t)
+    for (int64_t c = C * t / threads; c < C * (t + 1) / threads; ++c) class_loss<T>(a, c, rows.get() + t * room);
+}
+
+// The factors of class c's gradients, see RowGradients; returns sum_b d loss / d score * score. `x` as in class_loss.
+template <class T>
+double factors(const PsclBackward& a, int64_t c, double* x, double* along, double* across, double* own) {
+  const int64_t B = a.features.shape[0], C = a.features.shape[1];
+  const double upstream = static_cast<const T*>(a.grad_class.data)[c * a.grad_class.stride[0]];
+  const bool active = a.released || a.lse[C + c] != -kInfinity;
+  double turning = 0, cosines = 0;
+  // d loss / d score = upstream (softmax over the valid images - softmax over the positive ones)
+  double* y = x + B + kWide;
+  for (int64_t b = 0; b < B; ++b) {
+    const int8_t target = a.target[b * C + c];
+    x[b] = active && target != -1 ? a.score[b * C + c] - a.lse[c] : -kInfinity;
+    y[b] = active && target == 1 ? a.score[b * C + c] - a.lse[C + c] : -kInfinity;
+  }
+  exp_all(x, B);
+  exp_all(y, B);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t i = b * C + c;
+    along[i] = across[i] = 0;
+    if (a.target[i] == -1) continue;
+    const double grad_score = (x[b] - y[b]) * upstream, grad_cosine = grad_score / a.temperature;
+    const double cosine = a.score[i] * a.temperature;
+    turning += grad_score * a.score[i];
+    cosines += grad_cosine * cosine;
+    along[i] = over(over(grad_cosine, a.norm_p[c]), a.norm_x[i]);
+    across[i] = -over(over(grad_cosine * cosine, a.norm_x[i]), a.norm_x[i]);
+  }
+  own[c] = -over(over(cosines, a.norm_p[c]), a.norm_p[c]);
+  return turning;
+}
+
+template <class T>
+double backward(const PsclBackward& a) {
+  const int64_t B = a.features.shape[0], C = a.features.shape[1], room = 2 * (B + kWide);
+  const int threads = pscl_threads(a.features, a.threads);
+  Scratch<double> rows(threads * room), along(B * C), across(B * C), own(C), turning(C);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t)
+    for (int64_t c = C * t / threads; c < C * (t + 1) / threads; ++c)
+      turning[c] = factors<T>(a, c, rows.get() + t * room, along.get(), across.get(), own.get());
+  row_gradients<T>({&a.features, &a.prototypes, along.get(), across.get(), own.get(), true, a.grad_features,
+                    a.grad_prototypes, threads});
+  double total = 0;
+  for (int64_t c = 0; c < C; ++c) total += turning[c];
+  return -total / a.temperature;
+}
+
+}  // namespace
+
+void pscl_forward(const PsclForward& args) {
+  args.features.dtype == kF64 ? forward<double>(args) : forward<float>(args);
+}
+
+double pscl_backward(const PsclBackward& args) {
+  return args.features.dtype == kF64 ? backward<double>(args) : backward<float>(args);
+}
+
+SADCL_KERNELS_END
