@@ -23,7 +23,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 # Compiled once, and once per instruction set.
 SOURCES = ["csrc/module.cpp", "csrc/bind_losses.cpp", "csrc/dispatch.cpp", "csrc/parallel.cpp", "csrc/compact.cpp"]
-KERNEL_SOURCES = ["csrc/sscl.cpp", "csrc/asl.cpp"]
+KERNEL_SOURCES = ["csrc/sscl.cpp", "csrc/asl.cpp", "csrc/pscl.cpp"]
 
 # No flag here may change values: contraction to FMA is the only licence taken. -fno-trapping-math lets `x < y ? a : b`
 # become a blend, -fno-math-errno lets sqrt be an instruction.

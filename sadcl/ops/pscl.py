@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from ._library import implemented, norm_dtype, refuse_second_derivative, register, register_autograd
+from ._library import array, extension, implemented, norm_dtype, refuse_second_derivative, register, register_autograd
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -34,6 +34,15 @@ def _allocate(features: Tensor, prototypes: Tensor) -> Outputs:
 def _fake(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool,
           backend: str) -> Outputs:
     return _allocate(features, prototypes)
+
+
+def _cpp(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool) -> Outputs:
+    outputs = _allocate(features, prototypes)
+    extension().pscl_forward(
+        array(features), array(prototypes), array(target), temperature.item(), released,
+        *(array(output) for output in outputs), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
 
 
 def _unit(x: Tensor, norm: Tensor) -> Tensor:
@@ -64,6 +73,18 @@ def _backward_fake(grad_class: Tensor, features: Tensor, prototypes: Tensor, tar
                    score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor, released: bool,
                    backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return features.new_empty(features.shape), prototypes.new_empty(prototypes.shape), torch.empty_like(temperature)
+
+
+def _backward_cpp(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
+                  score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor,
+                  released: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad_features, grad_prototypes = features.new_empty(features.shape), prototypes.new_empty(prototypes.shape)
+    grad_temperature = extension().pscl_backward(
+        array(grad_class), array(features), array(prototypes), array(target), temperature.item(),
+        array(score), array(norm_x), array(norm_p), array(lse), released,
+        array(grad_features), array(grad_prototypes), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_features, grad_prototypes, torch.full_like(temperature, grad_temperature)
 
 
 def _backward_torch(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
@@ -97,7 +118,7 @@ def _over(gradient: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm[..., None] == 0, 0.0, gradient.to(norm.dtype) / norm[..., None])
 
 
-_IMPLEMENTATIONS = {"torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
@@ -111,7 +132,7 @@ register(
     "pscl_backward",
     "(Tensor grad_class, Tensor features, Tensor prototypes, Tensor target, Tensor temperature, Tensor score,"
     " Tensor norm_x, Tensor norm_p, Tensor lse, bool released, str backend) -> (Tensor, Tensor, Tensor)",
-    {"torch": _backward_torch},
+    {"cpp": _backward_cpp, "torch": _backward_torch},
     _backward_fake,
 )
 refuse_second_derivative("pscl_backward")
