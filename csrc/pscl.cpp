@@ -129,7 +129,9 @@ double factors(const PsclBackward& a, int64_t c, double* x, double* along, doubl
     const int64_t i = b * C + c;
     along[i] = across[i] = 0;
     if (a.target[i] == -1) continue;
-    const double grad_score = (x[b] - y[b]) * upstream, grad_cosine = grad_score / a.temperature;
+    const double grad_score = (x[b] - y[b]) * upstream;
+    // In one dimension a cosine is a sign: its gradient is 0, and not what rounding leaves of a difference.
+    const double grad_cosine = a.features.shape[2] == 1 ? 0 * grad_score : grad_score / a.temperature;
     const double cosine = a.score[i] * a.temperature;
     turning += grad_score * a.score[i];
     cosines += grad_cosine * cosine;
