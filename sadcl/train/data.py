@@ -112,11 +112,17 @@ def as_features(
 ) -> tuple[FeatureDataset, FeatureDataset]:
     """Feature maps of a frozen backbone for both sides, computed once and kept in ``folder``."""
 
+    # Channels last and 8 images at a time: 15 + 0 ms of user + system time an image on one core, against 16 + 32 for
+    # 64 at a time in the default layout, whose large activations are returned to the system after every layer.
+    model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.backbone.eval()
+    chunk = 8 if device.type == "cpu" else 256
+
     @torch.inference_mode()
     def extract(batch: Tensor) -> Tensor:
-        return model.backbone(model.preprocessing(batch.to(device)))
+        parts = model.preprocessing(batch.to(device)).split(chunk)
+        return torch.cat([model.backbone(part.contiguous(memory_format=torch.channels_last)) for part in parts])
 
-    model.backbone.eval()
     sides = []
     key: dict[str, Any]
     for name, side in (("train", images.train), ("val", images.val)):

@@ -55,9 +55,7 @@ def evaluate_checkpoint(
 @torch.inference_mode()
 def _evaluate_pictures(model: SADCL, images: Pairs, threshold: float, workers: int) -> MultilabelReport:
     seen = MultilabelAccumulator(threshold)
-    for pictures, labels in tqdm(
-        DataLoader(images, 64, num_workers=workers), desc="eval", unit="batch", leave=False
-    ):
+    for pictures, labels in tqdm(DataLoader(images, 64, num_workers=workers), desc="eval", unit="batch", leave=False):
         output = model(model.preprocessing(pictures), contrastive=False)
         seen.update(output.logits.sigmoid(), labels)
     return seen.compute()
@@ -77,7 +75,4 @@ def predictions(
 ) -> list[tuple[int, str, bool | None]]:
     """The ``count`` most probable labels: (index, caption, whether it is there or None if unknown)."""
     best = probabilities.topk(max(1, min(count, len(classes)))).indices.tolist()
-    return [
-        (i, f"{classes[i]} {probabilities[i]:.2f}", None if truth is None else bool(truth[i] == 1))
-        for i in best
-    ]
+    return [(i, f"{classes[i]} {probabilities[i]:.2f}", None if truth is None else bool(truth[i] == 1)) for i in best]

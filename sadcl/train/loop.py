@@ -62,9 +62,7 @@ def make_stage(
     """AdamW with a one-cycle schedule over all epochs, and a seeded shuffle."""
     torch.manual_seed(seed)  # dropout
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        images, batch_size, shuffle=True, drop_last=False, generator=order, num_workers=workers
-    )
+    loader = DataLoader(images, batch_size, shuffle=True, drop_last=False, generator=order, num_workers=workers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=step.learning_rate, weight_decay=step.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -82,9 +80,7 @@ def make_loss(config: LossConfig) -> DualContrastiveLoss:
         sample_temperature=config.sample_temperature,
         prototype_temperature=config.prototype_temperature,
         formulation=config.formulation,
-        classification=AsymmetricLoss(
-            config.gamma_neg, config.gamma_pos, config.clip, 1e-5, True, "released"
-        ),
+        classification=AsymmetricLoss(config.gamma_neg, config.gamma_pos, config.clip, 1e-5, True, "released"),
     )
 
 
@@ -121,9 +117,7 @@ def train_epoch(
         images, labels = images.to(device), labels.to(device)
         output = forward(images, contrastive=contrastive)
         if contrastive:
-            result = loss(
-                output.embeddings, output.bank_embeddings, output.prototype_embeddings, labels, output.logits
-            )
+            result = loss(output.embeddings, output.bank_embeddings, output.prototype_embeddings, labels, output.logits)
             named = zip(("total", "sample", "prototype", "classification"), result, strict=True)
             model.head.update_bank(
                 output, labels

@@ -21,9 +21,7 @@ INK, MUTED = "#222222", "#777777"
 BLUE, GRAY, RED = "#2b6cb0", "#8a8f98", "#c0392b"
 
 
-def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any
-) -> tuple[Figure, np.ndarray]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
     """A figure that needs no display, with its axes as an array [rows, columns]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,9 +40,7 @@ def _plain(axis: Axes) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
 
 
-def plot_scenes(
-    path: Path, images: Sequence[Tensor], titles: Sequence[str], heading: str, columns: int = 6
-) -> None:
+def plot_scenes(path: Path, images: Sequence[Tensor], titles: Sequence[str], heading: str, columns: int = 6) -> None:
     """A sheet of pictures, each under its labels.
 
     Args:
@@ -75,9 +71,7 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     """
     figure, axes = _figure(13, 3.8, 1, 3)
     loss_axis, contrast_axis, map_axis = axes[0]
-    rows = {
-        stage: [row for row in history if row["stage"] == stage] for stage in ("step1", "control", "step2")
-    }
+    rows = {stage: [row for row in history if row["stage"] == stage] for stage in ("step1", "control", "step2")}
     first_end = rows["step1"][-1:]
     styles = {
         "step1": (INK, "-", "step 1 (SARL, ASL)"),
@@ -89,12 +83,8 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
             continue
         joined = rows[stage] if stage == "step1" else first_end + rows[stage]
         epochs = [row["epoch"] for row in joined]
-        loss_axis.plot(
-            epochs, [row["losses"]["classification"] for row in joined], line, color=color, marker="o", ms=4
-        )
-        map_axis.plot(
-            epochs, [row["val_mAP"] for row in joined], line, color=color, marker="o", ms=4, label=name
-        )
+        loss_axis.plot(epochs, [row["losses"]["classification"] for row in joined], line, color=color, marker="o", ms=4)
+        map_axis.plot(epochs, [row["val_mAP"] for row in joined], line, color=color, marker="o", ms=4, label=name)
     for part, color, name in (("sample", BLUE, "SSCL"), ("prototype", RED, "PSCL")):
         values = [(row["epoch"], row["losses"][part]) for row in rows["step2"] if part in row["losses"]]
         if values:
@@ -193,26 +183,17 @@ def plot_embeddings(
     for axis, (title, vectors) in zip(axes[0], panels, strict=True):
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         perplexity = min(30.0, max(2.0, (len(unit) - 1) / 4))
-        points = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(
-            unit
-        )
+        points = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed).fit_transform(unit)
         for index in np.unique(classes):
             rows = classes == index
-            axis.scatter(
-                *points[rows].T, s=13, color=colors[index], marker=markers[index], linewidths=0, alpha=0.85
-            )
-        score = (
-            silhouette_score(unit, classes, metric="cosine")
-            if 1 < len(np.unique(classes)) < len(unit)
-            else np.nan
-        )
+            axis.scatter(*points[rows].T, s=13, color=colors[index], marker=markers[index], linewidths=0, alpha=0.85)
+        score = silhouette_score(unit, classes, metric="cosine") if 1 < len(np.unique(classes)) < len(unit) else np.nan
         axis.set_title(f"{title}\nsilhouette {score:.3f}", fontsize=11, color=INK)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_color("#cccccc")
     handles = [
-        axes[0, 0].scatter([], [], s=28, color=colors[i], marker=markers[i], linewidths=0)
-        for i in range(len(names))
+        axes[0, 0].scatter([], [], s=28, color=colors[i], marker=markers[i], linewidths=0) for i in range(len(names))
     ]
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8.5)
     _save(figure, path)

@@ -60,15 +60,11 @@ def table(run: Run, reports: dict[str, MultilabelReport]) -> str:
     """The steps side by side, for people."""
     lines = ["", f"validation: {run.images.protocol}", f"{'':38}{'epochs':>7}{'mAP':>9}{'CF1':>9}{'OF1':>9}"]
     for name, report in reports.items():
-        epochs = (
-            run.config.step1.epochs if name == "step1" else run.config.step1.epochs + run.config.step2.epochs
-        )
+        epochs = run.config.step1.epochs if name == "step1" else run.config.step1.epochs + run.config.step2.epochs
         lines.append(f"{NAMES[name]:38}{epochs:>7}{report.mAP:>9.4f}{report.CF1:>9.4f}{report.OF1:>9.4f}")
     if "control" in reports and "step2" in reports:
         gain = reports["step2"].mAP - reports["control"].mAP
-        lines.append(
-            f"step 2 against the control: {gain:+.4f} mAP (one seed and split; their spread is about 0.03)"
-        )
+        lines.append(f"step 2 against the control: {gain:+.4f} mAP (one seed and split; their spread is about 0.03)")
     chance = sum(label.mean().item() for label in _labels(run).T) / len(run.images.classes)
     return "\n".join([*lines, f"chance level: {chance:.3f}", ""])
 
@@ -82,9 +78,7 @@ def draw(run: Run) -> None:
     classes = list(run.images.classes)
     training = [run.images.train[i] for i in range(min(18, len(run.images.train)))]  # type: ignore[arg-type]
     names = [", ".join(classes[i] for i in labels.nonzero().flatten()) for _, labels in training]
-    plot_scenes(
-        run.folder / "scenes.png", [image for image, _ in training], names, f"training: {run.images.title}"
-    )
+    plot_scenes(run.folder / "scenes.png", [image for image, _ in training], names, f"training: {run.images.title}")
     plot_curves(run.folder / "curves.png", run.history)
     _draw_attention(run, classes)
     if (run.folder / "step2.pt").is_file() and run.config.step2.epochs > 0:
@@ -106,9 +100,7 @@ def _draw_attention(run: Run, classes: list[str]) -> None:
         if len(images) == OVERLAY_IMAGES:
             break
     if images:
-        heading = (
-            "where the model looks for its four most probable labels (green: it is there, red: it is not)"
-        )
+        heading = "where the model looks for its four most probable labels (green: it is there, red: it is not)"
         plot_attention(run.folder / "attention.png", images, titles, maps, chosen, heading)
 
 

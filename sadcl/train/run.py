@@ -106,9 +106,7 @@ class Run:
         """Train one stage to its end, from its beginning or from ``state``, and keep its model."""
         finished = self.folder / f"{name}.pt"
         if state is not None and STAGES.index(state["stage"]) > STAGES.index(name):
-            restored = restore_model(load_checkpoint(finished)).to(
-                self.device
-            )  # an earlier session finished it
+            restored = restore_model(load_checkpoint(finished)).to(self.device)  # an earlier session finished it
             return evaluate(restored, self.forward_of(restored), self.val_batches(), self.device)
         resuming = state is not None and state["stage"] == name
         if name != "step1":
@@ -129,9 +127,7 @@ class Run:
         offset = 0 if name == "step1" else self.config.step1.epochs
         steps = len(stage.loader)
         report = None
-        with tqdm(
-            total=step.epochs * steps, initial=done * steps, desc=TITLES[name], unit="step", leave=False
-        ) as bar:
+        with tqdm(total=step.epochs * steps, initial=done * steps, desc=TITLES[name], unit="step", leave=False) as bar:
 
             def on_step(parts: dict[str, float]) -> None:
                 bar.set_postfix(loss=f"{parts['total']:.1f}", refresh=False)
@@ -233,9 +229,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
     return found
 
 
-def train(
-    config: TrainConfig, resume: bool = False, say: Callable[[str], None] = tqdm.write
-) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Run a config to its end and write ``metrics.json`` and the pictures.
 
     Args:
@@ -252,15 +246,11 @@ def train(
     run = Run(config, say)
     reports = run.run(resume)
     metrics = summary(run, reports)
-    write_atomically(
-        run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode())
-    )
+    write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     say(table(run, reports))
     if config.plots:
         draw(run)
     say(f"done in {time.perf_counter() - began:.0f} s; everything is in {run.folder}/:")
-    for path in sorted(
-        path for path in run.folder.iterdir() if path.suffix in (".png", ".json", ".pt", ".yaml")
-    ):
+    for path in sorted(path for path in run.folder.iterdir() if path.suffix in (".png", ".json", ".pt", ".yaml")):
         say(f"  {path}")
     return metrics
