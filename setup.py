@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 # Compiled once, and once per instruction set.
-SOURCES = ["csrc/module.cpp", "csrc/bind_losses.cpp", "csrc/dispatch.cpp", "csrc/parallel.cpp", "csrc/compact.cpp"]
-KERNEL_SOURCES = ["csrc/sscl.cpp", "csrc/asl.cpp", "csrc/pscl.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/bind_losses.cpp", "csrc/bind_group_classifier.cpp", "csrc/dispatch.cpp", "csrc/parallel.cpp", "csrc/compact.cpp", "csrc/bank.cpp", "csrc/average_precision.cpp"]
+KERNEL_SOURCES = ["csrc/sscl.cpp", "csrc/asl.cpp", "csrc/pscl.cpp", "csrc/group_classifier.cpp"]
 
 # No flag here may change values: contraction to FMA is the only licence taken. -fno-trapping-math lets `x < y ? a : b`
 # become a blend, -fno-math-errno lets sqrt be an instruction.

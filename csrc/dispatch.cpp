@@ -15,10 +15,12 @@ namespace sadcl {
   void asl_backward(const AslBackward&);         \
   void pscl_forward(const PsclForward&);         \
   double pscl_backward(const PsclBackward&);     \
+  void group_classifier_forward(const GroupClassifierForward&);    \
+  void group_classifier_backward(const GroupClassifierBackward&);  \
   }
 #define SADCL_TABLE(name) \
   {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward, \
-   name::pscl_forward, name::pscl_backward}
+   name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward}
 
 SADCL_DECLARE(portable)
 #if defined(SADCL_HAS_AVX2)

@@ -2,6 +2,7 @@
 #pragma once
 #include "array.h"
 #include "asl.h"
+#include "group_classifier.h"
 #include "pscl.h"
 
 namespace sadcl {
@@ -48,6 +49,8 @@ struct KernelTable {
   void (*asl_backward)(const AslBackward&);
   void (*pscl_forward)(const PsclForward&);
   double (*pscl_backward)(const PsclBackward&);  // returns d loss / d temperature
+  void (*group_classifier_forward)(const GroupClassifierForward&);
+  void (*group_classifier_backward)(const GroupClassifierBackward&);
 };
 
 // compact.cpp. `bad` receives up to `max_bad` distinct offending values; returns how many there are (0: all is well).

@@ -100,6 +100,11 @@ def _why_not(name: str, device_type: str) -> str:
     return ""
 
 
+def takes_cpp(device: torch.device) -> bool:
+    """Whether what has no ``backend`` argument (head, bank, metrics) runs the CPU extension on ``device``."""
+    return os.environ.get("SADCL_BACKEND", "") in ("", "cpp") and not _why_not("cpp", device.type)
+
+
 def resolve(backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
     """Choose the backend of one call.
 

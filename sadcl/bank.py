@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._backends import takes_cpp
 from ._checks import check_floating, check_tensor
+from .ops.bank import bank_update
 
 
 class MemoryBank(nn.Module):
@@ -68,7 +70,7 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Write the confidently and correctly recognised label features.
 
-        One masked copy: no loop over labels and nothing read back from the device.
+        No loop over labels in Python and nothing read back from the device.
 
         Args:
             label_features: h ``[B, C, E]``, before the projection.
@@ -97,12 +99,8 @@ class MemoryBank(nn.Module):
                 )
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold: expected a probability, got {threshold}")
-        if scores.dtype != torch.float64:
-            scores = scores.float()  # half precision would round 0.8
-        recognised = (scores if probabilities else scores.sigmoid()) > threshold
-        write = (recognised & (labels == 1))[:, :, None]
-        current = self.slots[:batch]
-        current.copy_(torch.where(write, label_features.detach().to(current.dtype), current))
+        backend = "cpp" if takes_cpp(self.slots.device) else "torch"
+        bank_update(self.slots, label_features, scores, labels, threshold, probabilities, backend)
 
     def extra_repr(self) -> str:
         """Sizes shown by print()."""

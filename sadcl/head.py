@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._backends import takes_cpp
 from ._checks import check_floating, check_tensor
 from .bank import MemoryBank
 from .classes import check_indices, fit_width
+from .ops.group_classifier import group_classifier
 from .transformer import DecoderLayer, EncoderLayer, PositionSine
 
 
@@ -49,6 +51,8 @@ class GroupClassifier(nn.Module):
 
     def forward(self, label_features: Tensor) -> Tensor:
         """``[B, C, E]`` to ``[B, C]``."""
+        if takes_cpp(label_features.device):
+            return group_classifier(label_features, self.weight, self.bias, "cpp")
         return (label_features * self.weight).sum(-1) + self.bias
 
 

@@ -1,4 +1,7 @@
-"""Average precision: one sort of all classes, and after it work on the positives alone."""
+"""Average precision: one sort of all classes, and after it work on the positives alone.
+
+On a CPU the extension ranks class by class (csrc/average_precision.cpp); what follows is for other devices.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sadcl._backends import takes_cpp
 from sadcl._checks import check_choice
 from sadcl.metrics._inputs import Array, canonical
+from sadcl.ops import average_precision as _cpu
 
 AP_METHODS = ("voc_area", "sklearn", "voc11")
 _BLOCK = 1 << 24  # pairs sorted at a time: bounds the int64 order to 128 MiB however many classes there are
@@ -49,6 +54,8 @@ def average_precision(scores: Array, labels: Array, method: str = "voc_area") ->
 
 def class_ap(scores: Tensor, target: Tensor, method: str) -> Tensor:
     """[C] float64 AP of checked ``scores`` [n, C] and ``target`` [n, C], in blocks of whole classes."""
+    if takes_cpp(scores.device):
+        return _cpu.average_precision(scores, target, method)
     step = max(1, _BLOCK // max(1, scores.shape[0]))
     blocks = zip(scores.split(step, dim=1), target.split(step, dim=1), strict=True)
     return torch.cat([_block_ap(s.t().contiguous(), t.t().contiguous(), method) for s, t in blocks])

@@ -1,8 +1,10 @@
 """Eager oracles: the docstrings are the spec, the code is the equation. For tests and ``backend="reference"``."""
 
 from .asl import asl
+from .bank import bank_update
+from .group_classifier import group_classifier
 from .pscl import pscl
 from .sscl import sscl
 from .supcon import supcon
 
-__all__ = ["asl", "pscl", "sscl", "supcon"]
+__all__ = ["asl", "bank_update", "group_classifier", "pscl", "sscl", "supcon"]

@@ -1,0 +1,109 @@
+// Memory-bank update (SPEC section 3): copies the label features of confidently and correctly recognised pairs.
+//
+// Compiled once, with the base instruction set: rows are copied, at most converted.
+#include "bank.h"
+
+#include <cmath>
+#include <vector>
+
+#include "bind.h"
+#include "convert.h"
+#include "parallel.h"
+
+namespace sadcl {
+namespace {
+
+using namespace SADCL_ISA;
+
+template <class T>
+T at(const Array& a, int64_t b, int64_t c) {
+  return static_cast<const T*>(a.data)[b * a.stride[0] + c * a.stride[1]];
+}
+
+bool is_one(const Array& labels, int64_t b, int64_t c) {
+  switch (labels.dtype) {
+    case kF32: return at<float>(labels, b, c) == 1;
+    case kF64: return at<double>(labels, b, c) == 1;
+    case kBF16: return at<uint16_t>(labels, b, c) == 0x3f80;
+    case kF16: return at<uint16_t>(labels, b, c) == 0x3c00;
+    case kU8: return at<uint8_t>(labels, b, c) == 1;
+    case kI8: return at<int8_t>(labels, b, c) == 1;
+    case kI16: return at<int16_t>(labels, b, c) == 1;
+    case kI32: return at<int32_t>(labels, b, c) == 1;
+    default: return at<int64_t>(labels, b, c) == 1;
+  }
+}
+
+// Compared in the scores' dtype, as torch does: float32 0.8 does not exceed a threshold of 0.8.
+bool exceeds(const BankUpdate& a, int64_t b, int64_t c) {
+  const bool wide = a.scores.dtype == kF64;
+  const double score = wide ? at<double>(a.scores, b, c) : at<float>(a.scores, b, c);
+  const double p = a.probabilities ? score : 1 / (1 + std::exp(-score));
+  return wide ? p > a.threshold : float(p) > float(a.threshold);
+}
+
+template <class T>
+void copy_row(const BankUpdate& a, int64_t b, int64_t c) {
+  constexpr int64_t kBlock = 512;
+  T buffer[kBlock];
+  const Array &to = a.slots, &from = a.features;
+  const int64_t E = to.shape[2], stride = from.stride[2];
+  const int64_t source = b * from.stride[0] + c * from.stride[1], target = b * to.stride[0] + c * to.stride[1];
+  const int64_t size = element_size(to.dtype);
+  if (from.dtype == to.dtype && stride == 1) {
+    memcpy(static_cast<char*>(to.data) + target * size, static_cast<const char*>(from.data) + source * size, size_t(E * size));
+    return;
+  }
+  for (int64_t e = 0; e < E; e += kBlock) {
+    const int64_t n = E - e < kBlock ? E - e : kBlock;
+    read_row(from, source + e * stride, stride, n, buffer);
+    write_row(to.data, to.dtype, target + e, n, buffer);
+  }
+}
+
+}  // namespace
+
+void bank_update(const BankUpdate& a) {
+  const int64_t B = a.features.shape[0], C = a.features.shape[1];
+  std::vector<int64_t> found;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t c = 0; c < C; ++c)
+      if (is_one(a.labels, b, c) && exceeds(a, b, c)) found.push_back(b * C + c);
+  const int64_t count = int64_t(found.size());
+  const int threads = count * a.slots.shape[2] < 1 << 15 ? 1 : team_size(a.threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t b = found[size_t(i)] / C, c = found[size_t(i)] % C;
+    a.slots.dtype == kF64 ? copy_row<double>(a, b, c) : copy_row<float>(a, b, c);
+  }
+}
+
+namespace {
+
+void bind_bank_update(const Array& slots, const Array& features, const Array& scores, const Array& labels,
+                      double threshold, bool probabilities, int threads) {
+  check_rank("slots", slots, 3);
+  check_rank("features", features, 3);
+  check_floating("slots", slots);
+  check_floating("features", features);
+  const int64_t B = features.shape[0], C = features.shape[1];
+  if (B > slots.shape[0])
+    throw py::value_error("features: expected at most " + std::to_string(slots.shape[0]) + " images, got shape " + shape_text(features));
+  check_shape("features", features, {B, slots.shape[1], slots.shape[2]});
+  if (slots.shape[2] > 1 && slots.stride[2] != 1) throw py::value_error("slots: expected contiguous rows");
+  if (accumulation(slots) != accumulation(features)) check_dtype("features", features, slots.dtype);
+  check_shape("scores", scores, {B, C});
+  if (scores.dtype != kF64) check_dtype("scores", scores, kF32);
+  check_shape("labels", labels, {B, C});
+  py::gil_scoped_release release;
+  bank_update({slots, features, scores, labels, threshold, probabilities, threads});
+}
+
+}  // namespace
+
+void bind_bank(py::module_& m) {
+  m.def("bank_update", &bind_bank_update, py::arg("slots"), py::arg("features"), py::arg("scores"), py::arg("labels"),
+        py::arg("threshold"), py::arg("probabilities"), py::arg("threads"));
+}
+
+}  // namespace sadcl
