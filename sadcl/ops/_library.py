@@ -54,6 +54,15 @@ def implemented(implementations: dict[str, Callable[..., Any]]) -> tuple[str, ..
     return tuple(name for name in PREFERENCE if name in implementations)
 
 
+def triton_kernel(module: str, function: str) -> Callable[..., Any]:
+    """The launcher ``sadcl.kernels.<module>.<function>``; triton is imported by its first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"sadcl.kernels.{module}"), function)(*args)
+
+    return run
+
+
 _DTYPE_CODES = {
     torch.float32: 0,
     torch.float64: 1,

@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .._checks import accumulation_dtype
-from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
+from ._library import (
+    array,
+    extension,
+    implemented,
+    refuse_second_derivative,
+    register,
+    register_autograd,
+    triton_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def _backward_torch(grad_loss: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
     return (upstream * grad).to(logits.dtype).contiguous()
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("asl", "asl"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
@@ -130,7 +138,7 @@ register(
 register(
     "asl_backward",
     "(Tensor grad_loss, Tensor grad, Tensor logits, str backend) -> Tensor",
-    {"cpp": _backward_cpp, "torch": _backward_torch},
+    {"cpp": _backward_cpp, "triton": triton_kernel("asl", "asl_backward"), "torch": _backward_torch},
     _backward_fake,
 )
 refuse_second_derivative("asl_backward")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import array, extension, implemented, register
+from ._library import array, extension, implemented, register, triton_kernel
 
 
 class Active(NamedTuple):
@@ -76,7 +76,7 @@ def _empty(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("compact", "compact"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register("compact", "(Tensor labels, str backend) -> (Tensor, Tensor, Tensor)", _IMPLEMENTATIONS,

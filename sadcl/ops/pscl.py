@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from ._library import array, extension, implemented, norm_dtype, refuse_second_derivative, register, register_autograd
+from ._library import (
+    array,
+    extension,
+    implemented,
+    norm_dtype,
+    refuse_second_derivative,
+    register,
+    register_autograd,
+    triton_kernel,
+)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -118,7 +127,7 @@ def _over(gradient: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm[..., None] == 0, 0.0, gradient.to(norm.dtype) / norm[..., None])
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("pscl", "pscl"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
@@ -132,7 +141,7 @@ register(
     "pscl_backward",
     "(Tensor grad_class, Tensor features, Tensor prototypes, Tensor target, Tensor temperature, Tensor score,"
     " Tensor norm_x, Tensor norm_p, Tensor lse, bool released, str backend) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _backward_cpp, "torch": _backward_torch},
+    {"cpp": _backward_cpp, "triton": triton_kernel("pscl", "pscl_backward"), "torch": _backward_torch},
     _backward_fake,
 )
 refuse_second_derivative("pscl_backward")

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from .._checks import accumulation_dtype
 from . import sscl_portable
-from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
+from ._library import (
+    array,
+    extension,
+    implemented,
+    refuse_second_derivative,
+    register,
+    register_autograd,
+    triton_kernel,
+)
 
 # Scores of a small problem are kept for the backward where they fit the cache: 1 MB of float32.
 TILE_ELEMENTS = 1 << 18
@@ -75,7 +83,7 @@ def _backward_cpp(grad_rows: Tensor, features: Tensor, pairs: Tensor, class_ptr:
     return grad_features, torch.full_like(temperature, grad_temperature)
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("sscl", "sscl"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
@@ -89,7 +97,11 @@ register(
     "sscl_backward",
     "(Tensor grad_rows, Tensor features, Tensor pairs, Tensor class_ptr, Tensor temperature, Tensor lse, Tensor norm,"
     " Tensor tile, bool normalize, str backend) -> (Tensor, Tensor)",
-    {"cpp": _backward_cpp, "torch": sscl_portable.backward},
+    {
+        "cpp": _backward_cpp,
+        "triton": triton_kernel("sscl_backward", "sscl_backward"),
+        "torch": sscl_portable.backward,
+    },
     _backward_fake,
 )
 refuse_second_derivative("sscl_backward")

@@ -1,0 +1,67 @@
+"""Device functions that several kernels use."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies bfloat16 operands as integers, truncates where it should round, and loses subnormals.
+# There, operands of 16 bits are widened to float32 before a dot: the tensor-core path is compiled, not executed.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Convert to ``dtype``, rounding to nearest even; by hand for the interpreter's bfloat16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x00400000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """Convert a loaded value to the wider ``dtype``; by hand for the interpreter, which loses bfloat16 subnormals."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def operand(x):
+    """``x`` as a dot operand."""
+    if INTERPRET and x.dtype.primitive_bitwidth == 16:
+        return widen(x, tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def power_of_two_scale(norm):
+    """float32 power of two that brings ``norm`` into [1, 2) where float32 has it: an exact change of exponent.
+
+    Products of scaled rows neither overflow nor vanish, at 1e30 as at 1e-30, and lose no bit.
+    """
+    exponent = (norm.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return (tl.minimum(tl.maximum(254 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal(norm, scale):
+    """``1 / (norm * scale)``, and 0 for a zero vector; float64 in, float64 out."""
+    wide = norm * scale.to(norm.dtype)
+    return tl.where(wide == 0, 0.0, 1.0 / tl.where(wide == 0, 1.0, wide))
+
+
+@triton.jit
+def atanh_series(t, TERMS: tl.constexpr):
+    """``2 atanh(t)`` for ``0 <= t <= 1/3``: accurate near 0, where the hardware's logarithm is not."""
+    square = t * t
+    total = tl.zeros_like(t) + 1.0 / (2 * TERMS + 1)
+    for i in tl.static_range(TERMS):
+        total = total * square + 1.0 / (2 * (TERMS - 1 - i) + 1)
+    return 2.0 * t * total

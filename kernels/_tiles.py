@@ -1,0 +1,234 @@
+"""Tile choices as data: per op, part and kind of operand, the default first, what else is worth a search after it.
+
+Kinds of operand: ``half`` (bfloat16, float16), ``single`` (float32 without tensor cores: ``ieee``), ``tf32`` (float32
+through them: ``tf32``, ``tf32x3``) and ``double``. The default is taken unless ``SADCL_AUTOTUNE=1``, which times every
+row of the list once per problem size, says so on stderr, and keeps the winner in a file (``SADCL_TUNE_CACHE``, else
+``~/.cache/sadcl/tiles.json``). Nothing here has been timed on a GPU: the reasons are counts (registers, shared memory,
+tensor-core shapes), checked by ``python -m benchmarks.gpu_static``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from sadcl._checks import check_choice
+
+from ._launch import Part
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One choice.
+
+    Attributes:
+        block_m: rows of a score tile, held by the program while it sweeps over the columns.
+        block_n: columns of a score tile.
+        block_d: width of a step of a product.
+        num_warps, num_stages: warps of a program, depth of the software pipeline.
+        panel: column tiles of weights that the backward keeps before it multiplies them with z.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    panel: int = 4
+
+
+# Families of parts that share a table: those with little shared memory, and those that are one generation.
+_FAMILY = {"sm_75": "small", "sm_86": "small", "sm_87": "sm_80", "sm_89": "small", "sm_120": "small", "sm_121": "small",
+           "sm_103": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}  # fmt: skip
+
+# Forward. A tile of 128 x 128 with a width step of 64 reads 32 KB for 2 MFLOP: 64 FLOP a byte from L2. Its float32
+# accumulator is 64 registers a thread at 8 warps. Every first row compiles without a spill on its parts.
+SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": {
+        # 128 x 128 spills 8 bytes here (mma.sync holds both operands in registers), 128 x 64 none; 3 stages are 72 KB.
+        "half": (Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 3)),
+        # FFMA: a 64 x 64 tile is 16 outputs a thread, so operand reads from shared memory do not bind.
+        "single": (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 3)),
+        "tf32": (Tile(64, 64, 16, 8, 3), Tile(64, 32, 32, 4, 3)),
+        "double": (Tile(32, 32, 16, 4, 2),),
+    },
+    "sm_90": {
+        # Two warpgroups, one wgmma m64n128 each; 4 x 32 KB of the 227.
+        "half": (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+        "single": (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 3)),
+        "tf32": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "double": (Tile(32, 32, 16, 4, 2),),
+    },
+    "sm_100": {
+        # As sm_90; the accumulator lies in tensor memory.
+        "half": (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+        "single": (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 3)),
+        "tf32": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "double": (Tile(32, 32, 16, 4, 2),),
+    },
+    "gfx942": {
+        # 64 KB of LDS hold two stages of 64 x 64 x 64; a wave is 64 threads, so 4 warps are 256 threads.
+        "half": (Tile(64, 64, 64, 4, 2), Tile(128, 64, 32, 4, 2)),
+        "single": (Tile(64, 64, 16, 4, 2),),
+        "tf32": (Tile(64, 64, 16, 4, 2),),
+        "double": (Tile(32, 32, 16, 4, 1),),
+    },
+    "small": {
+        # 64 KB (sm_75) to 99 KB: two stages of 64 x 64 x 64 are 32 KB.
+        "half": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 32, 4, 3)),
+        "single": (Tile(64, 64, 16, 8, 2),),
+        "tf32": (Tile(64, 64, 16, 8, 2),),
+        "double": (Tile(32, 32, 16, 4, 1),),
+    },
+    # The least that dot takes, so that small tests cross tile borders.
+    "interpret": {kind: (Tile(16, 16, 32, 4, 2, 2),) for kind in ("half", "single", "tf32", "double")},
+}
+# Backward. Two products share the registers with the exponentials: 128 x 128 spills 340 to 1,100 bytes on all parts,
+# so the tile is half as wide. A panel of 8 x 64 columns reads and writes the sums once for 512 multiply-adds.
+SSCL_BACKWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": {
+        "half": (Tile(128, 64, 64, 8, 3, 8), Tile(64, 64, 64, 4, 3, 8), Tile(64, 64, 64, 4, 2, 8)),
+        # A width step of 32 spills 80 bytes.
+        "single": (Tile(64, 64, 16, 8, 2, 8), Tile(64, 32, 32, 8, 2, 8)),
+        "tf32": (Tile(64, 64, 16, 8, 3, 8), Tile(64, 32, 32, 4, 3, 8)),
+        "double": (Tile(32, 32, 16, 4, 2, 8),),
+    },
+    "sm_90": {
+        "half": (Tile(128, 64, 64, 8, 3, 8), Tile(128, 64, 64, 8, 4, 8), Tile(64, 64, 64, 4, 3, 8)),
+        "single": (Tile(64, 64, 16, 8, 2, 8),),
+        "tf32": (Tile(64, 64, 32, 8, 3, 8), Tile(64, 64, 32, 8, 2, 8)),
+        "double": (Tile(32, 32, 16, 4, 2, 8),),
+    },
+    "sm_100": {
+        "half": (Tile(128, 64, 64, 8, 3, 8), Tile(64, 64, 64, 4, 3, 8)),
+        "single": (Tile(64, 64, 16, 8, 2, 8),),
+        "tf32": (Tile(64, 64, 32, 8, 3, 8),),
+        "double": (Tile(32, 32, 16, 4, 2, 8),),
+    },
+    "gfx942": {
+        "half": (Tile(64, 64, 64, 4, 2, 8),),
+        "single": (Tile(64, 64, 16, 4, 2, 8),),
+        "tf32": (Tile(64, 64, 16, 4, 2, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8),),
+    },
+    "small": {
+        "half": (Tile(64, 64, 64, 4, 2, 8), Tile(64, 64, 32, 4, 2, 8)),
+        "single": (Tile(64, 64, 16, 8, 2, 8),),
+        "tf32": (Tile(64, 64, 16, 8, 2, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8),),
+    },
+    "interpret": SSCL["interpret"],
+}
+TABLES = {"sscl": SSCL, "sscl_backward": SSCL_BACKWARD}
+
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def precision(dtype: torch.dtype, part: Part) -> str:
+    """How float32 operands are multiplied: ``SADCL_TRITON_PRECISION``, ``ieee`` by default.
+
+    ``ieee`` is exact float32, without tensor cores on NVIDIA parts; ``tf32`` rounds operands to 11 bits; ``tf32x3``
+    adds the two first-order corrections, which restores nearly all of float32 at a third of tf32's rate. AMD's matrix
+    cores multiply float32 as it is, so ``tf32x3`` is ``ieee`` there. Operands of 16 bits, or 64, have one way only.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    asked = check_choice("SADCL_TRITON_PRECISION", os.environ.get("SADCL_TRITON_PRECISION") or "ieee", PRECISIONS)
+    if asked != "ieee" and part.arch == "sm_75":
+        raise RuntimeError(f"SADCL_TRITON_PRECISION={asked}: tf32 needs sm_80 or later, this GPU is sm_75")
+    return "ieee" if asked == "tf32x3" and part.arch.startswith("gfx") else asked
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    """The kind of operand, see the module's docstring."""
+    if dtype == torch.float64:
+        return "double"
+    if dtype == torch.float32:
+        return "single" if precision == "ieee" else "tf32"
+    return "half"
+
+
+def candidates(op: str, part: Part, kind: str) -> tuple[Tile, ...]:
+    """The rows for a part, the default first; unknown parts take the nearest older generation that fits."""
+    table = TABLES[op]
+    family = _FAMILY.get(part.arch, part.arch)
+    if family not in table:
+        family = "small" if part.shared_bytes < 128 << 10 else "sm_90" if part.arch.startswith("sm_9") else "sm_80"
+        if part.arch.startswith("gfx"):
+            family = "gfx942"
+    return table[family][kind]
+
+
+def choose(op: str, part: Part, kind: str, size: tuple[int, ...], run: Callable[[Tile], None]) -> Tile:
+    """The tile to use: the default, or the fastest of the list with ``SADCL_AUTOTUNE=1``.
+
+    Args:
+        op: key of :data:`TABLES`.
+        part: where it runs.
+        kind: kind of operand.
+        size: what the best choice depends on; rounded up to powers of two in the cache's key.
+        run: runs the op with a tile; only called by a search.
+    """
+    rows = candidates(op, part, kind)
+    if os.environ.get("SADCL_AUTOTUNE") != "1" or len(rows) == 1 or part.arch == "interpret":
+        return rows[0]
+    rounded = "x".join(str(1 << max(n - 1, 0).bit_length()) for n in size)
+    key = f"{op}/{part.name or part.arch}/{kind}/{rounded}"
+    cache = _read_cache()
+    if key not in cache:
+        cache[key] = asdict(_search(key, rows, run))
+        _write_cache(cache)
+    return Tile(**cache[key])
+
+
+def _search(key: str, rows: tuple[Tile, ...], run: Callable[[Tile], None]) -> Tile:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    print(f"sadcl: tuning {key}: {len(rows)} tiles, once; the result is kept in {_cache_path()}", file=sys.stderr)
+    best, best_ms = rows[0], float("inf")
+    for index, tile in enumerate(rows, 1):
+        try:
+            ms = do_bench(lambda tile=tile: run(tile), return_mode="median")
+        except OutOfResources as error:
+            print(f"sadcl:   {index}/{len(rows)} {tile}: {error}", file=sys.stderr)
+            continue
+        print(f"sadcl:   {index}/{len(rows)} {tile}: {ms:.3f} ms", file=sys.stderr)
+        if ms < best_ms:
+            best, best_ms = tile, ms
+    return best
+
+
+def _cache_path() -> Path:
+    return Path(os.environ.get("SADCL_TUNE_CACHE") or Path.home() / ".cache" / "sadcl" / "tiles.json")
+
+
+_cache: dict[str, dict[str, int]] | None = None
+
+
+def _read_cache() -> dict[str, dict[str, int]]:
+    global _cache
+    if _cache is None:
+        try:
+            _cache = json.loads(_cache_path().read_text())
+        except (OSError, ValueError):  # none yet, or not ours: search again
+            _cache = {}
+    return _cache
+
+
+def _write_cache(cache: dict[str, dict[str, int]]) -> None:
+    path = _cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(cache, indent=1, sort_keys=True))
+        scratch.replace(path)  # other processes see the old file or the new one
+    except OSError as error:
+        print(f"sadcl: cannot keep the tuning result in {path}: {error}", file=sys.stderr)

@@ -1,0 +1,383 @@
+"""Op ``sscl``, backward: the symmetric closed form in one sweep.
+
+With ``e_ij = exp(s_ij - lse_i)``, anchor weights m and k positives a row, the gradient of the loss with respect to z is
+
+    g_i = 1/tau * sum_{j != i} W_ij z_j,      W_ij = m_i e_ij + m_j e_ji - [same class] (m_i + m_j) / k
+
+so one matrix of weights holds everything, and no sums of classes are needed. A program owns a block of rows (and a
+split of the columns, as in the forward). For a panel of columns it makes W tile by tile into its own scratch, which stays
+in L2, then multiplies the panel with z slice by slice of the width: scores are made once, whatever D is, 4 N^2 D
+operations in all.
+Memory: scratch per program, not per row. Four launches: stage, sweep, combine, temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _tiles
+from ._device import narrow, operand, power_of_two_scale
+from ._launch import capped, ceil_div, launch, part_of, require_dtype
+from ._rows import Rows, count_rows, load_rows, stage_backward
+from .sscl import LOG2E, partition, product
+
+_FINISH_ROWS = 8
+
+
+@triton.jit
+def _weight_scale(peak_ptr, z_ptr, PEAKS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Power of two that brings the weights into float16's range, 1 for wider types: a softmax weight of a large batch
+    is a subnormal float16."""
+    if z_ptr.dtype.element_ty == tl.float16:
+        offs = tl.arange(0, BLOCK_P)
+        peak = tl.max(tl.load(peak_ptr + offs, mask=offs < PEAKS, other=0))
+        return tl.where(peak > 1e-30, power_of_two_scale(peak) * 4096.0, 1.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _weights(
+    z_ptr,
+    offset_ptr,
+    stat_ptr,
+    segment_ptr,
+    rows,
+    mask_r,
+    cols,
+    mask_c,
+    over_tau,
+    alpha,
+    width,
+    stride,
+    rows_cap,
+    BLOCK_D: tl.constexpr,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Tile of ``alpha W_ij / (|x_j| scale_j)``, so that it multiplies the scaled rows."""
+    ACC: tl.constexpr = stat_ptr.dtype.element_ty
+    over_c = tl.load(stat_ptr + cols, mask=mask_c, other=0)
+    over_r = tl.load(stat_ptr + rows, mask=mask_r, other=0)
+    s = product(
+        z_ptr, offset_ptr, stat_ptr, rows, mask_r, cols, mask_c, width, stride, rows_cap, BLOCK_D, GATHER, PRECISION
+    )
+    s = s * (over_r * over_tau)[:, None] * over_c[None, :]
+    m_r = tl.load(stat_ptr + 2 * rows_cap + rows, mask=mask_r, other=0)
+    m_c = tl.load(stat_ptr + 2 * rows_cap + cols, mask=mask_c, other=0)
+    lse_r = tl.load(stat_ptr + 3 * rows_cap + rows, mask=mask_r, other=0) * LOG2E
+    lse_c = tl.load(stat_ptr + 3 * rows_cap + cols, mask=mask_c, other=0) * LOG2E
+    weight = m_r[:, None] * tl.exp2(s - lse_r[:, None]) + m_c[None, :] * tl.exp2(s - lse_c[None, :])
+    first = tl.load(segment_ptr + rows, mask=mask_r, other=0)
+    last = tl.load(segment_ptr + rows_cap + rows, mask=mask_r, other=0)
+    over_peers = 1.0 / tl.maximum(last - first - 1, 1).to(ACC)
+    same = (cols[None, :] >= first[:, None]) & (cols[None, :] < last[:, None])
+    weight -= tl.where(same, (m_r[:, None] + m_c[None, :]) * over_peers[:, None], 0.0)
+    other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
+    return tl.where(other, weight * (alpha * over_c)[None, :], 0.0)
+
+
+@triton.jit
+def _finish(
+    rows,
+    mask,
+    parts_ptr,
+    n_parts,
+    part_stride,
+    factor,
+    tables,
+    grad_ptr,
+    radial_ptr,
+    D,
+    width,
+    stride,
+    rows_cap,
+    NORMALIZE: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """From the sums of W z to the gradient of x: add the splits, take the tangential part, divide by the norm.
+
+    ``parts_ptr`` holds, per row, where its first part starts.
+    """
+    z_ptr, offset_ptr, stat_ptr, segment_ptr, _ = tables
+    ACC: tl.constexpr = stat_ptr.dtype.element_ty
+    over = tl.load(stat_ptr + rows, mask=mask, other=0)[:, None]
+    scale = tl.load(stat_ptr + rows_cap + rows, mask=mask, other=0)[:, None]
+    slot = tl.load(segment_ptr + 2 * rows_cap + rows, mask=mask, other=0).to(tl.int64)
+    radial = tl.zeros([rows.shape[0]], ACC)
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        inside = mask[:, None] & (offs_d < width)[None, :]
+        g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
+        for part in range(n_parts):
+            g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
+        z = load_rows(z_ptr, offset_ptr, stat_ptr, rows, mask, offs_d, width, stride, rows_cap, GATHER)
+        radial += tl.sum(g * (operand(z).to(ACC) * over), axis=1)
+    radial *= factor
+    tl.store(radial_ptr + rows, radial, mask=mask)
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        inside = mask[:, None] & (offs_d < D)[None, :]
+        g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
+        for part in range(n_parts):
+            g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
+        g *= factor
+        if NORMALIZE:
+            z = load_rows(z_ptr, offset_ptr, stat_ptr, rows, mask, offs_d, width, stride, rows_cap, GATHER)
+            # 1 / |x| by its two factors: the product may leave the range.
+            g = (g - operand(z).to(ACC) * over * radial[:, None]) * over * scale
+        tl.store(grad_ptr + slot[:, None] * D + offs_d[None, :], narrow(g, grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient_kernel(
+    tables,
+    peak_ptr,
+    temperature_ptr,
+    scratch,
+    grad_ptr,
+    radial_ptr,
+    V,
+    D,
+    width,
+    rows_cap,
+    stride,
+    SLOTS: tl.constexpr,
+    PEAKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Items of (row block, column split): sums of W z, finished here where the columns are not split."""
+    z_ptr, offset_ptr, stat_ptr, segment_ptr, count_ptr = tables
+    weight_ptr, sum_ptr = scratch  # [programs, BLOCK_M, PANEL * BLOCK_N] and [SLOTS, BLOCK_M, width]
+    ACC: tl.constexpr = stat_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = PANEL * BLOCK_N
+    n = count_rows(count_ptr, V, rows_cap)
+    row_blocks, splits, per_split = partition(n, SLOTS, BLOCK_M, BLOCK_N)
+    tau = tl.load(temperature_ptr).to(ACC)
+    over_tau = LOG2E / tau
+    alpha = _weight_scale(peak_ptr, z_ptr, PEAKS, BLOCK_P)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    weight_rows = weight_ptr + (tl.program_id(0).to(tl.int64) * BLOCK_M + offs_m) * COLUMNS
+    for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
+        row_block, split = item % row_blocks, item // row_blocks
+        rows = row_block * BLOCK_M + offs_m
+        mask_r = rows < n
+        # A split item has a slot of its own, for the combining kernel; a whole one ends here, in the program's.
+        slot = tl.cast(tl.where(splits > 1, item, tl.program_id(0)), tl.int64)
+        sum_rows = sum_ptr + (slot * BLOCK_M + offs_m) * width
+        begin = split * per_split * BLOCK_N
+        stop = tl.minimum(n, begin + per_split * BLOCK_N)
+        for first in range(begin, stop, COLUMNS):
+            end = tl.minimum(stop, first + COLUMNS)
+            for start in range(first, end, BLOCK_N):
+                cols = start + offs_n
+                weight = _weights(
+                    z_ptr,
+                    offset_ptr,
+                    stat_ptr,
+                    segment_ptr,
+                    rows,
+                    mask_r,
+                    cols,
+                    cols < n,
+                    over_tau,
+                    alpha,
+                    width,
+                    stride,
+                    rows_cap,
+                    BLOCK_D,
+                    GATHER,
+                    PRECISION,
+                )
+                tl.store(
+                    weight_rows[:, None] + (start - first + offs_n)[None, :],
+                    narrow(weight, weight_ptr.dtype.element_ty),
+                )
+            tl.debug_barrier()
+            for start_d in range(0, width, BLOCK_N):
+                offs_w = start_d + offs_n
+                inside = (offs_w < width)[None, :]
+                total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+                for start in range(first, end, BLOCK_D):
+                    cols = start + tl.arange(0, BLOCK_D)
+                    weight = tl.load(
+                        weight_rows[:, None] + (cols - first)[None, :], mask=(cols < end)[None, :], other=0
+                    )
+                    z = load_rows(
+                        z_ptr, offset_ptr, stat_ptr, cols, cols < end, offs_w, width, stride, rows_cap, GATHER
+                    )
+                    total = tl.dot(operand(weight), operand(z), total, input_precision=PRECISION, out_dtype=ACC)
+                if first > begin:
+                    total += tl.load(sum_rows[:, None] + offs_w[None, :], mask=inside, other=0)
+                tl.store(sum_rows[:, None] + offs_w[None, :], total, mask=inside)
+            tl.debug_barrier()
+        if splits == 1:
+            for start in range(0, BLOCK_M, BLOCK_R):
+                local = start + tl.arange(0, BLOCK_R)
+                mine = row_block * BLOCK_M + local
+                _finish(
+                    mine,
+                    mine < n,
+                    sum_ptr + (slot * BLOCK_M + local) * width,
+                    1,
+                    0,
+                    1.0 / (alpha * tau),
+                    tables,
+                    grad_ptr,
+                    radial_ptr,
+                    D,
+                    width,
+                    stride,
+                    rows_cap,
+                    NORMALIZE,
+                    GATHER,
+                    BLOCK_N,
+                )
+            tl.debug_barrier()
+
+
+@triton.jit
+def _combine_kernel(
+    tables,
+    peak_ptr,
+    temperature_ptr,
+    sum_ptr,
+    grad_ptr,
+    radial_ptr,
+    V,
+    D,
+    width,
+    rows_cap,
+    stride,
+    SLOTS: tl.constexpr,
+    PEAKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    """Add the column splits, where there were any, and finish the rows."""
+    z_ptr, _, stat_ptr, _, count_ptr = tables
+    ACC: tl.constexpr = stat_ptr.dtype.element_ty
+    n = count_rows(count_ptr, V, rows_cap)
+    row_blocks, splits, _ = partition(n, SLOTS, BLOCK_M, BLOCK_N)
+    if splits > 1:
+        alpha = _weight_scale(peak_ptr, z_ptr, PEAKS, BLOCK_P)
+        factor = 1.0 / (alpha * tl.load(temperature_ptr).to(ACC))
+        part_stride = tl.cast(row_blocks, tl.int64) * BLOCK_M * width
+        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_R), tl.num_programs(0)):
+            rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+            _finish(
+                rows,
+                rows < n,
+                sum_ptr + rows.to(tl.int64) * width,
+                splits,
+                part_stride,
+                factor,
+                tables,
+                grad_ptr,
+                radial_ptr,
+                D,
+                width,
+                stride,
+                rows_cap,
+                NORMALIZE,
+                GATHER,
+                BLOCK_D,
+            )
+
+
+@triton.jit
+def _temperature_kernel(radial_ptr, count_ptr, temperature_ptr, out_ptr, V, rows_cap, BLOCK: tl.constexpr):
+    """``-1 / (2 tau) sum_i z_i . g_i`` in one program."""
+    n = count_rows(count_ptr, V, rows_cap)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(radial_ptr + offs, mask=offs < n, other=0).to(tl.float64)
+    tau = tl.load(temperature_ptr).to(tl.float64)
+    tl.store(out_ptr, (-tl.sum(total) / (2.0 * tau)).to(out_ptr.dtype.element_ty))
+
+
+def sscl_backward(
+    grad_rows: Tensor,
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    tile: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """``grad_features [B, V, C, D]`` and ``grad_temperature``, see :mod:`sadcl.ops.sscl`."""
+    part = part_of(features.device)
+    require_dtype(part, features.dtype)
+    v, d = features.shape[1], features.shape[3]
+    rows, peak = stage_backward(grad_rows, features, pairs, class_ptr, lse, norm, normalize)
+    grad_features = features.new_zeros(features.shape)
+    grad_temperature = torch.empty_like(temperature)
+    radial = rows.stat.new_empty(rows.capacity)
+    precision = _tiles.precision(features.dtype, part)
+
+    def run(choice: _tiles.Tile) -> None:
+        _sweep(choice, rows, peak, temperature, grad_features, radial, v, d, normalize, precision)
+
+    kind = _tiles.kind_of(features.dtype, precision)
+    run(_tiles.choose("sscl_backward", part, kind, (rows.capacity, rows.width), run))
+    launch(_temperature_kernel, 1, (radial, rows.count, temperature, grad_temperature, v, rows.capacity), BLOCK=1024)
+    return grad_features, grad_temperature
+
+
+def _sweep(
+    tile: _tiles.Tile,
+    rows: Rows,
+    peak: Tensor,
+    temperature: Tensor,
+    grad_features: Tensor,
+    radial: Tensor,
+    v: int,
+    d: int,
+    normalize: bool,
+    precision: str,
+) -> None:
+    """The gradient and combine launches with one tile."""
+    part = part_of(grad_features.device)
+    row_blocks = ceil_div(rows.capacity, tile.block_m)
+    items = row_blocks * ceil_div(rows.capacity, tile.block_n)
+    slots = max(1, min(part.processors, items))
+    weight = rows.z.new_empty((slots, tile.block_m, tile.panel * tile.block_n))
+    sums = rows.stat.new_empty((slots, tile.block_m, rows.width))
+    common = {
+        "SLOTS": slots,
+        "PEAKS": peak.numel(),
+        "BLOCK_P": triton.next_power_of_2(peak.numel()),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "NORMALIZE": normalize,
+        "GATHER": rows.gather,
+    }
+    launch(_gradient_kernel, slots,
+           (rows.tables, peak, temperature, (weight, sums), grad_features, radial, v, d, rows.width, rows.capacity,
+            rows.stride),
+           BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision,
+           num_warps=tile.num_warps, num_stages=tile.num_stages, **common)  # fmt: skip
+    launch(_combine_kernel, capped(part, ceil_div(rows.capacity, _FINISH_ROWS)),
+           (rows.tables, peak, temperature, sums, grad_features, radial, v, d, rows.width, rows.capacity, rows.stride),
+           BLOCK_R=_FINISH_ROWS, BLOCK_D=128, **common)  # fmt: skip

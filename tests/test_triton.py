@@ -1,0 +1,114 @@
+"""The Triton backend without a GPU: kernels under the interpreter, op registration on meta tensors, no syncs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sadcl.ops import asl, compact, pscl, sscl  # noqa: F401  (registers the ops)
+
+TESTS = Path(__file__).parent
+OP = torch.ops.sadcl
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("path", sorted((TESTS / "interpreted").glob("test_*.py")), ids=lambda path: path.stem)
+def test_under_the_interpreter(path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("SADCL_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# What makes the host wait for the device, or a launch depend on data.
+_SYNCS = {"item", "tolist", "nonzero", "cpu", "numpy", "synchronize", "unique", "masked_select", "argwhere"}
+_HOST_CONVERSIONS = {"int", "float", "bool"}
+
+
+def calls_in(path: Path) -> list[tuple[int, str]]:
+    """The calls in a file, but for conversions of a literal (``float("-inf")``)."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and not all(
+            isinstance(argument, ast.Constant) for argument in node.args or [node]
+        ):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            found.append((node.lineno, name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["compact", "asl", "pscl", "sscl", "sscl_backward", "_rows", "_launch"])
+def test_launchers_never_wait_for_the_device(name: str) -> None:
+    path = TESTS.parent / "kernels" / f"{name}.py"
+    bad = [(line, call) for line, call in calls_in(path) if call in _SYNCS]
+    # float() of the loss's own constants, never of a tensor.
+    bad += [(line, call) for line, call in calls_in(path) if call in _HOST_CONVERSIONS and name != "asl"]
+    assert not bad, f"{path.name}: {bad}"
+    assert "atomic" not in path.read_text().replace("no atomics", "").replace("no float atomics", "")
+
+
+def arguments(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    b, v, c, d = 4, 2, 5, 24
+    return {
+        "features": torch.empty(b, v, c, d, dtype=dtype, device=device),
+        "pairs": torch.empty(b * c, dtype=torch.int32, device=device),
+        "class_ptr": torch.empty(c + 1, dtype=torch.int32, device=device),
+        "target": torch.empty(b, c, dtype=torch.int8, device=device),
+        "labels": torch.empty(b, c, device=device),
+        "prototypes": torch.empty(c, d, dtype=dtype, device=device),
+        "logits": torch.empty(b, c, dtype=dtype, device=device),
+        "tau": torch.empty((), device=device),
+    }
+
+
+def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
+    """Every op, forward and backward called directly; what comes out."""
+    active = OP.compact(a["labels"], "triton")
+    outputs = list(active)
+    x, tau = a["features"], a["tau"]
+    forward = OP.sscl(x, *active[:2], tau, True, False, True, "triton")
+    outputs += [*forward, *OP.sscl_backward(forward[0], x, *active[:2], tau, *forward[1:], True, "triton")]
+    forward = OP.pscl(x[:, 0], a["prototypes"], active[2], tau, False, "triton")
+    outputs += [
+        *forward,
+        *OP.pscl_backward(forward[0], x[:, 0], a["prototypes"], active[2], tau, *forward[1:], False, "triton"),
+    ]
+    loss, grad = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, "triton")
+    outputs += [loss, grad, OP.asl_backward(loss, grad, a["logits"], "triton")]
+    return [(tuple(x.shape), x.dtype, x.device.type) for x in outputs]
+
+
+def test_fake_cuda_tensors_pass_through_every_op() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        outputs = run_ops(arguments("cuda"))
+    assert {device for _, _, device in outputs} == {"cuda"}
+    meta = run_ops(arguments("meta"))
+    assert [entry[:2] for entry in outputs] == [entry[:2] for entry in meta]
+
+
+def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A training step's losses, with autograd."""
+    pairs, class_ptr, target = OP.compact(a["labels"], "triton")
+    samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, True, "triton")[0]
+    classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
+    images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, "triton")[0]
+    return samples.sum() + classes.sum() + images.sum()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autograd_traces_on_meta_tensors(compiled: bool) -> None:
+    a = arguments("meta", torch.float32)
+    leaves = [a[name].requires_grad_() for name in ("features", "prototypes", "logits", "tau")]
+    function = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
+    grads = torch.autograd.grad(function(a), leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
