@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,3 +27,30 @@ def backends_here(op: str, *also: str) -> list[object]:
         )
         for name in (*also, *wanted)
     ]
+
+
+def _isas() -> list[str]:
+    """Instruction sets of the CPU extension that this machine can run; empty without the extension."""
+    try:
+        return importlib.import_module("sadcl._C").supported_isas()
+    except ImportError:
+        return []
+
+
+@pytest.fixture(params=_isas() or [pytest.param("", marks=pytest.mark.skip(reason="the CPU extension is not built"))])
+def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set in turn."""
+    extension = importlib.import_module("sadcl._C")
+    before = extension.isa()
+    extension.set_isa(request.param)
+    yield request.param
+    extension.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Thread counts, through torch's setting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

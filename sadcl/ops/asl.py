@@ -104,7 +104,10 @@ def _torch(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_ne
 
 def check_soft_labels(labels: Tensor) -> None:
     """Raise a ValueError that names the values outside [0, 1] that are not -1. Reads the labels: a sync on a GPU."""
-    wrong = labels[~(((labels >= 0) & (labels <= 1)) | (labels == -1))]
+    allowed = (labels >= 0) & (labels <= 1)
+    if labels.dtype.is_signed:  # torch takes an unsigned 255 for -1
+        allowed |= labels == -1
+    wrong = labels[~allowed]
     if wrong.numel() > 0:
         values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
         raise ValueError(f"labels: expected values in [0, 1] or -1 (ignored), got {values}")
