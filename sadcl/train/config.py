@@ -73,9 +73,9 @@ class ModelConfig:
     backbone: str = "efficientnet_lite0"
     pretrained: bool = True
     train_backbone: bool = False
-    hidden_dim: int = 256
+    hidden_dim: int = 192
     num_heads: int = 4
-    ffn_dim: int = 512
+    ffn_dim: int = 384
     encoder_layers: int = 0
     decoder_layers: int = 1
     proj_dim: int = 128
@@ -119,7 +119,7 @@ class StepConfig:
         weight_decay: decoupled weight decay.
     """
 
-    epochs: int = 3
+    epochs: int = 2
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
 
@@ -150,7 +150,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     step1: StepConfig = field(default_factory=StepConfig)
-    step2: StepConfig = field(default_factory=lambda: StepConfig(epochs=2, learning_rate=5e-4))
+    step2: StepConfig = field(default_factory=lambda: StepConfig(learning_rate=1e-4))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in checkpoints."""
