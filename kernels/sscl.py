@@ -339,8 +339,17 @@ def _pair_maximum(rows: Rows, pairs: Tensor, temperature: Tensor, v: int, c: int
            BLOCK=1024)  # fmt: skip
     out = rows.stat.new_empty(rows.capacity)
     precision = _tiles.precision(rows.z.dtype, part)
-    launch(_pair_maximum_kernel, capped(part, ceil_div(rows.capacity, 16), 8),
-           (rows.tables, pairs, index, temperature, out, v, c, rows.width, rows.capacity, rows.stride),
-           BLOCK=16, BLOCK_C=32, BLOCK_D=64 if rows.z.element_size() == 2 else 32, GATHER=rows.gather,
-           PRECISION=precision, num_warps=2, num_stages=3)  # fmt: skip
+    half = rows.z.element_size() == 2
+    launch(
+        _pair_maximum_kernel,
+        capped(part, ceil_div(rows.capacity, 16), 8),
+        (rows.tables, pairs, index, temperature, out, v, c, rows.width, rows.capacity, rows.stride),
+        BLOCK=16,
+        BLOCK_C=32,
+        BLOCK_D=64 if half else 32,
+        GATHER=rows.gather,
+        PRECISION=precision,
+        num_warps=4,
+        num_stages=3 if half else 2,  # a third stage spills 8 to 52 bytes in float32
+    )
     return out

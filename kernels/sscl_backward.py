@@ -5,9 +5,8 @@ With ``e_ij = exp(s_ij - lse_i)``, anchor weights m and k positives a row, the g
     g_i = 1/tau * sum_{j != i} W_ij z_j,      W_ij = m_i e_ij + m_j e_ji - [same class] (m_i + m_j) / k
 
 so one matrix of weights holds everything, and no sums of classes are needed. A program owns a block of rows (and a
-split of the columns, as in the forward). For a panel of columns it makes W tile by tile into its own scratch, which stays
-in L2, then multiplies the panel with z slice by slice of the width: scores are made once, whatever D is, 4 N^2 D
-operations in all.
+split of the columns, as in the forward). For a panel of columns it makes W tile by tile into its own scratch, which
+stays in L2, then multiplies it with z slice by slice of the width: 4 N^2 D operations in all, whatever D is.
 Memory: scratch per program, not per row. Four launches: stage, sweep, combine, temperature.
 """
 

@@ -99,7 +99,8 @@ def test_layouts_temperature_and_determinism() -> None:
     upstream = torch.rand(3, 2, 3)
     run = lambda x, t: rows_of(x, labels, t, "triton")  # noqa: E731
     want = value_and_grads(run, features, tau, upstream=upstream)
-    torch.testing.assert_close(want, value_and_grads(lambda x, t: rows_of(x, labels, t, "torch"), features, tau, upstream=upstream), rtol=2e-5, atol=2e-6)  # fmt: skip
+    peer = value_and_grads(lambda x, t: rows_of(x, labels, t, "torch"), features, tau, upstream=upstream)
+    torch.testing.assert_close(want, peer, rtol=2e-5, atol=2e-6)
     for name, layout in layouts(features):
         got = value_and_grads(run, layout, tau, upstream=upstream)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
@@ -128,9 +129,11 @@ def test_capacity_can_be_bounded_and_overflow_is_seen() -> None:
     features, labels = make_features(6, 2, 5, 16), make_labels(6, 5)
     pairs, class_ptr, _ = F.compact_labels(labels, "triton")
     count = int(class_ptr[-1])
-    run = lambda bound: torch.ops.sadcl.sscl(
-        features, pairs[:bound], class_ptr, torch.tensor(0.2), True, False, False, "triton"
-    )[0]
+
+    def run(bound: int) -> torch.Tensor:
+        tau = torch.tensor(0.2)
+        return torch.ops.sadcl.sscl(features, pairs[:bound], class_ptr, tau, True, False, False, "triton")[0]
+
     assert torch.equal(run(count), run(len(pairs)))
     assert run(count - 1).isnan().any()
 

@@ -1,0 +1,286 @@
+"""What the compilers say of every Triton kernel, on any machine.
+
+``python -m benchmarks.gpu_static`` compiles the default tiles, ``--all`` every tile of the tables, for
+sm_80, sm_90, sm_100 and gfx942.
+
+The launchers run on meta tensors of a published shape while ``sadcl.kernels._launch.recording`` writes down what they
+would launch; each launch is compiled as the runtime would specialise it, and nothing is executed.
+
+The report (docs/gpu_static.md) holds registers and spills (``ptxas -v`` of the Triton wheel; the assembly text on AMD),
+shared memory, how many programs fit on a processor, matrix instructions and 128-bit accesses to global memory. The exit
+status is 1 if a kernel spills to memory, does not fit, or lacks a matrix instruction where the part has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+REPORT = Path(__file__).resolve().parent.parent / "docs" / "gpu_static.md"
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+PRODUCTS = ("sscl._sweep_kernel", "sscl._pair_maximum_kernel", "sscl_backward._gradient_kernel")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_MATRIX = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma)")
+_WIDE = re.compile(
+    r"(?:ld|st)\.global\S*\.v4\.[bfu]32|(?:ld|st)\.global\S*\.v2\.[bfu]64|cp\.async\.c[ag]\.shared\.global.*0x10\b"
+    r"|(?:global|buffer|flat)_(?:load|store)_dwordx4"
+)
+# Registers of a multiprocessor, warps that it holds, shared memory of all its programs.
+_LIMITS = {"sm_80": (65536, 64, 164 << 10), "sm_90": (65536, 64, 228 << 10), "sm_100": (65536, 64, 228 << 10)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel compiled for one part."""
+
+    arch: str
+    operands: str
+    kernel: str
+    options: str
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+    matrix: str
+    wide: int
+    faults: tuple[str, ...]
+
+    def row(self) -> str:
+        """A line of the report's table."""
+        cells = (self.arch, self.operands, f"`{self.kernel}`", self.options, self.registers, self.spilled, self.shared)
+        return "| " + " | ".join(map(str, (*cells, self.programs, self.matrix or "-", self.wide))) + " |"
+
+
+def signature_of(launch: Any) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """A launch's argument types, constants and alignments, as the runtime would specialise them."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(describe(part, (*path, index)) for index, part in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "*" + _TYPES[value.dtype]
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    names = launch.kernel.arg_names
+    for index, value in enumerate(launch.args):
+        signature[names[index]] = describe(value, (index,))
+    for name, value in launch.constants.items():
+        signature[name] = "constexpr"
+        constants[(names.index(name),)] = value
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Any, arch: str) -> Any:
+    """Compile one recorded launch for ``arch``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    signature, constants, attributes = signature_of(launch)
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def nvidia_usage(ptx: str) -> tuple[int, int]:
+    """Registers a thread and bytes spilled (stores and loads), by the wheel's assembler."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        for tool in ("ptxas-blackwell", "ptxas"):  # the first knows newer PTX; older wheels have the second alone
+            if (tools / tool).exists():
+                command = [tools / tool, "-v", f"--gpu-name={target[1]}", source, "-o", Path(folder, "kernel.cubin")]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode == 0:
+                    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+                    return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), spilled
+    raise RuntimeError(f"ptxas: {done.stderr}")
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers a lane, and bytes of scratch memory: what is spilled to memory, or kept there."""
+    value = lambda name: int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0])  # noqa: E731
+    return value("vgpr_count") + value("agpr_count"), value("private_segment_fixed_size") + value("vgpr_spill_count")
+
+
+def programs_on_a_processor(arch: str, registers: int, shared: int, warps: int) -> int:
+    """How many programs fit, by registers, warps and shared memory."""
+    if arch.startswith("gfx"):
+        waves = min(8, 512 // max(8 * -(-registers // 8), 1))  # of each of four SIMDs
+        return min(4 * waves // warps, (64 << 10) // max(shared, 1))
+    all_registers, all_warps, all_shared = _LIMITS[arch]
+    of_a_warp = 256 * -(-registers * 32 // 256)
+    return min(all_registers // (of_a_warp * warps), all_warps // warps, all_shared // (shared + 1024))
+
+
+def examine(launch: Any, arch: str, operands: str) -> Result:
+    """Compile one launch and read off what it needs."""
+    from sadcl.kernels._launch import PARTS
+
+    kernel = f"{launch.kernel.__module__.rsplit('.', 1)[1]}.{launch.name}"
+    compiled = compile_launch(launch, arch)
+    amd = arch.startswith("gfx")
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    registers, spilled = amd_usage(text) if amd else nvidia_usage(text)
+    shared = compiled.metadata.shared
+    matrix = ", ".join(sorted(set(_MATRIX.findall(text))))
+    faults = []
+    if spilled:
+        faults.append(f"spills {spilled} bytes")
+    if shared > PARTS[arch].shared_bytes:
+        faults.append(f"needs {shared} bytes of shared memory")
+    if kernel in PRODUCTS and not matrix and (amd or operands not in ("fp32 ieee",)):
+        faults.append("has no matrix instruction")
+    sizes = [f"{name[6:].lower()}={launch.constants[name]}" for name in launch.constants if name.startswith("BLOCK_")]
+    options = f"{' '.join(sizes)} warps={launch.num_warps} stages={launch.num_stages}"
+    programs = programs_on_a_processor(arch, registers, shared, launch.num_warps)
+    wide = len(_WIDE.findall(text))
+    return Result(arch, operands, kernel, options, registers, spilled, shared, programs, matrix, wide, tuple(faults))
+
+
+def record(arch: str, dtype: torch.dtype) -> list[Any]:
+    """What a COCO training step (B=32, V=2, C=80, D=1024, both formulations) launches with operands of ``dtype``."""
+    from sadcl.kernels import _launch, asl, compact, pscl, sscl, sscl_backward
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    b, v, c, d = 32, 2, 80, 1024
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    with _launch.recording(_launch.PARTS[arch]) as launches:
+        pairs, class_ptr, target = compact.compact(meta(b, c))
+        compact.compact(meta(4096, c))
+        features, prototypes, tau = meta(b, v, c, d, dtype=dtype), meta(c, d, dtype=dtype), meta(dtype=acc)
+        saved = sscl.sscl(features, pairs, class_ptr, tau, True, True, False)
+        sscl_backward.sscl_backward(saved[0], features, pairs, class_ptr, tau, *saved[1:], True)
+        saved = pscl.pscl(features[:, 0], prototypes, target, tau, False)
+        pscl.pscl_backward(saved[0], features[:, 0], prototypes, target, tau, *saved[1:], False)
+        loss, grad = asl.asl(meta(b, c, dtype=dtype), meta(b, c), None, 4.0, 1.0, 0.05, 1e-8, False, True)
+        asl.asl_backward(loss, grad, meta(b, c, dtype=dtype))
+    return launches
+
+
+def cases(arch: str, everything: bool) -> Iterator[tuple[str, Any]]:
+    """Operands and launches to compile for a part."""
+    from sadcl.kernels import _rows, _tiles
+    from sadcl.kernels._launch import PARTS
+
+    plain = [("bf16", torch.bfloat16, "ieee"), ("fp32 ieee", torch.float32, "ieee")]
+    more = [
+        ("fp16", torch.float16, "ieee"),
+        ("fp32 tf32", torch.float32, "tf32"),
+        ("fp32 tf32x3", torch.float32, "tf32x3"),
+        ("fp64", torch.float64, "ieee"),
+    ]
+    for operands, dtype, precision in plain + more * everything:
+        with mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": precision}):
+            for launch in record(arch, dtype):
+                yield operands, launch
+            if not everything:
+                continue
+            with mock.patch.object(_rows, "STAGE_BYTES", 0):
+                for launch in record(arch, dtype):
+                    if launch.constants.get("GATHER"):
+                        yield f"{operands} gathered", launch
+            kind = _tiles.kind_of(dtype, precision)
+            for op in _tiles.TABLES:
+                for tile in _tiles.candidates(op, PARTS[arch], kind)[1:]:
+                    with mock.patch.object(_tiles, "candidates", lambda *_, tile=tile: (tile,)):
+                        for launch in record(arch, dtype):
+                            if launch.name == {"sscl": "_sweep_kernel", "sscl_backward": "_gradient_kernel"}[op]:
+                                yield operands, launch
+
+
+def write_report(results: list[Result], everything: bool) -> None:
+    """Write docs/gpu_static.md."""
+    import triton
+
+    command = "python -m benchmarks.gpu_static" + " --all" * everything
+    lines = [
+        "# Triton kernels, compiled ahead of time",
+        "",
+        f"Made by `{command}` with Triton {triton.__version__} at the COCO shape (B=32, V=2, C=80, D=1024).",
+        "Compiled, not executed: nobody has timed these kernels. Registers are of a thread (AMD: vector registers of",
+        "a lane), spills are bytes to memory (AMD: scratch memory), `fit` is how many programs a multiprocessor holds",
+        "at once, `wide` counts 128-bit global loads and stores in the text. fp32 `ieee` products are FFMA on NVIDIA",
+        "parts, by definition.",
+        "",
+        "| part | operands | kernel | tile | registers | spills | shared | fit | matrix instruction | wide |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(result.row() for result in results),
+        "",
+    ]
+    REPORT.write_text("\n".join(lines))
+
+
+def main() -> int:
+    """Compile, report, and say whether anything is at fault."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every shipped tile, tf32, float64 and the gathering form")
+    parser.add_argument(
+        "--arch", choices=ARCHES, action="append", help="one part (repeatable); then no report is written"
+    )
+    arguments = parser.parse_args()
+    results: dict[tuple[str, ...], Result] = {}
+    for arch in arguments.arch or ARCHES:
+        for operands, launch in cases(arch, arguments.all):
+            kernel = f"{launch.kernel.__module__}.{launch.name}"
+            free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))
+            key = (arch, "any" if free else operands, kernel, str(launch.constants), str(launch.num_stages))
+            if key not in results:
+                results[key] = result = examine(launch, arch, key[1])
+                print(result.row(), *result.faults, flush=True)
+    if not arguments.arch:
+        write_report(list(results.values()), arguments.all)
+    at_fault = [
+        f"{r.arch} {r.operands} {r.kernel} {r.options}: {fault}" for r in results.values() for fault in r.faults
+    ]
+    print(f"{len(results)} kernels compiled, {len(at_fault)} faults", *at_fault, sep="\n")
+    return 1 if at_fault else 0
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    for value in args:
+        if isinstance(value, tuple):
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

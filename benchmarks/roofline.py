@@ -1,0 +1,167 @@
+"""The roofline on paper: ``python -m benchmarks.roofline`` writes docs/roofline.md. Nothing here is measured.
+
+Operations and bytes of each op are counted from its sizes by the functions below and divided by the data-sheet rates
+of two parts. The larger quotient is the time that no version can beat; overlap is taken to be perfect. Bytes
+count each tensor once per pass over it that must reach memory: tiles re-read from L2 are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPORT = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
+ELEMENT = 2  # bytes of a bfloat16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Data-sheet rates: dense bfloat16 tensor cores, float64 without them, memory."""
+
+    name: str
+    matrix: float
+    double: float
+    memory: float
+    capacity: float
+
+
+PARTS = (Part("A100 SXM 80 GB", 312e12, 9.7e12, 2.039e12, 80e9), Part("H100 SXM", 989e12, 34e12, 3.35e12, 80e9))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of a batch; labels per image set how many rows are active."""
+
+    name: str
+    b: int
+    c: int
+    labels: float
+    v: int = 2
+    d: int = 1024
+
+    @property
+    def active(self) -> int:
+        """Active rows N."""
+        return round(self.b * self.labels) * self.v
+
+    @property
+    def rows(self) -> int:
+        """All rows, active or not."""
+        return self.b * self.v * self.c
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by unit, and bytes through memory."""
+
+    matrix: float = 0.0
+    double: float = 0.0
+    bytes: float = 0.0
+
+    def seconds(self, part: Part) -> tuple[float, str]:
+        """The bound, and what sets it."""
+        times = {
+            "matrix": self.matrix / part.matrix,
+            "float64": self.double / part.double,
+            "memory": self.bytes / part.memory,
+        }
+        unit = max(times, key=lambda name: times[name])
+        return times[unit], unit
+
+
+def compact(p: Problem) -> Work:
+    """Labels in (float32), targets out and in again, pairs out."""
+    return Work(bytes=p.b * p.c * (4 + 1 + 1 + 4))
+
+
+def sscl(p: Problem) -> Work:
+    """Stage: rows in for the norm, z out. Sweep: z in, 2 N^2 D. Losses of every row are written."""
+    row = p.d * ELEMENT
+    return Work(2 * p.active**2 * p.d, 2 * p.active * p.d, p.active * 3 * row + p.rows * 4 + p.rows * 12)
+
+
+def sscl_backward(p: Problem) -> Work:
+    """Stage and scores again, and their product with z: 4 N^2 D. The gradient is cleared, then written where active."""
+    row = p.d * ELEMENT
+    return Work(4 * p.active**2 * p.d, 0, p.active * 4 * row + p.rows * row)
+
+
+def pscl(p: Problem) -> Work:
+    """One view in; two float64 multiply-adds an element; scores and norms out, scores in."""
+    elements = p.b * p.c * p.d
+    return Work(0, 4 * elements, elements * ELEMENT + p.c * p.d * ELEMENT + p.b * p.c * (8 * 3 + 1))
+
+
+def pscl_backward(p: Problem) -> Work:
+    """One view in, its gradient out."""
+    return Work(0, 0, 2 * p.b * p.c * p.d * ELEMENT + 2 * p.c * p.d * ELEMENT + p.b * p.c * 17)
+
+
+def asl(p: Problem) -> Work:
+    """Logits and labels in, the derivative out; backward reads it and writes the gradient."""
+    return Work(bytes=p.b * p.c * (ELEMENT + 4 + 4) + p.b * p.c * (4 + ELEMENT))
+
+
+def dense(p: Problem) -> Work:
+    """SSCL without compaction: every row against every row, the float32 matrix written and read once per pass."""
+    return Work(6 * p.rows**2 * p.d, 0, 4 * p.rows**2 * 4 + 4 * p.rows * p.d * ELEMENT)
+
+
+OPS: dict[str, Callable[[Problem], Work]] = {
+    "compact": compact,
+    "sscl": sscl,
+    "sscl backward": sscl_backward,
+    "pscl": pscl,
+    "pscl backward": pscl_backward,
+    "asl, both passes": asl,
+    "sscl dense, both passes": dense,
+}
+# Labels an image: COCO's and Visual Genome's averages; for OpenImages's classes a round assumption.
+SETS = {"COCO": (80, 2.9), "VG500": (500, 13.0), "OpenImages": (9605, 8.0)}
+BATCHES = (32, 256, 1024, 4096)
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def report() -> str:
+    """The text of docs/roofline.md."""
+    lines = [
+        "# Roofline on paper",
+        "",
+        "**Predicted, not measured**: made by `python -m benchmarks.roofline` from counts and data-sheet rates",
+        "(bfloat16 features, V=2, D=1024). A bound is the time that no version can beat; below about 10 us a launch",
+        "costs more than the bound. `n/a`: the tensors that the op needs do not fit the part's memory. The dense form",
+        "is SSCL over all `B V C` rows with the inactive ones masked, without compaction.",
+        "",
+        "| shape | B | N active | op | GFLOP | MB | " + " | ".join(part.name for part in PARTS) + " |",
+        "|---|---|---|---|---|---|" + "---|" * len(PARTS),
+    ]
+    for name, (classes, labels) in SETS.items():
+        for batch in BATCHES:
+            problem = Problem(name, batch, classes, labels)
+            for op, count in OPS.items():
+                work = count(problem)
+                held = problem.rows**2 * 4 if count is dense else problem.rows * problem.d * ELEMENT * 2
+                if count in (compact, asl):
+                    held = 0
+                cells = []
+                for part in PARTS:
+                    seconds, unit = work.seconds(part)
+                    cells.append("n/a" if held > part.capacity else f"{duration(seconds)} ({unit})")
+                flops = (work.matrix + work.double) / 1e9
+                sizes = f"{name} C={classes} | {batch} | {problem.active}"
+                counts = f"{flops:.3g} | {work.bytes / 1e6:.3g}"
+                lines.append(f"| {sizes} | {op} | {counts} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    REPORT.write_text(report())
+    print(REPORT)

@@ -1,0 +1,75 @@
+"""Tile tables and the search among them, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from sadcl.kernels import _launch, _tiles
+
+KINDS = ("half", "single", "tf32", "double")
+
+
+@pytest.mark.parametrize("arch", _launch.PARTS)
+@pytest.mark.parametrize("op", _tiles.TABLES)
+def test_every_part_has_tiles_whose_operands_fit(op: str, arch: str) -> None:
+    part = _launch.PARTS[arch]
+    for kind, size in zip(KINDS, (2, 4, 4, 8), strict=True):
+        for tile in _tiles.candidates(op, part, kind):
+            stages = max(tile.num_stages - 1, 1)  # the last stage's operands are in flight, not in shared memory
+            assert (tile.block_m + tile.block_n) * tile.block_d * size * stages <= part.shared_bytes
+            assert tile.panel * tile.block_n % tile.block_d == 0
+
+
+def test_unknown_parts_take_a_table_that_fits() -> None:
+    small = _tiles.candidates("sscl", _launch.Part("sm_88", 40, 100 << 10), "half")
+    assert small == _tiles.SSCL["small"]["half"]
+    assert _tiles.candidates("sscl", _launch.Part("sm_110", 20, 227 << 10), "half") == _tiles.SSCL["sm_80"]["half"]
+    assert _tiles.candidates("sscl", _launch.Part("gfx1100", 96, 64 << 10), "half") == _tiles.SSCL["gfx942"]["half"]
+
+
+def test_precision_is_a_documented_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100, t4, amd = (_launch.PARTS[arch] for arch in ("sm_90", "sm_75", "gfx942"))
+    assert _tiles.precision(torch.float32, h100) == "ieee"
+    monkeypatch.setenv("SADCL_TRITON_PRECISION", "tf32x3")
+    assert _tiles.precision(torch.float32, h100) == "tf32x3"
+    assert _tiles.precision(torch.bfloat16, h100) == _tiles.precision(torch.float32, amd) == "ieee"
+    with pytest.raises(RuntimeError, match="tf32 needs sm_80"):
+        _tiles.precision(torch.float32, t4)
+    monkeypatch.setenv("SADCL_TRITON_PRECISION", "half")
+    with pytest.raises(ValueError, match="SADCL_TRITON_PRECISION"):
+        _tiles.precision(torch.float32, h100)
+
+
+def test_bfloat16_on_a_part_without_it_is_named() -> None:
+    with pytest.raises(RuntimeError, match="bfloat16 needs sm_80"):
+        _launch.require_dtype(_launch.PARTS["sm_75"], torch.bfloat16)
+
+
+def test_search_says_so_and_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part, size = _launch.PARTS["sm_90"], (5120, 1024)
+    rows = _tiles.candidates("sscl", part, "half")
+    ran: list[_tiles.Tile] = []
+    assert _tiles.choose("sscl", part, "half", size, ran.append) == rows[0] and not ran
+
+    def timed(run: object, return_mode: str) -> float:
+        run()  # type: ignore[operator]
+        return 1.0 if ran[-1] == rows[2] else 2.0
+
+    monkeypatch.setenv("SADCL_AUTOTUNE", "1")
+    monkeypatch.setenv("SADCL_TUNE_CACHE", str(tmp_path / "tiles.json"))
+    monkeypatch.setattr(_tiles, "_cache", None)
+    monkeypatch.setattr("triton.testing.do_bench", timed)
+    assert _tiles.choose("sscl", part, "half", size, ran.append) == rows[2]
+    assert ran == list(rows) and "tuning sscl/H100/half/8192x1024" in capsys.readouterr().err
+    monkeypatch.setattr(_tiles, "_cache", None)  # another process
+    assert _tiles.choose("sscl", part, "half", size, ran.append) == rows[2]
+    assert len(ran) == len(rows)
