@@ -11,6 +11,7 @@ namespace sadcl {
   namespace name {                               \
   void sscl_forward(const SsclForward&);         \
   double sscl_backward(const SsclBackward&);     \
+  void exp2_array(const Array&, const Array&);   \
   bool asl_forward(const AslForward&);           \
   void asl_backward(const AslBackward&);         \
   void pscl_forward(const PsclForward&);         \
@@ -20,7 +21,8 @@ namespace sadcl {
   }
 #define SADCL_TABLE(name) \
   {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward, \
-   name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward}
+   name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward, \
+   name::exp2_array}
 
 SADCL_DECLARE(portable)
 #if defined(SADCL_HAS_AVX2)

@@ -27,7 +27,7 @@ struct SsclForward {
   void* row_loss;  // T [B, V, C]
   void* lse;       // T [V * capacity]
   double* norm;    // [V * capacity]
-  void* tile;      // T [tile_size]: holds the N x N scores if they fit
+  void* tile;      // T [tile_size]: holds the N x N products z_i.z_j if they fit
   int64_t tile_size;
 };
 
@@ -51,6 +51,7 @@ struct KernelTable {
   double (*pscl_backward)(const PsclBackward&);  // returns d loss / d temperature
   void (*group_classifier_forward)(const GroupClassifierForward&);
   void (*group_classifier_backward)(const GroupClassifierBackward&);
+  void (*exp2)(const Array& x, const Array& out);  // simd.h's, for the test that measures it
 };
 
 // compact.cpp. `bad` receives up to `max_bad` distinct offending values; returns how many there are (0: all is well).

@@ -137,6 +137,13 @@ double bind_sscl_backward(const Array& grad_rows, const Array& features, const A
   return table.sscl_backward(args);
 }
 
+void bind_exp2(const Array& x, const Array& out) {
+  check_rank("x", x, 1);
+  check_buffer("x", x, x.dtype == kF64 ? kF64 : kF32, x.shape[0]);
+  check_buffer("out", out, x.dtype, x.shape[0]);
+  kernels().exp2(x, out);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = SADCL_COMPILER;
@@ -157,6 +164,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets this processor can run, best first");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on (for tests)");
   m.def("build_info", &build_info, "Compiler, OpenMP, instruction sets compiled in");
+  m.def("exp2", &bind_exp2, "The contrastive kernels' 2^x (for tests)", py::arg("x"), py::arg("out"));
   m.def("compact", &bind_compact, py::arg("labels"), py::arg("pairs"), py::arg("class_ptr"), py::arg("target"),
         py::arg("threads") = 1);
   m.def("sscl_forward", &bind_sscl_forward, py::arg("features"), py::arg("pairs"), py::arg("class_ptr"),

@@ -108,19 +108,30 @@ SADCL_INLINE vec<T> vmax(vec<T> a, vec<T> b) {
   return a > b ? a : b;
 }
 
-// 2^t. Float: at most 1.0 ulp over [-126, 127], double 1.5 (tests/test_cpp_sscl.py measures both); below the
-// smallest normal number exactly 0, so -inf serves as "not there"; NaN stays NaN. t must not reach kMaxExponent + 1.
+// A factor in two parts: rounded to float alone, log2(e) / temperature would shift every score by up to 3e-8 of itself, all
+// in the same direction.
 template <class T>
-SADCL_INLINE vec<T> exp2(vec<T> t) {
+struct Scale {
+  T high, low;
+  explicit Scale(double value) : high(T(value)), low(T(value - double(high))) {}
+};
+
+// 2^(x scale). With FMA the product is never rounded to T (the reduced argument f is exact but for its last bit), so the
+// result is off by at most 1 ulp however large the product; without FMA by 1.5 ulp plus the product's rounding
+// (tests/test_cpp_sscl.py measures both). Below the smallest normal number exactly 0, so -inf serves as "not there"; NaN
+// stays NaN. The product must not reach kMaxExponent + 1/2.
+template <class T>
+SADCL_INLINE vec<T> exp2(vec<T> x, Scale<T> scale) {
   using S = Simd<T>;
-  const vec<T> shifted = t + S::kRound;
-  const vec<T> f = t - (shifted - S::kRound);
+  const vec<T> shifted = x * scale.high + S::kRound;
+  const vec<T> whole = shifted - S::kRound;
+  const vec<T> f = x * scale.low + (x * scale.high - whole);
   vec<T> p = splat<T>(S::kExp2[S::kDegree - 1]);
 #pragma GCC unroll 16
   for (int i = S::kDegree - 2; i >= 0; --i) p = p * f + S::kExp2[i];
   p = p * f + T(1);
-  const vec<T> scale = (vec<T>)((typename S::I)shifted << S::kMantissa);
-  return t < T(S::kMinExponent) ? vec<T>{} : p * scale;
+  const vec<T> power = (vec<T>)((typename S::I)shifted << S::kMantissa);
+  return whole < T(S::kMinExponent) ? vec<T>{} : p * power;
 }
 
 SADCL_KERNELS_END

@@ -11,8 +11,8 @@
 
 SADCL_KERNELS_BEGIN
 
-// Per row (padding rows: all zero): `anchor` and `shift` give m_i e^(s - lse_i) as anchor * 2^(t - shift), or, where
-// scores are small (kFixedBound), as anchor * 2^t; `pull` is m_i / k.
+// Per row (padding rows: all zero): `anchor` and `shift` give m_i e^(s_ij - lse_i) as anchor * 2^((z_i.z_j - shift) scale),
+// or, where scores are small (kFixedBound), as anchor * 2^(z_i.z_j scale); `pull` is m_i / k.
 template <class T>
 struct Anchors {
   Scratch<T> anchor, shift, pull;
@@ -39,28 +39,28 @@ struct Anchors {
       const double m = double(anchor[i]) / scale, value = i < rows.n ? double(lse[i]) : HUGE_VAL;
       const Range same = i < rows.n ? rows.rows_of(rows.classes[i]) : Range{0, 1};
       pull[i] = T(same.last - same.first > 1 ? m / double(same.last - same.first - 1) : 0);
-      shift[i] = T(value * kLog2E);
+      shift[i] = T(value * rows.in.temperature);
       anchor[i] = T(value == HUGE_VAL ? 0 : fixed ? m * exp(-value) : m);
     }
   }
 };
 
 template <class T>
-void softmax_weights(const Block<T>& block, T scale, const Anchors<T>& anchors) {
+void softmax_weights(const Block<T>& block, Scale<T> scale, const Anchors<T>& anchors) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
   for (int jp = 0; jp < block.panels; ++jp)
     for (int v = 0; v < 3; ++v) {
       const int64_t j = block.j0 + jp * P + v * L;
       const vec<T> anchor_j = load(anchors.anchor.get() + j), shift_j = load(anchors.shift.get() + j);
       for (int i = 0; i < block.m; ++i) {
-        T* s = block.at(jp, i) + v * L;
-        const vec<T> t = load(s) * scale;
+        T* w = block.at(jp, i) + v * L;
+        const vec<T> s = load(w);
         const T anchor_i = anchors.anchor[block.i0 + i], shift_i = anchors.shift[block.i0 + i];
         if (anchors.fixed) {
-          store(s, exp2<T>(t) * (anchor_i + anchor_j));
+          store(w, exp2<T>(s, scale) * (anchor_i + anchor_j));
         } else {  // s <= lse but for rounding; the clamp keeps exp2 in its domain and lets NaN pass
-          const vec<T> x = t - shift_i, y = t - shift_j;
-          store(s, exp2<T>(x > T(0) ? vec<T>{} : x) * anchor_i + exp2<T>(y > T(0) ? vec<T>{} : y) * anchor_j);
+          const vec<T> x = s - shift_i, y = s - shift_j;
+          store(w, exp2<T>(x > T(0) ? vec<T>{} : x, scale) * anchor_i + exp2<T>(y > T(0) ? vec<T>{} : y, scale) * anchor_j);
         }
       }
     }
@@ -83,10 +83,10 @@ void subtract_positives(const Rows<T>& rows, const Block<T>& block, const Anchor
   });
 }
 
-// Scores to w, in place; t = scale * score.
+// z_i.z_j to w_ij, in place.
 template <class T>
-void to_weights(const Rows<T>& rows, const Block<T>& block, T scale, const Anchors<T>& anchors) {
-  softmax_weights(block, scale, anchors);
+void to_weights(const Rows<T>& rows, const Block<T>& block, const Anchors<T>& anchors) {
+  softmax_weights(block, Scale<T>(kLog2E / rows.in.temperature), anchors);
   subtract_positives(rows, block, anchors);
   block.set_diagonal(0);
 }
@@ -141,13 +141,12 @@ template <class T>
 void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, T* gradients) {
   constexpr int P = Rows<T>::P;
   const Blocks<T> blocks(rows.panels, rows.threads);
-  const T scale = T(kLog2E / rows.in.temperature);
   Scratch<Workspace<T>> workspaces(rows.threads);
   for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
     Workspace<T>& ws = workspaces[thread_index()];
     const Block<T> block = block_of(rows, blocks, a, b, ws);
     compute_scores(rows, block);
-    to_weights(rows, block, scale, anchors);
+    to_weights(rows, block, anchors);
     T* to_i = gradients + block.i0 * rows.depth;
     T* to_j = gradients + block.j0 * rows.depth;
     const T* z_i = rows.panel(block.i0 / P);
@@ -175,7 +174,7 @@ void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
     T* g = gradients.get() + thread_index() * panel_size;
     const Block<T> block = {0, p * P, rows.n, int(rows.panels) * P, 1, w};  // all rows against this panel's
     load_scores(block, static_cast<const T*>(args.tile));
-    to_weights(rows, block, T(kLog2E), anchors);
+    to_weights(rows, block, anchors);
     memset(g, 0, size_t(panel_size) * sizeof(T));
     mix_panels(w, 1, rows.z.get(), int(rows.panels), rows.depth, g);
     radial[p] = scatter_panel(rows, p, args, scale, g);

@@ -6,7 +6,7 @@
 
 SADCL_KERNELS_BEGIN
 
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.4426950408889634074;
 
 // Panels [first, last) form a block. 192 rows: w and its transpose (2 x 147 KB) stay in L2, and a panel of weights
 // (192 x P) in L1 while mix_panels runs over it.

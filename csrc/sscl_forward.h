@@ -30,13 +30,13 @@ void compute_scores(Rows<T>& rows, const Block<T>& block) {
   dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w);
 }
 
-// Per row, over the columns visited so far: the largest score in units of peak_unit; the sum of e^(s - peak); the sum of
-// s over the row's positives in units of positive_unit. peak_unit 0 stands for a fixed shift of 0: peak is not kept.
+// Per row, over the columns visited so far. Up to the end scores are plain z_i.z_j: e^s is 2^(z_i.z_j * scale).
 template <class T>
 struct Statistics {
-  Scratch<double> sum, positive;
-  Scratch<T> peak;
-  double peak_unit = 1, positive_unit = 1;
+  Scratch<double> sum;       // of e^(s - peak / temperature)
+  Scratch<double> positive;  // of z_i.z_p over the positives p
+  Scratch<T> peak;           // the largest z_i.z_j; with a fixed shift -inf, meaning 0
+  bool fixed = false;
   explicit Statistics(int64_t n) : sum(n + 1), positive(n + 1), peak(n + 1) {
     for (int64_t i = 0; i < n; ++i) sum[i] = positive[i] = 0, peak[i] = T(-HUGE_VAL);
   }
@@ -73,21 +73,21 @@ void add_positives(const Rows<T>& rows, const Block<T>& block, Workspace<T>& ws,
 constexpr int64_t kTileScores = 1 << 18;  // 1 MB of float32; the size that the op layer allocates for `tile`
 
 template <class T>
-T largest(const T* s, int64_t n) {
+T largest_of(const T* s, int64_t n) {
   T value = T(-HUGE_VAL);
   for (int64_t j = 0; j < n; ++j) value = s[j] > value ? s[j] : value;
   return value;
 }
 
 template <class T>
-double sum_exp(const T* s, int64_t n, T pivot) {
+double sum_exp(const T* s, int64_t n, T pivot, Scale<T> scale) {
   constexpr int L = Simd<T>::kLanes;
   vec<T> total = {};
   int64_t j = 0;
-  for (; j + L <= n; j += L) total += exp2<T>((loadu(s + j) - pivot) * T(kLog2E));
+  for (; j + L <= n; j += L) total += exp2<T>(loadu(s + j) - pivot, scale);
   vec<T> tail = splat(T(-HUGE_VAL));
   for (int l = 0; j + l < n; ++l) tail[l] = s[j + l];
-  return double(sum<T>(total + exp2<T>((tail - pivot) * T(kLog2E))));
+  return double(sum<T>(total + exp2<T>(tail - pivot, scale)));
 }
 
 // Scores of panel p against itself and those after it, written to both places of the symmetric tile [n][n].
@@ -95,11 +95,10 @@ template <class T>
 void fill_tile_panel(Rows<T>& rows, int64_t p, T* w, T* tile) {
   constexpr int P = Rows<T>::P;
   const int64_t n = rows.n, i1 = (p + 1) * P < n ? (p + 1) * P : n;
-  const T inverse = T(1 / rows.in.temperature);
   const Block<T> block = {p * P, p * P, n, P, int(rows.panels - p), w};
   compute_scores(rows, block);
   for (int64_t i = p * P; i < i1; ++i)
-    for (int64_t j = p * P; j < n; ++j) tile[i * n + j] = block.score(i, j) * inverse;
+    for (int64_t j = p * P; j < n; ++j) tile[i * n + j] = block.score(i, j);
   for (int64_t j = i1; j < n; ++j)
     for (int64_t i = p * P; i < i1; ++i) tile[j * n + i] = tile[i * n + j];
 }
@@ -108,6 +107,7 @@ void fill_tile_panel(Rows<T>& rows, int64_t p, T* w, T* tile) {
 template <class T>
 void fill_tile(Rows<T>& rows, T* tile, Statistics<T>& stats) {
   const int64_t n = rows.n, square = rows.panels * Rows<T>::P * Rows<T>::P;
+  const Scale<T> scale(kLog2E / rows.in.temperature);
   Scratch<T> scores(rows.threads * square);
 #pragma omp parallel num_threads(rows.threads)
   {
@@ -116,10 +116,10 @@ void fill_tile(Rows<T>& rows, T* tile, Statistics<T>& stats) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
       const T* s = tile + i * n;
-      const T left = largest(s, i), right = largest(s + i + 1, n - i - 1), peak = left > right ? left : right;
+      const T left = largest_of(s, i), right = largest_of(s + i + 1, n - i - 1), peak = left > right ? left : right;
       const T pivot = peak == T(-HUGE_VAL) ? T(0) : peak;
       stats.peak[i] = peak;
-      stats.sum[i] = sum_exp(s, i, pivot) + sum_exp(s + i + 1, n - i - 1, pivot);
+      stats.sum[i] = sum_exp(s, i, pivot, scale) + sum_exp(s + i + 1, n - i - 1, pivot, scale);
       const Range same = rows.rows_of(rows.classes[i]);
       for (int64_t j = same.first; j < same.last; ++j) stats.positive[i] += j == i ? 0 : double(s[j]);
     }
@@ -132,18 +132,18 @@ void fill_tile(Rows<T>& rows, T* tile, Statistics<T>& stats) {
 constexpr double kFixedBound = 40;
 
 template <class T>
-void add_exponentials(const Block<T>& block, T scale, Workspace<T>& ws, Statistics<T>& stats) {
+void add_exponentials(const Block<T>& block, Scale<T> scale, Workspace<T>& ws, Statistics<T>& stats) {
   sums(block, 0, block.panels, 0, block.m, ws.lanes, ws.row_sums, ws.col_sums,
-       [&](vec<T> s, int, int, int) { return exp2<T>(s * scale); });
+       [&](vec<T> s, int, int, int) { return exp2<T>(s, scale); });
   add_sums(block, ws, stats.sum);
 }
 
 // Moves a row's pivot up to `candidate` and returns it, 0 as long as it is -inf.
 template <class T>
-T raise_peak(Statistics<T>& stats, int64_t i, T candidate) {
+T raise_peak(Statistics<T>& stats, int64_t i, T candidate, double scale) {
   const T old = stats.peak[i];
   if (candidate > old) {
-    stats.sum[i] *= ::exp2(double(old) - double(candidate));
+    stats.sum[i] *= ::exp2((double(old) - double(candidate)) * scale);
     stats.peak[i] = candidate;
   }
   return stats.peak[i] == T(-HUGE_VAL) ? T(0) : stats.peak[i];
@@ -151,8 +151,9 @@ T raise_peak(Statistics<T>& stats, int64_t i, T candidate) {
 
 // The same with a running maximum. Rows and columns have different pivots, hence two exponentials a score.
 template <class T>
-void add_exponentials_online(const Block<T>& block, T scale, Workspace<T>& ws, Statistics<T>& stats) {
+void add_exponentials_online(const Block<T>& block, Scale<T> scale, Workspace<T>& ws, Statistics<T>& stats) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
+  const double exact = double(scale.high) + double(scale.low);
   const vec<T> lowest = splat(T(-HUGE_VAL));
   for (int i = 0; i < block.m; ++i) store(ws.lanes + i * L, lowest);
   for (int jp = 0; jp < block.panels; ++jp) {
@@ -160,11 +161,9 @@ void add_exponentials_online(const Block<T>& block, T scale, Workspace<T>& ws, S
     for (int i = 0; i < block.m; ++i) {
       vec<T> row = load(ws.lanes + i * L);
       for (int v = 0; v < 3; ++v) {
-        T* s = block.at(jp, i) + v * L;
-        const vec<T> t = load(s) * scale;
-        store(s, t);
-        col[v] = vmax<T>(t, col[v]);
-        row = vmax<T>(t, row);
+        const vec<T> s = load(block.at(jp, i) + v * L);
+        col[v] = vmax<T>(s, col[v]);
+        row = vmax<T>(s, row);
       }
       store(ws.lanes + i * L, row);
     }
@@ -173,27 +172,26 @@ void add_exponentials_online(const Block<T>& block, T scale, Workspace<T>& ws, S
   for (int i = 0; i < block.m && block.i0 + i < block.n; ++i) {
     T largest = ws.lanes[i * L];
     for (int l = 1; l < L; ++l) largest = ws.lanes[i * L + l] > largest ? ws.lanes[i * L + l] : largest;
-    ws.row_values[i] = raise_peak(stats, block.i0 + i, largest);
+    ws.row_values[i] = raise_peak(stats, block.i0 + i, largest, exact);
   }
   if (!block.diagonal())
     for (int j = 0; j < block.panels * P && block.j0 + j < block.n; ++j)
-      ws.col_values[j] = raise_peak(stats, block.j0 + j, ws.col_values[j]);
+      ws.col_values[j] = raise_peak(stats, block.j0 + j, ws.col_values[j], exact);
 
   double unused[Workspace<T>::kRows];
   if (!block.diagonal())
     sums(block, 0, block.panels, 0, block.m, ws.lanes, unused, ws.col_sums,
-         [&](vec<T> t, int, int jp, int v) { return exp2<T>(t - load(ws.col_values + jp * P + v * L)); });
+         [&](vec<T> s, int, int jp, int v) { return exp2<T>(s - load(ws.col_values + jp * P + v * L), scale); });
   sums(block, 0, block.panels, 0, block.m, ws.lanes, ws.row_sums, unused,
-       [&](vec<T> t, int i, int, int) { return exp2<T>(t - ws.row_values[i]); });
+       [&](vec<T> s, int i, int, int) { return exp2<T>(s - ws.row_values[i], scale); });
   add_sums(block, ws, stats.sum);
 }
 
 template <class T>
 void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats) {
   const Blocks<T> blocks(rows.panels, rows.threads);
-  const T scale = T(kLog2E / rows.in.temperature);
-  stats.positive_unit = 1 / rows.in.temperature;
-  stats.peak_unit = fixed ? 0 : kLn2;
+  const Scale<T> scale(kLog2E / rows.in.temperature);
+  stats.fixed = fixed;
   Scratch<Workspace<T>> workspaces(rows.threads);
   for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
     Workspace<T>& ws = workspaces[thread_index()];
@@ -212,6 +210,7 @@ template <class T>
 void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& stats, const double* maxima) {
   T* lse = static_cast<T*>(args.lse);
   T* row_loss = static_cast<T*>(args.row_loss);
+  const double temperature = rows.in.temperature;
   for (int64_t i = 0; i < rows.n; ++i) {
     const Range same = rows.rows_of(rows.classes[i]);
     const double positives = double(same.last - same.first - 1);
@@ -219,7 +218,7 @@ void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& sta
       lse[i] = T(HUGE_VAL);
       continue;
     }
-    const double peak = stats.peak_unit == 0 ? 0 : double(stats.peak[i]) * stats.peak_unit;
+    const double peak = stats.fixed ? 0 : double(stats.peak[i]) / temperature;
     double value = peak + log(stats.sum[i]), subtract = 0;
     if (args.released) {
       const double pivot = peak > 0 ? peak : 0;
@@ -227,7 +226,7 @@ void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& sta
       subtract = pivot - maxima[i];
     }
     lse[i] = T(value);
-    row_loss[rows.flat(rows.place(i))] = T(value - subtract - stats.positive[i] / positives * stats.positive_unit);
+    row_loss[rows.flat(rows.place(i))] = T(value - subtract - stats.positive[i] / positives / temperature);
   }
 }
 

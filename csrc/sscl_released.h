@@ -13,7 +13,7 @@ constexpr int64_t kStripeEntries = 1 << 20;  // of R, for each thread (4 MB)
 template <class T>
 struct Stripe {
   Rows<T>& rows;
-  const T* tile;         // [n][n] scores, or null: compute them
+  const T* tile;         // [n][n] z_i.z_j, or null: compute them
   int64_t image0, image1;
   T* entries;            // [(image1 - image0) * V][B * V]
   const uint8_t* full;   // [B] does the image have every class?
@@ -48,13 +48,13 @@ struct Stripe {
 
   void add_class(const Range& all, const Range& mine, T* block) const {
     constexpr int P = Rows<T>::P;
+    const T factor = T(1 / rows.in.temperature);
     if (tile != nullptr) {
       for (int64_t i = mine.first; i < mine.last; ++i)
         for (int64_t j = all.first; j < all.last; ++j)
-          if (i != j) raise(i, j, tile[i * rows.n + j]);
+          if (i != j) raise(i, j, tile[i * rows.n + j] * factor);
       return;
     }
-    const T factor = T(1 / rows.in.temperature);
     for (int64_t ip = mine.first / P; ip * P < mine.last; ++ip)
       for (int64_t jp = all.first / P; jp * P < all.last; ++jp) {
         dot_panels(rows.panel(ip), 1, rows.panel(jp), 1, rows.depth, block);

@@ -44,7 +44,9 @@ def isa(request):
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     """A fresh allocation in which whatever is not written stays visible."""
-    return torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.full(shape, 77, dtype=dtype)
+    return (
+        torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.full(shape, 77, dtype=dtype)
+    )
 
 
 def compact(labels: Tensor, threads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +216,9 @@ def test_golden_released(path: Path, isa: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("shape", [(3, 1, 4, 1), (4, 2, 5, 7), (5, 3, 6, 63), (6, 1, 9, 100), (4, 2, 3, 257), (30, 2, 9, 33)])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 4, 1), (4, 2, 5, 7), (5, 3, 6, 63), (6, 1, 9, 100), (4, 2, 3, 257), (30, 2, 9, 33)]
+)
 def test_matches_oracle(shape, released: bool, threads: int, isa: str) -> None:
     x, labels, weights = make(*shape)
     run = Run(x, labels, threads=threads, released=released, anchor_weights=weights)
@@ -231,7 +235,9 @@ def test_temperature(temperature: float, isa: str) -> None:
 def test_without_normalisation(size: float, isa: str) -> None:
     x, labels, weights = make(10, 2, 5, 17)
     x = x * (size / 4)
-    largest_score = (x.double() ** 2).sum(-1).max().item() / 0.2  # 40 or 4,000: a float32 score is off by an ulp of that
+    largest_score = (x.double() ** 2).sum(
+        -1
+    ).max().item() / 0.2  # 40 or 4,000: a float32 score is off by an ulp of that
     run = Run(x, labels, 0.2, normalize=False, anchor_weights=weights)
     check(run, oracle(x, labels, 0.2, weights, normalize=False), 1e-5 + largest_score * 2.0**-23)
 
@@ -255,7 +261,9 @@ def test_half_types(dtype: torch.dtype, relative: float, isa: str) -> None:
 
 RAGGED = {
     "no active row": lambda y: y.zero_(),
-    "one active pair": lambda y: y.zero_().index_put_((torch.tensor(3), torch.tensor(2)), torch.tensor(1, dtype=y.dtype)),
+    "one active pair": lambda y: y.zero_().index_put_(
+        (torch.tensor(3), torch.tensor(2)), torch.tensor(1, dtype=y.dtype)
+    ),
     "every class a single row": lambda y: y.zero_().fill_diagonal_(1),
     "one huge class": lambda y: y.zero_().index_fill_(1, torch.tensor([4]), 1),
     "all active": lambda y: y.fill_(1),
@@ -419,6 +427,52 @@ def test_after_fork() -> None:
         child.kill()
 
 
+@pytest.mark.parametrize("dtype,low", [(torch.float32, -126.0), (torch.float64, -1022.0)])
+def test_exponential(dtype: torch.dtype, low: float, isa: str) -> None:
+    """One unit in the last place of the result with FMA, one and a half without, as csrc/simd.h states."""
+    g = torch.Generator().manual_seed(0)
+    near = torch.randn(200_000, generator=g, dtype=torch.float64)
+    x = torch.cat([near, torch.linspace(low, -low, 200_001, dtype=torch.float64)]).to(dtype)
+    out = torch.empty_like(x)
+    _C.exp2(array(x), array(out))
+    want = np.exp2(x.numpy().astype(np.longdouble))
+    unit = np.spacing(want.astype(x.numpy().dtype)).astype(np.longdouble)
+    assert (np.abs(out.numpy() - want) / unit).max() <= (1.5 if isa == "portable" else 1.0)
+    edges = torch.tensor([-math.inf, -1e30, low * 1.01, 0.0, math.nan], dtype=dtype)
+    out = torch.empty_like(edges)
+    _C.exp2(array(edges), array(out))
+    assert out[:4].tolist() == [0.0, 0.0, 0.0, 1.0] and out[4].isnan()
+
+
+def torch_float32(x: Tensor, labels: Tensor, temperature: float, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What torch makes of the same rows in float32, with the N x N matrices: the yardstick of the error budget."""
+    place = labels.t().nonzero()
+    B, V, C, _ = x.shape
+    at = (place[:, 1].repeat_interleave(V), torch.arange(V).repeat(len(place)), place[:, 0].repeat_interleave(V))
+    x = x.clone().requires_grad_()
+    z = torch.nn.functional.normalize(x[at], dim=-1)
+    s = z @ z.T / temperature
+    eye = torch.eye(len(s), dtype=torch.bool)
+    positive = (at[2][:, None] == at[2][None, :]) & ~eye
+    k = positive.sum(1)
+    lse = s.masked_fill(eye, -torch.inf).logsumexp(1)
+    loss = torch.where(k > 0, lse - (s * positive).sum(1) / k.clamp(min=1), 0.0)
+    (loss * weights[at]).sum().backward()
+    return torch.zeros(B, V, C).index_put_(at, loss.detach()), x.grad
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.07])
+@pytest.mark.parametrize("shape", [(40, 2, 12, 64), (90, 2, 16, 257), (60, 1, 20, 1024)])
+def test_error_budget(shape, temperature: float, isa: str) -> None:
+    """Row by row: at most twice torch's largest error in that row, plus a millionth of the row's largest value."""
+    x, labels, weights = make(*shape)
+    run, truth = Run(x, labels, temperature, anchor_weights=weights), oracle(x, labels, temperature, weights)
+    row_loss, grad = torch_float32(x, labels, temperature, weights)
+    for got, peer, want in ((run.row_loss, row_loss, truth.row_loss), (run.grad, grad, truth.grad)):
+        ours, theirs = np.abs(got.numpy() - want).max(-1), np.abs(peer.numpy() - want).max(-1)
+        assert (ours <= 2 * theirs + 1e-6 * np.abs(want).max(-1)).all()
+
+
 # --- compaction ---
 
 
@@ -489,7 +543,7 @@ def test_bad_arguments_name_themselves() -> None:
         call(pairs=pairs + 100)
     with pytest.raises(ValueError, match="^class_ptr: expected to start at 0"):
         call(class_ptr=class_ptr + 1)
-    with pytest.raises(ValueError, match="^features: expected 4 dimensions, got shape \\[3, 4, 5\\]"):
+    with pytest.raises(ValueError, match=r"^features: expected 4 dimensions, got shape \[3, 4, 5\]"):
         call(x=x[:, 0])
 
 
@@ -501,7 +555,10 @@ def test_isa_is_forced_by_the_environment() -> None:
             "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.isa())"
         )
         return subprocess.run(
-            [sys.executable, "-c", code % _C.__file__], env={**os.environ, "SADCL_CPU_ISA": value}, capture_output=True, text=True
+            [sys.executable, "-c", code % _C.__file__],
+            env={**os.environ, "SADCL_CPU_ISA": value},
+            capture_output=True,
+            text=True,
         )
 
     for name in _C.supported_isas():
