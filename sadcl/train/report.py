@@ -108,10 +108,8 @@ def _draw_embeddings(run: Run, classes: list[str]) -> None:
     """Label features of the same validation (image, label) pairs without and with the contrastive step."""
     without = "control" if run.config.control else "step1"
     panels = []
-    for name, title in (
-        (without, f"without contrastive losses ({NAMES[without]})"),
-        ("step2", "with (step 2)"),
-    ):
+    same = ", as many epochs" if run.config.control else ""
+    for name, title in ((without, f"without the contrastive losses{same}"), ("step2", "with them (step 2)")):
         vectors, labels = _active_features(run, name)
         generator = np.random.default_rng(run.config.seed)
         rows = np.sort(generator.permutation(len(vectors))[:SCATTER_PAIRS])
