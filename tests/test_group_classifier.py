@@ -20,7 +20,8 @@ SIZES = [(5, 7, 63), (1, 3, 1), (6, 2, 2100), (9, 13, 257)]
 
 
 def problem(*size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return make_features(*size, dtype=dtype), make_features(*size[1:], dtype=dtype, seed=3), torch.randn(size[1]).to(dtype)
+    bias = torch.randn(size[1]).to(dtype)
+    return make_features(*size, dtype=dtype), make_features(*size[1:], dtype=dtype, seed=3), bias
 
 
 def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -47,9 +48,13 @@ def test_within_the_error_budget(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_and_mixed_dtypes(backend: str) -> None:
     x, w, b = problem(5, 7, 40)
-    want = value_and_grads(lambda *v: group_classifier(*v, backend).square(), x, w, b, upstream=torch.ones(5, 7))
+
+    def squares(x: Tensor) -> tuple[Tensor, ...]:
+        return value_and_grads(lambda *v: group_classifier(*v, backend).square(), x, w, b, upstream=torch.ones(5, 7))
+
+    want = squares(x)
     for _, layout in layouts(x):
-        got = value_and_grads(lambda *v: group_classifier(*v, backend).square(), layout, w, b, upstream=torch.ones(5, 7))
+        got = squares(layout)
         torch.testing.assert_close(got, want)
     for low in (torch.bfloat16, torch.float64):
         mixed = group_classifier(x.to(low), w, b, backend)
