@@ -346,10 +346,10 @@ def _pair_maximum(rows: Rows, pairs: Tensor, temperature: Tensor, v: int, c: int
         (rows.tables, pairs, index, temperature, out, v, c, rows.width, rows.capacity, rows.stride),
         BLOCK=16,
         BLOCK_C=32,
-        BLOCK_D=64 if half else 32,
+        BLOCK_D=64 if half else 16,
         GATHER=rows.gather,
         PRECISION=precision,
         num_warps=4,
-        num_stages=3 if half else 2,  # a third stage spills 8 to 52 bytes in float32
+        num_stages=3 if half else 2,  # float32: a third stage, or a width step of 32, spills 8 to 52 bytes
     )
     return out
