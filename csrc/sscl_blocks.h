@@ -30,7 +30,7 @@ struct Blocks {
 // tournament. So a task may add to what belongs to its two blocks without locks or atomics, whichever thread runs it,
 // and the order of additions (hence every bit) does not depend on timing.
 template <class Task>
-void for_all_pairs(int64_t blocks, int threads, Task task) {
+void for_all_pairs(int64_t blocks, [[maybe_unused]] int threads, Task task) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
