@@ -3,6 +3,7 @@
 // Compiled once, with the base instruction set: rows are copied, at most converted.
 #include "bank.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -20,18 +21,31 @@ T at(const Array& a, int64_t b, int64_t c) {
   return static_cast<const T*>(a.data)[b * a.stride[0] + c * a.stride[1]];
 }
 
-bool is_one(const Array& labels, int64_t b, int64_t c) {
-  switch (labels.dtype) {
-    case kF32: return at<float>(labels, b, c) == 1;
-    case kF64: return at<double>(labels, b, c) == 1;
-    case kBF16: return at<uint16_t>(labels, b, c) == 0x3f80;
-    case kF16: return at<uint16_t>(labels, b, c) == 0x3c00;
-    case kU8: return at<uint8_t>(labels, b, c) == 1;
-    case kI8: return at<int8_t>(labels, b, c) == 1;
-    case kI16: return at<int16_t>(labels, b, c) == 1;
-    case kI32: return at<int32_t>(labels, b, c) == 1;
-    default: return at<int64_t>(labels, b, c) == 1;
+// Appends b * C + c of every label that equals `one`.
+template <class T>
+void append_ones(const Array& labels, T one, std::vector<int64_t>& found) {
+  const int64_t B = labels.shape[0], C = labels.shape[1], stride = labels.stride[1];
+  for (int64_t b = 0; b < B; ++b) {
+    const T* row = static_cast<const T*>(labels.data) + b * labels.stride[0];
+    for (int64_t c = 0; c < C; ++c)
+      if (row[c * stride] == one) found.push_back(b * C + c);
   }
+}
+
+std::vector<int64_t> positives(const Array& labels) {
+  std::vector<int64_t> found;
+  switch (labels.dtype) {
+    case kF32: append_ones<float>(labels, 1, found); break;
+    case kF64: append_ones<double>(labels, 1, found); break;
+    case kBF16: append_ones<uint16_t>(labels, 0x3f80, found); break;
+    case kF16: append_ones<uint16_t>(labels, 0x3c00, found); break;
+    case kU8: append_ones<uint8_t>(labels, 1, found); break;
+    case kI8: append_ones<int8_t>(labels, 1, found); break;
+    case kI16: append_ones<int16_t>(labels, 1, found); break;
+    case kI32: append_ones<int32_t>(labels, 1, found); break;
+    default: append_ones<int64_t>(labels, 1, found); break;
+  }
+  return found;
 }
 
 // Compared in the scores' dtype, as torch does: float32 0.8 does not exceed a threshold of 0.8.
@@ -64,11 +78,9 @@ void copy_row(const BankUpdate& a, int64_t b, int64_t c) {
 }  // namespace
 
 void bank_update(const BankUpdate& a) {
-  const int64_t B = a.features.shape[0], C = a.features.shape[1];
-  std::vector<int64_t> found;
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t c = 0; c < C; ++c)
-      if (is_one(a.labels, b, c) && exceeds(a, b, c)) found.push_back(b * C + c);
+  const int64_t C = a.features.shape[1];
+  std::vector<int64_t> found = positives(a.labels);
+  found.erase(std::remove_if(found.begin(), found.end(), [&](int64_t i) { return !exceeds(a, i / C, i % C); }), found.end());
   const int64_t count = int64_t(found.size());
   const int threads = count * a.slots.shape[2] < 1 << 15 ? 1 : team_size(a.threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
