@@ -25,6 +25,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 SOURCES = [
     "csrc/module.cpp",
     "csrc/bind_losses.cpp",
+    "csrc/bind_label_attention.cpp",
     "csrc/bind_group_classifier.cpp",
     "csrc/dispatch.cpp",
     "csrc/parallel.cpp",
@@ -34,6 +35,8 @@ SOURCES = [
 ]
 KERNEL_SOURCES = [
     "csrc/exp2.cpp",
+    "csrc/linear.cpp",
+    "csrc/label_attention.cpp",
     "csrc/sscl.cpp",
     "csrc/asl.cpp",
     "csrc/pscl.cpp",

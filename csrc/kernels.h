@@ -2,6 +2,8 @@
 #pragma once
 #include "array.h"
 #include "asl.h"
+#include "label_attention.h"
+#include "linear.h"
 #include "group_classifier.h"
 #include "pscl.h"
 
@@ -51,6 +53,9 @@ struct KernelTable {
   double (*pscl_backward)(const PsclBackward&);  // returns d loss / d temperature
   void (*group_classifier_forward)(const GroupClassifierForward&);
   void (*group_classifier_backward)(const GroupClassifierBackward&);
+  void (*linear)(const Linear&);
+  void (*label_attention_forward)(const LabelAttention&);
+  void (*label_attention_backward)(const LabelAttentionBackward&);
   void (*exp2)(const Array& x, const Array& out);  // simd.h's, for the test that measures it
 };
 

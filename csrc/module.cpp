@@ -174,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("class_ptr"), py::arg("temperature"), py::arg("lse"), py::arg("norm"), py::arg("tile"),
         py::arg("normalize"), py::arg("grad_features"), py::arg("threads"));
   bind_losses(m);
+  bind_label_attention(m);
   bind_group_classifier(m);
   bind_bank(m);
   bind_average_precision(m);

@@ -6,13 +6,21 @@ import itertools
 
 import pytest
 import torch
+from conftest import backends_here
 from torch import Tensor, nn
 
 from sadcl.attention import LabelAttention
-from sadcl.ops.label_attention import FORMS, choose_form, forward_macs, label_attention
+from sadcl.ops.label_attention import FORMS, backward_macs, choose_form, forward_macs, label_attention
 from sadcl.reference.label_attention import label_attention as oracle
 
 B, C, L, E, H = 3, 5, 11, 24, 4
+
+
+@pytest.fixture(params=backends_here("label_attention"), autouse=True)
+def backend(request, monkeypatch) -> str:
+    """Every test of this file runs on every backend that can run here."""
+    monkeypatch.setenv("SADCL_BACKEND", request.param)
+    return request.param
 
 
 def make(shared: bool, pos: str, seed: int = 0, dtype=torch.float64, heads: int = H, bias: bool = True):
@@ -153,7 +161,9 @@ def test_cost_model_counts_and_picks():
     sizes = (8, 80, 196, 2048, 4)
     plain, folded = (forward_macs(form, *sizes, shared=True) for form in FORMS)
     assert plain == 9 * 80 * 2048**2 + 2 * 8 * 196 * 2048**2 + 2 * 8 * 80 * 196 * 2048
-    assert folded == 2 * 9 * 80 * 2048**2 + 17 * 4 * 80 * 196 * 2048
+    assert folded == 2 * 9 * 80 * 2048**2 + 16 * 4 * 80 * 196 * 2048
+    for form, forward in zip(FORMS, (plain, folded), strict=True):
+        assert backward_macs(form, *sizes, shared=True) == 2 * forward
     assert choose_form(*sizes, shared=True) == "folded"
     assert choose_form(*sizes, shared=False) == "folded"  # the second decoder layer
     assert choose_form(8, 500, 196, 2048, 4, shared=True) == "plain"  # Visual Genome: C > L
@@ -166,9 +176,9 @@ def test_the_choice_is_what_runs(monkeypatch):
     import sadcl.ops.label_attention as ops
 
     ran: list[str] = []
-    for form in FORMS:
-        original = getattr(ops, f"_{form}")
-        monkeypatch.setattr(ops, f"_{form}", lambda *a, f=original, n=form: (ran.append(n), f(*a))[1])
+    fused, attend = ops._fused, ops.portable.attend
+    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append(a[-2]), fused(*a))[1])
+    monkeypatch.setattr(ops.portable, "attend", lambda *a: (ran.append(a[-1]), attend(*a))[1])
     many, few = torch.randn(300, 64), torch.randn(2, 64)
     module = LabelAttention(64, 1)
     memory = torch.randn(4, 60, 64)
@@ -191,7 +201,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_autocast_and_strided_inputs(form):
+def test_autocast_and_strided_inputs(form, backend):
     module, query, memory, memory_pos = make(True, "shared", dtype=torch.float32)
     module.form = form
     wide = torch.full((B, L, 2 * E), float("nan"))
@@ -254,7 +264,7 @@ def test_backend_by_name(monkeypatch):
     module.dropout = 0.5
     out, weights = module(query, memory, memory_pos, need_weights=True)
     assert (weights == 0).any() and out.shape == want.shape
-    module.backend = "cpp"
+    module.backend = "triton"
     with pytest.raises(RuntimeError, match="label_attention has no such implementation"):
         module(query, memory, memory_pos)
     module.backend = None

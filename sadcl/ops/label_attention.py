@@ -1,54 +1,202 @@
-"""Label attention in plain torch, in two exact forms, and the cost model that picks one.
+"""Op ``label_attention``: the whole attention block with its projections, in two exact forms, and the cost model.
 
-*plain*: project keys and values of all B L positions, then attend (scaled_dot_product_attention where no
-weights are asked for). *folded*: with C < L it is cheaper to move the projections to the label side::
+*plain*: project keys and values of all B L positions, then attend. *folded*: with C < L it is cheaper to move the
+projections to the label side::
 
     q_bch . (W_k,h (m_bl + pos_l) + b_k,h) = (W_k,h^T q_bch) . (m_bl + pos_l) + const    (softmax drops it)
     sum_l a_bhcl (W_v,h m_bl + b_v,h)      = W_v,h (sum_l a_bhcl m_bl) + b_v,h sum_l a_bhcl
 
-For queries that the batch shares, the folded queries and their scores with shared positions are made once a
-batch. The spec is :func:`sadcl.reference.label_attention.label_attention`.
+Folded queries that the batch shares are made once a batch. The forward saves what the backward would otherwise
+compute again: the weights ``[B, L, heads * C]`` (heads C / E of the memory's size), projected queries, the form's keys
+and values, the context. Backend ``torch`` is no op but plain ATen (:mod:`sadcl.ops.label_attention_portable`): for other devices,
+export and second derivatives. Oracle: :func:`sadcl.reference.label_attention.label_attention`.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import resolve
-from .._checks import check_floating, check_same_device, check_size, check_tensor
+from .._checks import accumulation_dtype, check_floating, check_same_device, check_size, check_tensor
 from ..reference.label_attention import label_attention as _reference
+from . import label_attention_portable as portable
+from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
 
 FORMS = ("plain", "folded")
-_IMPLEMENTED = ("torch",)
+SAVED = ("weights", "soft", "mass", "q", "keys", "values", "context")
+
+Outputs = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Projections:
-    """The four projections of one attention block, packed as nn.MultiheadAttention packs them."""
+def _allocate(query: Tensor, memory: Tensor, kept: Tensor | None, heads: int, folded: bool) -> dict[str, Tensor]:
+    """Uninitialised results by name; csrc/label_attention.h says what they are."""
+    batch, length, width = memory.shape
+    classes = query.shape[-2]
+    queries = 1 if query.dim() == 2 else batch
+    weights = (batch, length, heads * classes)
+    shapes: dict[str, tuple[int, ...]] = {
+        "out": (batch, classes, width),
+        "weights": weights,
+        "soft": (0,) if kept is None else weights,
+        "mass": (heads, batch, classes),
+        "q": (queries, classes, width),
+        "keys": (queries, heads, classes, width) if folded else (batch, length, width),
+        "values": (batch, heads, classes, width) if folded else (batch, length, width),
+        "context": (batch, classes, width),
+    }
+    dtype = accumulation_dtype(memory.dtype)
+    return {name: memory.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
-    in_weight: Tensor  # [3E, E]
-    in_bias: Tensor | None  # [3E]
-    out_weight: Tensor  # [E, E]
-    out_bias: Tensor | None  # [E]
-    num_heads: int
 
-    def input(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[E, E]`` and bias ``[E]`` of the query (0), key (1) or value (2) projection."""
-        bias = None if self.in_bias is None else self.in_bias.chunk(3)[index]
-        return self.in_weight.chunk(3)[index], bias
+def _fake(query: Tensor, memory: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor,
+          out_bias: Tensor | None, memory_pos: Tensor | None, padded: Tensor | None, kept: Tensor | None, heads: int,
+          folded: bool, keep_scale: float, backend: str) -> Outputs:
+    return tuple(_allocate(query, memory, kept, heads, folded).values())
 
-    def out(self, context: Tensor) -> Tensor:
-        """Output projection of ``[B, C, E]``."""
-        return F.linear(context, self.out_weight, self.out_bias)
+
+def _cpp(query: Tensor, memory: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor,
+         out_bias: Tensor | None, memory_pos: Tensor | None, padded: Tensor | None, kept: Tensor | None, heads: int,
+         folded: bool, keep_scale: float) -> Outputs:
+    results = _allocate(query, memory, kept, heads, folded)
+    tensors = {
+        "query": query, "memory": memory, "in_weight": in_weight, "in_bias": in_bias, "out_weight": out_weight,
+        "out_bias": out_bias, "memory_pos": memory_pos, "padded": padded, "kept": kept, **results,
+    }  # fmt: skip
+    extension().label_attention_forward(_arrays(tensors), heads, folded, keep_scale, torch.get_num_threads())
+    return tuple(results.values())
+
+
+def _arrays(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    return {name: None if tensor is None else array(tensor) for name, tensor in tensors.items()}
+
+
+def _allocate_gradients(query: Tensor, memory: Tensor, in_weight: Tensor, wanted: list[bool]) -> dict[str, Tensor]:
+    """Uninitialised gradients by name; empty where nobody asks."""
+    width = memory.shape[-1]
+    for_query, for_memory, for_input, for_output, for_pos = wanted
+    shapes = {
+        "grad_query": (for_query, query.shape),
+        "grad_memory": (for_memory, memory.shape),
+        "grad_in_weight": (for_input, (3 * width, width)),
+        "grad_in_bias": (for_input, (3 * width,)),
+        "grad_out_weight": (for_output, (width, width)),
+        "grad_pos": (for_pos, memory.shape),
+    }
+    dtype = accumulation_dtype(memory.dtype)
+    return {name: memory.new_empty(shape if asked else (0,), dtype=dtype) for name, (asked, shape) in shapes.items()}
+
+
+def _backward_fake(grad_out: Tensor, grad_weights: Tensor | None, query: Tensor, memory: Tensor, in_weight: Tensor,
+                   *rest: Any) -> Outputs:
+    *_, wanted, _ = rest
+    return tuple(_allocate_gradients(query, memory, in_weight, wanted).values())
+
+
+def _backward_cpp(grad_out: Tensor, grad_weights: Tensor | None, query: Tensor, memory: Tensor, in_weight: Tensor,
+                  in_bias: Tensor | None, out_weight: Tensor, memory_pos: Tensor | None, padded: Tensor | None,
+                  kept: Tensor | None, *rest: Any) -> Outputs:
+    *saved, heads, folded, keep_scale, wanted = rest
+    gradients = _allocate_gradients(query, memory, in_weight, wanted)
+    asked = {name: gradient if gradient.numel() else None for name, gradient in gradients.items()}
+    tensors = {
+        "query": query, "memory": memory, "in_weight": in_weight, "in_bias": in_bias, "out_weight": out_weight,
+        "out_bias": None, "memory_pos": memory_pos, "padded": padded, "kept": kept, "grad_out": grad_out,
+        "grad_weights": None if grad_weights is None else grad_weights.contiguous(),
+        **dict(zip(SAVED, saved, strict=True)), **asked,
+    }  # fmt: skip
+    extension().label_attention_backward(_arrays(tensors), heads, folded, keep_scale, torch.get_num_threads())
+    return tuple(gradients.values())
+
+
+_IMPLEMENTATIONS = {"cpp": _cpp}
+IMPLEMENTED = (*implemented(_IMPLEMENTATIONS), "torch")
+
+register(
+    "label_attention",
+    "(Tensor query, Tensor memory, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias,"
+    " Tensor? memory_pos, Tensor? padded, Tensor? kept, int heads, bool folded, float keep_scale, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _IMPLEMENTATIONS,
+    _fake,
+)
+register(
+    "label_attention_backward",
+    "(Tensor grad_out, Tensor? grad_weights, Tensor query, Tensor memory, Tensor in_weight, Tensor? in_bias,"
+    " Tensor out_weight, Tensor? memory_pos, Tensor? padded, Tensor? kept, Tensor weights, Tensor soft, Tensor mass,"
+    " Tensor q, Tensor keys, Tensor values, Tensor context, int heads, bool folded, float keep_scale, bool[] wanted,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"cpp": _backward_cpp},
+    _backward_fake,
+)
+refuse_second_derivative("label_attention_backward")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    query, memory, in_weight, in_bias, out_weight, out_bias, memory_pos, padded, kept, *ctx.constants = inputs
+    ctx.set_materialize_grads(False)  # weights that nobody looked at have no gradient
+    ctx.save_for_backward(query, memory, in_weight, in_bias, out_weight, memory_pos, padded, kept, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.out_bias_dtype = None if out_bias is None else out_bias.dtype
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    query, memory, in_weight, in_bias, out_weight, memory_pos, *_ = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if grad_out is None:
+        grad_out = query.new_zeros(()).expand(memory.shape[0], query.shape[-2], memory.shape[2])
+        grad_out = grad_out.to(accumulation_dtype(memory.dtype))
+    wanted = [needs[0], needs[1], needs[2] or needs[3], needs[4], needs[6]]
+    heads, folded, keep_scale, backend = ctx.constants
+    gradients = torch.ops.sadcl.label_attention_backward(
+        grad_out, grad_weights, *ctx.saved_tensors, heads, folded, keep_scale, wanted, backend
+    )
+    d_query, d_memory, d_in_weight, d_in_bias, d_out_weight, d_pos = gradients
+    d_out_bias = grad_out.sum((0, 1)).to(ctx.out_bias_dtype) if needs[5] else None
+
+    def give(index: int, gradient: Tensor, like: Tensor | None) -> Tensor | None:
+        return gradient.to(like.dtype) if needs[index] and like is not None else None
+
+    return (
+        give(0, d_query, query), give(1, d_memory, memory), give(2, d_in_weight, in_weight),
+        give(3, d_in_bias, in_bias), give(4, d_out_weight, out_weight), d_out_bias, give(6, d_pos, memory_pos),
+        None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+register_autograd("label_attention", _autograd, _setup_context)
+
+
+def _fused(query: Tensor, memory: Tensor, projections: portable.Projections, memory_pos: Tensor | None,
+           key_padding_mask: Tensor | None, dropout: float, need_weights: bool, form: str,
+           backend: str) -> tuple[Tensor, Tensor | None]:
+    """The op, and what surrounds it: the dropout mask out of torch's generator, and the result's dtype."""
+    batch, length, _ = memory.shape
+    classes, heads = query.shape[-2], projections.num_heads
+    kept = None
+    if dropout > 0.0:
+        kept = torch.rand((batch, length, heads * classes), device=memory.device) >= dropout
+    out, weights, *_ = torch.ops.sadcl.label_attention(
+        query, memory, projections.in_weight, projections.in_bias, projections.out_weight, projections.out_bias,
+        None if memory_pos is None else memory_pos.expand(batch, -1, -1),
+        None if key_padding_mask is None else key_padding_mask.contiguous(),
+        kept, heads, form == "folded", 1.0 / (1.0 - dropout), backend,
+    )  # fmt: skip
+    # Inside, the arithmetic is float32 (float64) whatever autocast says; outside, the dtype is what torch's would be.
+    device = memory.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else memory.dtype
+    if memory.dtype == torch.float64:
+        dtype = memory.dtype
+    if not need_weights:
+        return out.to(dtype), None
+    return out.to(dtype), weights.view(batch, length, heads, classes).permute(0, 2, 3, 1).to(dtype)
 
 
 def forward_macs(form: str, batch: int, classes: int, length: int, width: int, num_heads: int, shared: bool) -> int:
-    """Multiply-accumulates of one forward: the whole cost model.
+    """Multiply-accumulates of one forward.
 
     ======================  ======================  ==============================
     step                    plain                   folded
@@ -56,14 +204,13 @@ def forward_macs(form: str, batch: int, classes: int, length: int, width: int, n
     query projection        Q C E^2                 Q C E^2
     keys | folded queries   B L E^2                 Q C E^2
     values                  B L E^2                 B C E^2
-    scores                  B C L E                 B H C L E (+ H C L E if shared)
+    scores                  B C L E                 B H C L E
     weighting               B C L E                 B H C L E
     output projection       B C E^2                 B C E^2
     ======================  ======================  ==============================
 
-    Q is 1 for shared queries and B otherwise. Folding pays roughly while C < L and H L < E; the backward
-    costs twice the forward in either form, so the same comparison decides training. The weights' softmax
-    and the additions of positions are left out: they are the same or small.
+    Q is 1 for shared queries and B otherwise. Folding pays roughly while C < L and H L < E. The softmax and the
+    additions of positions are left out: they are the same or small.
 
     Args:
         form: ``"plain"`` or ``"folded"``.
@@ -82,13 +229,22 @@ def forward_macs(form: str, batch: int, classes: int, length: int, width: int, n
     ends = queries * classes * square + batch * classes * square
     if form == "plain":
         return ends + 2 * batch * length * square + 2 * batch * classes * length * width
-    scores = (2 * batch + (1 if shared else 0)) * num_heads * classes * length * width
-    return ends + queries * classes * square + batch * classes * square + scores
+    attended = 2 * batch * num_heads * classes * length * width
+    return ends + queries * classes * square + batch * classes * square + attended
+
+
+def backward_macs(form: str, batch: int, classes: int, length: int, width: int, num_heads: int, shared: bool) -> int:
+    """Multiply-accumulates of one backward for all inputs: every product of the forward has two gradients of its size.
+
+    Nothing is computed again, since the forward saves the weights and both forms' intermediate results.
+    """
+    return 2 * forward_macs(form, batch, classes, length, width, num_heads, shared)
 
 
 def choose_form(batch: int, classes: int, length: int, width: int, num_heads: int, shared: bool) -> str:
-    """The form with fewer multiply-accumulates by :func:`forward_macs` (plain on a tie)."""
-    plain, folded = (forward_macs(form, batch, classes, length, width, num_heads, shared) for form in FORMS)
+    """The form with fewer multiply-accumulates, forward and backward together (plain on a tie)."""
+    sizes = (batch, classes, length, width, num_heads, shared)
+    plain, folded = (forward_macs(form, *sizes) + backward_macs(form, *sizes) for form in FORMS)
     return "folded" if folded < plain else "plain"
 
 
@@ -134,7 +290,8 @@ def label_attention(
         RuntimeError: if the backend asked for cannot run.
     """
     _check_inputs(in_proj_weight.shape[-1], query, memory, memory_pos, key_padding_mask)
-    if _resolved(backend, memory.device) == "reference":
+    chosen = resolve(backend, "label_attention", memory.device, IMPLEMENTED)
+    if chosen == "reference":
         dropped = None
         if dropout > 0.0:
             shape = (memory.shape[0], num_heads, query.shape[-2], memory.shape[1])
@@ -152,109 +309,12 @@ def label_attention(
             dropped=dropped,
         )
         return out, applied if need_weights else None
-    projections = Projections(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads)
+    projections = portable.Projections(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads)
     batch, length, width = memory.shape
-    shared = query.dim() == 2
     if form is None:
-        form = choose_form(batch, query.shape[-2], length, width, num_heads, shared)
-    empty = keep = None
-    if key_padding_mask is not None:
-        empty = key_padding_mask.all(1)[:, None, None]
-        keep = ~key_padding_mask[:, None, :] | empty  # a softmax of nothing is NaN; zeroed by `empty` later
-        memory = memory.masked_fill(key_padding_mask[:, :, None], 0.0)
-    attend = _folded if form == "folded" else _plain
-    context, weights = attend(query, memory, projections, memory_pos, keep, empty, dropout, need_weights)
-    return projections.out(context), weights
-
-
-def _resolved(backend: str | None, device: torch.device) -> str:
-    """The backend's name; without a wish there is nothing to probe, which torch.compile could not trace."""
-    if backend is None and not os.environ.get("SADCL_BACKEND"):
-        return _IMPLEMENTED[0]
-    return resolve(backend, "label_attention", device, _IMPLEMENTED)
-
-
-def _plain(
-    query: Tensor,
-    memory: Tensor,
-    projections: Projections,
-    memory_pos: Tensor | None,
-    keep: Tensor | None,
-    empty: Tensor | None,
-    dropout: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    batch, length, width = memory.shape
-    heads = projections.num_heads
-    keys = memory if memory_pos is None else memory + memory_pos
-    q = F.linear(query, *projections.input(0)).unflatten(-1, (heads, -1)).transpose(-3, -2)
-    k = F.linear(keys, *projections.input(1)).view(batch, length, heads, -1).transpose(1, 2)
-    v = F.linear(memory, *projections.input(2)).view(batch, length, heads, -1).transpose(1, 2)
-    q = q.expand(batch, -1, -1, -1)  # [B, H, C, d]
-    mask = None if keep is None else keep[:, None]
-    if need_weights:
-        scores = torch.matmul(q * (width // heads) ** -0.5, k.transpose(-2, -1))
-        weights = _normalise(scores, mask, None if empty is None else empty[:, None], dropout)
-        context = torch.matmul(weights, v)
-    else:
-        weights = None
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        if empty is not None:
-            context = context.masked_fill(empty[:, None], 0.0)
-    return context.transpose(1, 2).reshape(batch, -1, width), weights
-
-
-def _folded(
-    query: Tensor,
-    memory: Tensor,
-    projections: Projections,
-    memory_pos: Tensor | None,
-    keep: Tensor | None,
-    empty: Tensor | None,
-    dropout: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    batch, length, width = memory.shape
-    heads, classes = projections.num_heads, query.shape[-2]
-    folded = _fold_queries(query, projections)  # [HC, E] or [B, HC, E]
-    if memory_pos is not None and memory_pos.dim() == 2 and folded.dim() == 2:
-        scores = torch.matmul(folded, memory.transpose(1, 2)) + torch.matmul(folded, memory_pos.t())
-    else:
-        keys = memory if memory_pos is None else memory + memory_pos
-        scores = torch.matmul(folded, keys.transpose(1, 2))  # [B, HC, L]
-    weights = _normalise(scores, keep, empty, dropout)
-    gathered = torch.bmm(weights.to(memory.dtype), memory).view(batch, heads, classes, width)
-    value_weight, value_bias = projections.input(2)
-    per_head = gathered.transpose(0, 1).reshape(heads, batch * classes, width)
-    context = torch.bmm(per_head, value_weight.view(heads, -1, width).transpose(1, 2))  # [H, BC, d]
-    context = context.view(heads, batch, classes, -1).permute(1, 2, 0, 3)
-    if value_bias is not None:
-        mass = weights.sum(-1).view(batch, heads, classes).transpose(1, 2)
-        context = context + mass[..., None] * value_bias.view(heads, -1)
-    context = context.reshape(batch, classes, width)
-    return context, weights.view(batch, heads, classes, length) if need_weights else None
-
-
-def _fold_queries(query: Tensor, projections: Projections) -> Tensor:
-    """``W_k,h^T q_h / sqrt(d)`` for every head: ``[H*C, E]`` for shared queries, else ``[B, H*C, E]``."""
-    heads, width = projections.num_heads, query.shape[-1]
-    q = F.linear(query, *projections.input(0)) * (width // heads) ** -0.5
-    per_head = q.reshape(-1, heads, width // heads).transpose(0, 1)  # [H, (B)C, d]
-    key_weight = projections.input(1)[0].view(heads, -1, width)
-    folded = torch.bmm(per_head, key_weight)  # [H, (B)C, E]
-    if query.dim() == 2:
-        return folded.flatten(0, 1)
-    return folded.view(heads, *query.shape).transpose(0, 1).flatten(1, 2)
-
-
-def _normalise(scores: Tensor, keep: Tensor | None, empty: Tensor | None, dropout: float) -> Tensor:
-    """Softmax over positions, 0 where nothing may be attended to, then dropout."""
-    if keep is not None:
-        scores = scores.masked_fill(~keep, float("-inf"))
-    weights = scores.softmax(-1)
-    if empty is not None:
-        weights = weights.masked_fill(empty, 0.0)
-    return F.dropout(weights, dropout) if dropout > 0.0 else weights
+        form = choose_form(batch, query.shape[-2], length, width, num_heads, query.dim() == 2)
+    arguments = (query, memory, projections, memory_pos, key_padding_mask, dropout, need_weights, form)
+    return portable.attend(*arguments) if chosen == "torch" else _fused(*arguments, chosen)
 
 
 def _check_inputs(

@@ -1,0 +1,65 @@
+// Label attention with its projections (SPEC section 2), compiled once per instruction set. Read in this order: matmul.h
+// (products), label_attention_parts.h (operands, softmax), label_attention_folded.h, label_attention_plain.h.
+#include "label_attention_folded.h"
+#include "label_attention_plain.h"
+
+SADCL_KERNELS_BEGIN
+namespace {
+
+template <class T, class Form>
+Form form(const Problem<T>& p, Matmul<T>& mm) {
+  auto at = [](void* data) { return static_cast<T*>(data); };
+  return {p, mm, at(p.a.q), at(p.a.keys), at(p.a.values), at(p.a.context), at(p.a.weights), at(p.a.mass)};
+}
+
+template <class T>
+void forward(const LabelAttention& a) {
+  const Problem<T> p(a);
+  Matmul<T> mm(a.threads);
+  const Vector<T> bias(a.in_bias, 3 * p.E), out_bias(a.out_bias, p.E);
+  Result<T> q = result(static_cast<T*>(a.q), {p.E}), out = result(static_cast<T*>(a.out), {p.E});
+  q.bias = bias.from(0), out.bias = out_bias.from(0);
+  mm({p.Q * p.C, p.E, p.E}, operand(source(a.query, p.query_rows(), p.query_columns())), operand(p.weight(0, true, false)), q);
+  if (a.folded) form<T, Folded<T>>(p, mm).forward(bias);
+  else form<T, Plain<T>>(p, mm).forward(bias);
+  mm({p.B * p.C, p.E, p.E}, operand(source(static_cast<T*>(a.context), {p.E}, {1})), operand(p.out_weight(true)), out);
+}
+
+template <class T>
+void backward(const LabelAttentionBackward& g) {
+  const LabelAttention& a = g.forward;
+  const Problem<T> p(a);
+  Matmul<T> mm(a.threads);
+  const int64_t E = p.E, labels = p.B * p.C;
+  const Vector<T> bias(a.in_bias, 3 * E);
+  const Index out_rows = Problem<T>::rows_of(g.grad_out), out_columns = {g.grad_out.stride[2]};
+  if (g.grad_out_weight != nullptr)
+    mm({E, E, labels}, operand(source(g.grad_out, out_columns, out_rows)),
+       operand(source(static_cast<T*>(a.context), {1}, {E})), result(static_cast<T*>(g.grad_out_weight), {E}));
+  if (!g.grad_query && !g.grad_memory && !g.grad_pos && !g.grad_in_weight) return;
+  Scratch<T> grad_context(labels * E), grad_q(p.Q * p.C * E);
+  mm({labels, E, E}, operand(source(g.grad_out, out_rows, out_columns)), operand(p.out_weight(false)),
+     result(grad_context.get(), {E}));
+  T* dq = g.grad_query || g.grad_in_weight ? grad_q.get() : nullptr;
+  if (a.folded) form<T, Folded<T>>(p, mm).backward(g, grad_context.get(), dq, bias);
+  else form<T, Plain<T>>(p, mm).backward(g, grad_context.get(), dq);
+  if (g.grad_query != nullptr)
+    mm({p.Q * p.C, E, E}, operand(source(dq, {E}, {1})), operand(p.weight(0, false, false)),
+       result(static_cast<T*>(g.grad_query), {E}));
+  if (g.grad_in_weight == nullptr) return;
+  mm({E, E, p.Q * p.C}, operand(source(dq, {1}, {E})), operand(source(a.query, p.query_columns(), p.query_rows())),
+     result(static_cast<T*>(g.grad_in_weight), {E}));
+  column_sums<T>(dq, p.Q * p.C, E, nullptr, 1, static_cast<T*>(g.grad_in_bias), mm.threads());
+}
+
+}  // namespace
+
+void label_attention_forward(const LabelAttention& args) {
+  args.memory.dtype == kF64 ? forward<double>(args) : forward<float>(args);
+}
+
+void label_attention_backward(const LabelAttentionBackward& args) {
+  args.forward.memory.dtype == kF64 ? backward<double>(args) : backward<float>(args);
+}
+
+SADCL_KERNELS_END

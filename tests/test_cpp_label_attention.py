@@ -1,0 +1,232 @@
+"""Label attention in the C++ extension: every instruction set, thread counts, ragged shapes, the op's manners."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from sadcl.ops.label_attention import FORMS, label_attention
+from sadcl.reference.label_attention import label_attention as oracle
+
+_C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request):
+    """Every instruction set of this machine in turn; fresh tensors hold NaN, so that nothing unwritten goes unseen."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make(b: int, c: int, l: int, heads: int, d: int, shared: bool = True, dtype=torch.float32, seed: int = 0):  # noqa: E741
+    """query, memory, the four parameters, positions."""
+    g = torch.Generator().manual_seed(seed)
+    e = heads * d
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * std).to(dtype)
+
+    query = normal(*(() if shared else (b,)), c, e)
+    weights = normal(3 * e, e, std=e**-0.5), normal(3 * e, std=0.2), normal(e, e, std=e**-0.5), normal(e, std=0.2)
+    return query, normal(b, l, e), *weights, normal(l, e)
+
+
+def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Tensor | None = None, dtype=None):
+    """Output and gradients of all tensors."""
+    leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in tensors]
+    *inputs, pos = leaves
+    if backend == "reference":
+        out, _ = oracle(*inputs, heads, memory_pos=pos, key_padding_mask=mask)
+    else:
+        out, _ = label_attention(*inputs, heads, memory_pos=pos, key_padding_mask=mask, form=form, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def within_budget(tensors, heads: int, form: str, mask: Tensor | None = None, slack: float = 1e-6) -> None:
+    """Row by row at most twice torch's error, plus `slack` of the tensor's largest value.
+
+    Of the tensor and not of the row: the key bias and padded rows have gradient 0 by cancellation or by rule.
+    """
+    b, c = tensors[1].shape[0], tensors[0].shape[-2]
+    upstream = torch.randn(b, c, tensors[1].shape[-1], generator=torch.Generator().manual_seed(9))
+    upstream = upstream.to(tensors[1].dtype)
+    truth = run(tensors, heads, upstream, "reference", form, mask, torch.float64)
+    peer = run(tensors, heads, upstream, "torch", form, mask)
+    ours = run(tensors, heads, upstream, "cpp", form, mask)
+    for index, (got, theirs, want) in enumerate(zip(ours, peer, truth, strict=True)):
+        assert got.shape == want.shape and got.dtype == tensors[1].dtype
+        error, allowed = ((x.double() - want).abs().amax(-1) for x in (got, theirs))
+        assert (error <= 2 * allowed + slack * want.abs().max() + 1e-12).all(), index
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 1, 1, 16), (1, 5, 1, 2, 24), (3, 1, 7, 3, 40), (2, 20, 33, 2, 24), (2, 7, 49, 1, 512), (2, 70, 13, 4, 16)],
+    ids=str,
+)
+def test_matches_the_oracle(shape, shared: bool, form: str, isa: str) -> None:
+    b, _, length, heads, _ = shape
+    mask = torch.zeros(b, length, dtype=torch.bool)
+    mask[0, length // 2 + 1 :] = True
+    if b > 2:
+        mask[2] = True
+    within_budget(make(*shape, shared=shared), heads, form, None if b == 1 else mask)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_same_bits_for_every_number_of_threads(shared: bool, form: str, threads) -> None:
+    tensors = make(3, 21, 50, 2, 40, shared=shared)
+    upstream = torch.randn(3, 21, 80)
+    results = []
+    for count in (1, 2, 3, 3):
+        threads(count)
+        results.append(run(tensors, 2, upstream, "cpp", form))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_is_accumulated_in_float32(form: str, isa: str) -> None:
+    within_budget(make(2, 6, 30, 2, 24, dtype=torch.bfloat16), 2, form, slack=2**-8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strides(form: str) -> None:
+    """Transposed, stepped and expanded inputs give the numbers of contiguous ones."""
+    query, memory, in_weight, in_bias, out_weight, out_bias, pos = make(2, 9, 20, 2, 24)
+    strided = [
+        query.t().contiguous().t(),
+        memory.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack([in_weight, in_weight], -1)[..., 0],
+        torch.stack([in_bias, in_bias], -1)[..., 0],
+        out_weight.t().contiguous().t(),
+        out_bias,
+        torch.stack([pos, pos], 0)[1],
+    ]
+    upstream = torch.randn(9, 1, 48).expand(9, 2, 48).transpose(0, 1)
+    want = run((query, memory, in_weight, in_bias, out_weight, out_bias, pos), 2, upstream.contiguous(), "cpp", form)
+    leaves = [t.detach().requires_grad_() for t in strided]
+    *inputs, moved = leaves
+    out, _ = label_attention(*inputs, 2, memory_pos=moved, form=form, backend="cpp")
+    got = [out, *torch.autograd.grad(out, leaves, upstream)]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_is_reproducible_and_the_same_in_the_backward(form: str) -> None:
+    tensors = make(2, 5, 12, 2, 16, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in tensors]
+    *inputs, pos = leaves
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out, applied = label_attention(
+            *inputs, 2, memory_pos=pos, dropout=0.4, need_weights=True, form=form, backend="cpp"
+        )
+        results.append((out, applied))
+    assert torch.equal(results[0][0], results[1][0]) and not torch.equal(results[0][0], results[2][0])
+    out, applied = results[0]
+    dropped = (applied.detach() != 0).double() / 0.6
+    want, weights = oracle(*inputs, 2, memory_pos=pos, dropped=dropped)
+    torch.testing.assert_close(applied, weights, rtol=1e-11, atol=1e-13)
+    upstream, of_weights = torch.randn_like(out), torch.randn_like(applied)
+    got = torch.autograd.grad((out, applied), leaves, (upstream, of_weights))
+    for g, w in zip(got, torch.autograd.grad((want, weights), leaves, (upstream, of_weights)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-11)
+
+
+def arguments(dtype: torch.dtype, folded: bool, shared: bool, grad: bool) -> tuple[object, ...]:
+    query, memory, *weights, pos = (t.requires_grad_(grad) for t in make(2, 3, 5, 2, 4, shared=shared, dtype=dtype))
+    padded = torch.tensor([[False] * 5, [False, True, True, False, True]])
+    kept = torch.rand(2, 5, 6) > 0.3
+    return query, memory, *weights, pos.expand(2, -1, -1), padded, kept, 2, folded, 1 / 0.7, "cpp"
+
+
+@pytest.mark.parametrize("folded, shared, grad", list(itertools.product([False, True], repeat=3)))
+def test_opcheck(folded: bool, shared: bool, grad: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        opcheck(torch.ops.sadcl.label_attention.default, arguments(dtype, folded, shared, grad))
+
+
+@pytest.mark.parametrize("folded, shared", list(itertools.product([False, True], repeat=2)))
+def test_gradcheck_of_output_and_weights(folded: bool, shared: bool) -> None:
+    *tensors, padded, kept, heads, _, scale, name = arguments(torch.float64, folded, shared, True)
+    leaves = [t.detach().contiguous().requires_grad_() for t in tensors]
+
+    def call(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.sadcl.label_attention(*values, padded, kept, heads, folded, scale, name)[:2]
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_partial_gradients(form: str) -> None:
+    tensors = make(2, 3, 7, 2, 8)
+    upstream = torch.randn(2, 3, 16)
+    full = run(tensors, 2, upstream, "cpp", form)[1:]
+    for wanted in itertools.product([False, True], repeat=7):
+        leaves = [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        *inputs, pos = leaves
+        out, _ = label_attention(*inputs, 2, memory_pos=pos, form=form, backend="cpp")
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.backward(upstream)
+        for leaf, grad, asked in zip(leaves, full, wanted, strict=True):
+            assert torch.equal(leaf.grad, grad) if asked else leaf.grad is None
+
+
+def test_second_derivative_is_a_clear_error() -> None:
+    query, memory, *weights, pos = make(2, 3, 7, 2, 8)
+    query.requires_grad_()
+    out, _ = label_attention(query, memory, *weights, 2, memory_pos=pos, backend="cpp")
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exports_in_plain_aten(form: str) -> None:
+    """Backend "torch" leaves no op of ours in an exported program."""
+    from sadcl.attention import LabelAttention
+
+    module = LabelAttention(16, 2, form=form, backend="torch").eval()
+    inputs = torch.randn(3, 16), torch.randn(2, 7, 16), torch.randn(7, 16)
+    exported = torch.export.export(module, inputs)
+    assert not [n for n in exported.graph.nodes if "sadcl" in str(n.target)]
+    torch.testing.assert_close(exported.module()(*inputs)[0], module(*inputs)[0])
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 3, 7), (63, 100, 257), (13, 2, 800)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_matrix_product(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
+    from sadcl.ops._library import array
+
+    bias = torch.randn(n, dtype=dtype)
+    for flip_left, flip_right in itertools.product([False, True], repeat=2):
+        left = (torch.randn(k, m).t() if flip_left else torch.randn(m, k)).to(dtype)
+        right = (torch.randn(n, k).t() if flip_right else torch.randn(k, n)).to(dtype)
+        out = torch.full((m, n), float("nan"), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        _C.linear(array(left), array(right), array(bias), array(out), 2)
+        want = left.double() @ right.double() + bias.double()
+        scale = left.double().abs() @ right.double().abs() + bias.double().abs()
+        unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+        assert ((out - want).abs() <= unit * (k**0.5 + 4) * scale).all()
