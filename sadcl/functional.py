@@ -230,7 +230,6 @@ def prototype_contrastive_loss(
     else:
         classes = _pscl.pscl(features, prototypes, active.target, tau, name, released=released)
 
-    positives = active.class_ptr.diff()
     count = active.class_ptr[-1]
     if released:
         classes = classes * (count > 0)  # the released code crashes without any positive; here the loss is 0
