@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.label_attention import FORMS, label_attention
+from .ops.linear import Linear
 
 
 class PackedAttention(nn.Module):
@@ -22,7 +23,7 @@ class PackedAttention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,6 +14,7 @@ from ._checks import check_floating, check_tensor
 from .bank import MemoryBank
 from .classes import check_indices, fit_width
 from .ops.group_classifier import group_classifier
+from .ops.linear import Linear
 from .transformer import DecoderLayer, EncoderLayer, PositionSine
 
 
@@ -61,7 +62,7 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, proj_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, proj_dim)])
+        self.layers = nn.ModuleList([Linear(width, width), Linear(width, proj_dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., E]`` to ``[..., P]``."""

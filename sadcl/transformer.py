@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LabelAttention, PackedAttention
+from .ops.linear import Linear, linear
 
 _CACHED_SIZES = 8
 
@@ -109,9 +110,9 @@ class SelfAttention(PackedAttention):
             ``[B, L, E]``.
         """
         batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         # W (x + pos) = W x + W pos: the second term once a batch, and one product for q, k and v.
-        moved = F.linear(pos, self.in_proj_weight[: 2 * width])
+        moved = linear(pos, self.in_proj_weight[: 2 * width])
         q, k = (qkv[..., : 2 * width] + moved).view(batch, length, 2, self.num_heads, -1).unbind(2)
         v = qkv[..., 2 * width :].reshape(batch, length, self.num_heads, -1)
         context = F.scaled_dot_product_attention(
@@ -128,11 +129,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(width, inner)
-        self.linear2 = nn.Linear(inner, width)
+        self.linear1 = Linear(width, inner)
+        self.linear2 = Linear(inner, width)
         self.dropout = nn.Dropout(dropout)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""

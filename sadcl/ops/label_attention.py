@@ -8,8 +8,8 @@ projections to the label side::
 
 Folded queries that the batch shares are made once a batch. The forward saves what the backward would otherwise
 compute again: the weights ``[B, L, heads * C]`` (heads C / E of the memory's size), projected queries, the form's keys
-and values, the context. Backend ``torch`` is no op but plain ATen (:mod:`sadcl.ops.label_attention_portable`): for other devices,
-export and second derivatives. Oracle: :func:`sadcl.reference.label_attention.label_attention`.
+and values, the context. Backend ``torch`` is no op but plain ATen (:mod:`sadcl.ops.label_attention_portable`): for other
+devices, export and second derivatives. Oracle: :func:`sadcl.reference.label_attention.label_attention`.
 """
 
 from __future__ import annotations
