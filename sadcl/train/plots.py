@@ -103,6 +103,9 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
         contrast_axis.legend(frameon=False)
     else:
         contrast_axis.set_visible(False)
+    low, high = map_axis.get_ylim()
+    widen = max(0.0, 0.06 - (high - low)) / 2  # a flat curve shall look flat
+    map_axis.set_ylim(low - widen, high + widen)
     map_axis.legend(frameon=False, fontsize=9, loc="lower right")
     _save(figure, path)
 
