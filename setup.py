@@ -24,9 +24,6 @@ X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 # Compiled once, and once per instruction set.
 SOURCES = [
     "csrc/module.cpp",
-    "csrc/bind_losses.cpp",
-    "csrc/bind_label_attention.cpp",
-    "csrc/bind_group_classifier.cpp",
     "csrc/dispatch.cpp",
     "csrc/parallel.cpp",
     "csrc/compact.cpp",
@@ -116,7 +113,8 @@ class BuildExt(build_ext):
             for source in ext.sources
         ]
         for isa in isas:
-            jobs += [Job(s, isa, [("SADCL_ISA", isa)], flags + ISA_FLAGS[isa]) for s in KERNEL_SOURCES]
+            macros = [("SADCL_ISA", isa), *([("SADCL_FLOAT64", "1")] if isa == "portable" else [])]
+            jobs += [Job(s, isa, macros, flags + ISA_FLAGS[isa]) for s in KERNEL_SOURCES]
         include = [str(ROOT / "csrc"), *self._pybind11_include(), *(ext.include_dirs or [])]
 
         def compile_one(job: Job) -> list[str]:

@@ -306,15 +306,15 @@ void backward(const AslBackward& a) {
   }
 }
 
+template <class T>
+bool forward(const AslForward& args) {
+  return args.clip == 0 ? forward<T, false>(args) : forward<T, true>(args);
+}
+
 }  // namespace
 
-bool asl_forward(const AslForward& args) {
-  if (args.logits.dtype == kF64) return args.clip == 0 ? forward<double, false>(args) : forward<double, true>(args);
-  return args.clip == 0 ? forward<float, false>(args) : forward<float, true>(args);
-}
+bool asl_forward(const AslForward& args) { return SADCL_BY_DTYPE(asl_forward, forward, args.logits.dtype, args); }
 
-void asl_backward(const AslBackward& args) {
-  args.grad_logits.dtype == kF64 ? backward<double>(args) : backward<float>(args);
-}
+void asl_backward(const AslBackward& args) { SADCL_BY_DTYPE(asl_backward, backward, args.grad_logits.dtype, args); }
 
 SADCL_KERNELS_END

@@ -8,13 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "bind.h"
+#include "average_precision.h"
 #include "parallel.h"
 
 namespace sadcl {
 namespace {
-
-enum Method : int { kVocArea = 0, kSklearn = 1, kVoc11 = 2 };
 
 // Unsigned keys that ascend as the scores fall. -0 counts as 0.
 uint32_t falling(float score) {
@@ -86,7 +84,7 @@ struct Ranking {
       if (envelope[k] > envelope[k - 1]) envelope[k - 1] = envelope[k];
   }
 
-  double average_precision(Method method, std::vector<double>& curve) {
+  double average_precision(ApMethod method, std::vector<double>& curve) {
     int64_t positives = 0;
     for (int64_t i = 0; i < n; ++i) positives += hits[i];
     if (positives == 0) return std::numeric_limits<double>::quiet_NaN();
@@ -108,7 +106,7 @@ struct Ranking {
 
 // Classes are read `width` at a time, so that a cache line of a row serves several of them.
 template <class T, class K>
-void all_classes(const Array& scores, const Array& target, Method method, double* ap, int threads) {
+void all_classes(const Array& scores, const Array& target, ApMethod method, double* ap, int threads) {
   const int64_t n = scores.shape[0], C = scores.shape[1];
   const int team = n * C < 1 << 13 ? 1 : team_size(threads);
   int64_t width = C / team < 8 ? C / team : 8;
@@ -145,30 +143,17 @@ void all_classes(const Array& scores, const Array& target, Method method, double
   }
 }
 
-void bind_average_precision_of(const Array& scores, const Array& target, int method, const Array& ap, int threads) {
-  check_rank("scores", scores, 2);
-  if (scores.dtype != kF64) check_dtype("scores", scores, kF32);
-  check_shape("target", target, {scores.shape[0], scores.shape[1]});
-  check_dtype("target", target, kI8);
-  check_buffer("ap", ap, kF64, scores.shape[1]);
-  if (scores.shape[0] >= int64_t(1) << 32) throw py::value_error("scores: expected fewer than 2^32 images");
-  if (method < kVocArea || method > kVoc11) throw py::value_error("method: unknown code " + std::to_string(method));
-  double* out = static_cast<double*>(ap.data);
-  py::gil_scoped_release release;
-  if (scores.shape[0] == 0) {
-    for (int64_t c = 0; c < scores.shape[1]; ++c) out[c] = std::numeric_limits<double>::quiet_NaN();
-  } else if (scores.dtype == kF64) {
-    all_classes<double, uint64_t>(scores, target, Method(method), out, threads);
-  } else {
-    all_classes<float, uint32_t>(scores, target, Method(method), out, threads);
-  }
-}
-
 }  // namespace
 
-void bind_average_precision(py::module_& m) {
-  m.def("average_precision", &bind_average_precision_of, py::arg("scores"), py::arg("target"), py::arg("method"),
-        py::arg("ap"), py::arg("threads"));
+void average_precision(const AveragePrecision& a) {
+  double* out = a.ap;
+  if (a.scores.shape[0] == 0) {
+    for (int64_t c = 0; c < a.scores.shape[1]; ++c) out[c] = std::numeric_limits<double>::quiet_NaN();
+  } else if (a.scores.dtype == kF64) {
+    all_classes<double, uint64_t>(a.scores, a.target, a.method, out, a.threads);
+  } else {
+    all_classes<float, uint32_t>(a.scores, a.target, a.method, out, a.threads);
+  }
 }
 
 }  // namespace sadcl

@@ -11,11 +11,6 @@ namespace sadcl {
 
 namespace py = pybind11;
 
-void bind_label_attention(py::module_& m);  // bind_label_attention.cpp: label attention, linear
-void bind_losses(py::module_& m);  // bind_losses.cpp: asl, pscl
-void bind_group_classifier(py::module_& m);
-void bind_bank(py::module_& m);
-void bind_average_precision(py::module_& m);
 
 constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64"};
 

@@ -6,28 +6,11 @@
 
 namespace sadcl {
 
-// Defined by the copies of the kernel files that setup.py compiled; SADCL_HAS_* says which.
-#define SADCL_DECLARE(name)                      \
-  namespace name {                               \
-  void sscl_forward(const SsclForward&);         \
-  double sscl_backward(const SsclBackward&);     \
-  void exp2_array(const Array&, const Array&);   \
-  void linear(const Linear&);                    \
-  void label_attention_forward(const LabelAttention&);             \
-  void label_attention_backward(const LabelAttentionBackward&);    \
-  bool asl_forward(const AslForward&);           \
-  void asl_backward(const AslBackward&);         \
-  void pscl_forward(const PsclForward&);         \
-  double pscl_backward(const PsclBackward&);     \
-  void group_classifier_forward(const GroupClassifierForward&);    \
-  void group_classifier_backward(const GroupClassifierBackward&);  \
-  }
 #define SADCL_TABLE(name) \
   {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward, \
    name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward, \
    name::linear, name::label_attention_forward, name::label_attention_backward, name::exp2_array}
 
-SADCL_DECLARE(portable)
 #if defined(SADCL_HAS_AVX2)
 SADCL_DECLARE(avx2)
 #endif

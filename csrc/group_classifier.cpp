@@ -38,12 +38,8 @@ void backward(const GroupClassifierBackward& a) {
 
 }  // namespace
 
-void group_classifier_forward(const GroupClassifierForward& args) {
-  args.features.dtype == kF64 ? forward<double>(args) : forward<float>(args);
-}
+void group_classifier_forward(const GroupClassifierForward& args) { SADCL_BY_DTYPE(group_classifier_forward, forward, args.features.dtype, args); }
 
-void group_classifier_backward(const GroupClassifierBackward& args) {
-  args.features.dtype == kF64 ? backward<double>(args) : backward<float>(args);
-}
+void group_classifier_backward(const GroupClassifierBackward& args) { SADCL_BY_DTYPE(group_classifier_backward, backward, args.features.dtype, args); }
 
 SADCL_KERNELS_END

@@ -43,6 +43,24 @@ struct SsclBackward {
   void* grad_features;  // features' dtype, contiguous
 };
 
+// Defined by the copies of the kernel files that setup.py compiled; SADCL_HAS_* says which.
+#define SADCL_DECLARE(name)                      \
+  namespace name {                               \
+  void sscl_forward(const SsclForward&);         \
+  double sscl_backward(const SsclBackward&);     \
+  void exp2_array(const Array&, const Array&);   \
+  void linear(const Linear&);                    \
+  void label_attention_forward(const LabelAttention&);             \
+  void label_attention_backward(const LabelAttentionBackward&);    \
+  bool asl_forward(const AslForward&);           \
+  void asl_backward(const AslBackward&);         \
+  void pscl_forward(const PsclForward&);         \
+  double pscl_backward(const PsclBackward&);     \
+  void group_classifier_forward(const GroupClassifierForward&);    \
+  void group_classifier_backward(const GroupClassifierBackward&);  \
+  }
+SADCL_DECLARE(portable)
+
 struct KernelTable {
   const char* isa;
   void (*sscl_forward)(const SsclForward&);

@@ -54,12 +54,8 @@ void backward(const LabelAttentionBackward& g) {
 
 }  // namespace
 
-void label_attention_forward(const LabelAttention& args) {
-  args.memory.dtype == kF64 ? forward<double>(args) : forward<float>(args);
-}
+void label_attention_forward(const LabelAttention& args) { SADCL_BY_DTYPE(label_attention_forward, forward, args.memory.dtype, args); }
 
-void label_attention_backward(const LabelAttentionBackward& args) {
-  args.forward.memory.dtype == kF64 ? backward<double>(args) : backward<float>(args);
-}
+void label_attention_backward(const LabelAttentionBackward& args) { SADCL_BY_DTYPE(label_attention_backward, backward, args.forward.memory.dtype, args); }
 
 SADCL_KERNELS_END

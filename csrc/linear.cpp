@@ -26,6 +26,6 @@ void run(const Linear& a) {
 
 }  // namespace
 
-void linear(const Linear& args) { args.left.dtype == kF64 ? run<double>(args) : run<float>(args); }
+void linear(const Linear& args) { SADCL_BY_DTYPE(linear, run, args.left.dtype, args); }
 
 SADCL_KERNELS_END

@@ -9,6 +9,11 @@
 #include <memory>
 
 #include "bind.h"
+#include "bind_average_precision.h"
+#include "bind_bank.h"
+#include "bind_group_classifier.h"
+#include "bind_label_attention.h"
+#include "bind_losses.h"
 #include "dispatch.h"
 #include "parallel.h"
 

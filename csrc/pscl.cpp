@@ -160,12 +160,8 @@ double backward(const PsclBackward& a) {
 
 }  // namespace
 
-void pscl_forward(const PsclForward& args) {
-  args.features.dtype == kF64 ? forward<double>(args) : forward<float>(args);
-}
+void pscl_forward(const PsclForward& args) { SADCL_BY_DTYPE(pscl_forward, forward, args.features.dtype, args); }
 
-double pscl_backward(const PsclBackward& args) {
-  return args.features.dtype == kF64 ? backward<double>(args) : backward<float>(args);
-}
+double pscl_backward(const PsclBackward& args) { return SADCL_BY_DTYPE(pscl_backward, backward, args.features.dtype, args); }
 
 SADCL_KERNELS_END

@@ -4,12 +4,8 @@
 
 SADCL_KERNELS_BEGIN
 
-void sscl_forward(const SsclForward& args) {
-  args.rows.features.dtype == kF64 ? forward<double>(args) : forward<float>(args);
-}
+void sscl_forward(const SsclForward& args) { SADCL_BY_DTYPE(sscl_forward, forward, args.rows.features.dtype, args); }
 
-double sscl_backward(const SsclBackward& args) {
-  return args.rows.features.dtype == kF64 ? backward<double>(args) : backward<float>(args);
-}
+double sscl_backward(const SsclBackward& args) { return SADCL_BY_DTYPE(sscl_backward, backward, args.rows.features.dtype, args); }
 
 SADCL_KERNELS_END

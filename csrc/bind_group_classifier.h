@@ -1,4 +1,6 @@
 // Bindings of the group-wise classifier (group_classifier.cpp).
+// Part of module.cpp, the one translation unit that parses pybind11: every further one costs 5 to 9 s of build time.
+#pragma once
 #include "bind.h"
 #include "dispatch.h"
 
@@ -13,7 +15,7 @@ void check_inputs(const Array& features, const Array& weight) {
   if (accumulation(weight) != accumulation(features)) check_dtype("weight", weight, features.dtype);
 }
 
-void bind_forward(const Array& features, const Array& weight, const Array& bias, const Array& logits, int threads) {
+void bind_group_classifier_forward(const Array& features, const Array& weight, const Array& bias, const Array& logits, int threads) {
   check_inputs(features, weight);
   const int64_t B = features.shape[0], C = features.shape[1];
   check_buffer("bias", bias, accumulation(features), C);
@@ -24,7 +26,7 @@ void bind_forward(const Array& features, const Array& weight, const Array& bias,
   table.group_classifier_forward(args);
 }
 
-void bind_backward(const Array& grad_logits, const Array& features, const Array& weight, const Array* grad_features,
+void bind_group_classifier_backward(const Array& grad_logits, const Array& features, const Array& weight, const Array* grad_features,
                    const Array* grad_weight, int threads) {
   check_inputs(features, weight);
   check_shape("grad_logits", grad_logits, {features.shape[0], features.shape[1]});
@@ -45,9 +47,9 @@ void bind_backward(const Array& grad_logits, const Array& features, const Array&
 }  // namespace
 
 void bind_group_classifier(py::module_& m) {
-  m.def("group_classifier_forward", &bind_forward, py::arg("features"), py::arg("weight"), py::arg("bias"),
+  m.def("group_classifier_forward", &bind_group_classifier_forward, py::arg("features"), py::arg("weight"), py::arg("bias"),
         py::arg("logits"), py::arg("threads"));
-  m.def("group_classifier_backward", &bind_backward, py::arg("grad_logits"), py::arg("features"), py::arg("weight"),
+  m.def("group_classifier_backward", &bind_group_classifier_backward, py::arg("grad_logits"), py::arg("features"), py::arg("weight"),
         py::arg("grad_features").none(true), py::arg("grad_weight").none(true), py::arg("threads"),
         "None for a gradient that is not wanted");
 }

@@ -1,4 +1,6 @@
 // Bindings of the asymmetric loss (asl.cpp) and the prototype-to-sample loss (pscl.cpp).
+// Part of module.cpp, the one translation unit that parses pybind11: every further one costs 5 to 9 s of build time.
+#pragma once
 #include "bind.h"
 #include "dispatch.h"
 

@@ -1,4 +1,6 @@
 // Bindings of label attention (label_attention.cpp).
+// Part of module.cpp, the one translation unit that parses pybind11: every further one costs 5 to 9 s of build time.
+#pragma once
 #include "bind.h"
 #include "dispatch.h"
 
@@ -72,7 +74,7 @@ LabelAttention make(const Given& given, int64_t heads, bool folded, double keep_
   return a;
 }
 
-void bind_forward(const py::dict& tensors, int64_t heads, bool folded, double keep_scale, int threads) {
+void bind_label_attention_forward(const py::dict& tensors, int64_t heads, bool folded, double keep_scale, int threads) {
   const Given given = {tensors};
   LabelAttention a = make(given, heads, folded, keep_scale, threads);
   a.out = given.buffer("out", accumulation(a.memory), count(a.memory) / a.memory.shape[1] * a.query.shape[a.query.dims - 2]);
@@ -81,7 +83,7 @@ void bind_forward(const py::dict& tensors, int64_t heads, bool folded, double ke
   table.label_attention_forward(a);
 }
 
-void bind_backward(const py::dict& tensors, int64_t heads, bool folded, double keep_scale, int threads) {
+void bind_label_attention_backward(const py::dict& tensors, int64_t heads, bool folded, double keep_scale, int threads) {
   const Given given = {tensors};
   LabelAttentionBackward g;
   g.forward = make(given, heads, folded, keep_scale, threads);
@@ -120,9 +122,9 @@ void bind_linear(const Array& left, const Array& right, const Array* bias, const
 }  // namespace
 
 void bind_label_attention(py::module_& m) {
-  m.def("label_attention_forward", &bind_forward, py::arg("tensors"), py::arg("heads"), py::arg("folded"),
+  m.def("label_attention_forward", &bind_label_attention_forward, py::arg("tensors"), py::arg("heads"), py::arg("folded"),
         py::arg("keep_scale"), py::arg("threads"), "tensors: the names in label_attention.h to Array or None");
-  m.def("label_attention_backward", &bind_backward, py::arg("tensors"), py::arg("heads"), py::arg("folded"),
+  m.def("label_attention_backward", &bind_label_attention_backward, py::arg("tensors"), py::arg("heads"), py::arg("folded"),
         py::arg("keep_scale"), py::arg("threads"));
   m.def("linear", &bind_linear, py::arg("left"), py::arg("right"), py::arg("bias").none(true), py::arg("out"),
         py::arg("threads"), "out = left right (+ bias)");
