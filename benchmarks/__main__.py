@@ -1,4 +1,4 @@
-"""``python -m benchmarks [name ...]``: run the interleaved comparisons, all of them or those named (``sscl``, ``pscl``)."""
+"""``python -m benchmarks [name ...]``: run the interleaved comparisons, all or those named (``sscl``, ``pscl``)."""
 
 from __future__ import annotations
 

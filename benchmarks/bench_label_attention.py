@@ -66,9 +66,7 @@ class Block:
 
     def entries(self) -> dict[str, tuple[nn.Module, Entry]]:
         torch_forms = {
-            f"{form}, plain torch": LabelAttention(
-                self.case.width, self.case.heads, form=form, backend="torch"
-            )
+            f"{form}, plain torch": LabelAttention(self.case.width, self.case.heads, form=form, backend="torch")
             for form in ("folded", "plain")
         }
         for module in torch_forms.values():
@@ -98,6 +96,7 @@ class Block:
         """One forward, or forward and backward for query, memory and all parameters."""
         module, run = self.entries()[name]
         if not backward:
+
             def forward() -> Tensor:
                 with torch.no_grad():
                     return run(self.query, self.memory, self.pos)

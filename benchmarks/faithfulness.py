@@ -1,4 +1,7 @@
-"""Numbers of docs/faithfulness.md: what the released formulation does to value and gradient. ``python -m benchmarks.faithfulness``"""
+"""Numbers of docs/faithfulness.md: what the released formulation does to value and gradient.
+
+``python -m benchmarks.faithfulness`` prints its tables.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,8 @@ def pscl(b: int, c: int, labels_per_image: float) -> None:
 
 
 def main() -> None:
-    print(
-        "SSCL\n| B | V | C | labels/image | paper | released | released, batch permuted | anchors kept | gradient off by |"
-    )
+    columns = "B | V | C | labels/image | paper | released | released, batch permuted | anchors kept | gradient off by"
+    print(f"SSCL\n| {columns} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for v in (1, 2, 3):
         sscl(32, v, 80, 2.9)

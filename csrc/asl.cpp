@@ -1,4 +1,4 @@
-// Asymmetric loss (SPEC section 2): value and derivative in one sweep; compiled once per instruction set.
+// Asymmetric loss: value and derivative in one sweep; compiled once per instruction set.
 //
 // A batch is cut into chunks of kChunk classes of one image. A chunk's inputs are contiguous T: read in place if they are
 // already, converted into the cache otherwise. In a multi-label batch nearly all labels are 0, so groups of vectors with

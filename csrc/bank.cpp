@@ -1,4 +1,4 @@
-// Memory-bank update (SPEC section 3): copies the label features of confidently and correctly recognised pairs.
+// Memory-bank update: copies the label features of confidently and correctly recognised pairs.
 //
 // Compiled once, with the base instruction set: rows are copied, at most converted.
 #include "bank.h"

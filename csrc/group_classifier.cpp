@@ -1,4 +1,4 @@
-// Group-wise linear classifier: logit[b, c] = <W[c], h[b, c]> + bias[c] (SPEC section 2.1), compiled once per instruction set.
+// Group-wise linear classifier: logit[b, c] = <W[c], h[b, c]> + bias[c], compiled once per instruction set.
 #include "group_classifier.h"
 
 #include "class_rows.h"

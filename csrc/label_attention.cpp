@@ -1,4 +1,4 @@
-// Label attention with its projections (SPEC section 2), compiled once per instruction set. Read in this order: matmul.h
+// Label attention with its projections, compiled once per instruction set. Read in this order: matmul.h
 // (products), label_attention_parts.h (operands, softmax), label_attention_folded.h, label_attention_plain.h.
 #include "label_attention_folded.h"
 #include "label_attention_plain.h"

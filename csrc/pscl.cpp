@@ -1,4 +1,4 @@
-// Prototype-to-sample contrastive loss (SPEC section 2), compiled once per instruction set.
+// Prototype-to-sample contrastive loss, compiled once per instruction set.
 //
 // Forward: one sweep over the features for dot products and norms, then log-sum-exps of [B, C] scores. Backward: class by
 // class, so that a prototype's gradient is one thread's sum and needs no atomics. Scores and all that hangs on them are

@@ -1,4 +1,4 @@
-// Sample-to-sample contrastive loss (SPEC section 2), compiled once per instruction set. Read in this order:
+// Sample-to-sample contrastive loss, compiled once per instruction set. Read in this order:
 // gemm.h (products), sscl_rows.h (gather), sscl_blocks.h (schedule), sscl_forward.h, sscl_backward.h, sscl_released.h.
 #include "sscl_backward.h"
 

@@ -205,7 +205,7 @@ void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats) {
   });
 }
 
-// lse and loss of each row from its statistics; `maxima` is the mean of R over the row's positives (SPEC section 4).
+// lse and loss of each row from its statistics; `maxima` is the mean of R over the row's positives (oracle: sadcl/reference/sscl.py).
 template <class T>
 void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& stats, const double* maxima) {
   T* lse = static_cast<T*>(args.lse);

@@ -1,4 +1,4 @@
-// The released code's R (SPEC section 4): it enters that formulation's value, not its gradient.
+// The released code's R (oracle: sadcl/reference/sscl.py): it enters that formulation's value, not its gradient.
 //
 // R[(b, v), (b', v')] is the largest score between the two over the classes both images have, and at least 0 unless they
 // share every class. It is wanted at the positives only, as mean over a row's positives p of R_ip. So: a stripe of R for

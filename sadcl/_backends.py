@@ -1,7 +1,7 @@
 """Which implementation runs an op: what works here, why not, and the choice for a device.
 
-The probes run once, when this module loads: they import the C++ extension and look up triton's version without importing
-it (that, like ``torch._dynamo``, would cost seconds). So a call under ``torch.compile`` only reads a table.
+The probes run once, when this module loads: they import the C++ extension and look up triton's version without
+importing it (that, like ``torch._dynamo``, would cost seconds). So a call under ``torch.compile`` only reads a table.
 """
 
 from __future__ import annotations

@@ -49,20 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sadcl: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return {"train": _train, "eval": _eval, "predict": _predict, "fetch": _fetch, "doctor": _doctor}[
-            name
-        ](rest)
+        return {"train": _train, "eval": _eval, "predict": _predict, "fetch": _fetch, "doctor": _doctor}[name](rest)
     except KeyboardInterrupt:
         print(f"\nsadcl {name}: interrupted", file=sys.stderr)
         return 130
     except ImportError as error:
         if os.environ.get("SADCL_TRACEBACK"):
             raise
-        hint = (
-            ""
-            if error.name is None or error.name.startswith("sadcl")
-            else "; try: pip install 'sadcl[train]'"
-        )
+        hint = "" if error.name is None or error.name.startswith("sadcl") else "; try: pip install 'sadcl[train]'"
         print(f"sadcl {name}: error: {error}{hint}", file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
@@ -87,9 +81,7 @@ def _eval(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
     parser.add_argument("--csv", help="measure on this list (lines of path,label;label) instead")
     parser.add_argument("--root", help="folder of the pictures, if they have moved since training")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="probability above which a label counts as given"
-    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a label counts as given")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
 
@@ -109,12 +101,8 @@ def _predict(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sadcl predict", description=COMMANDS["predict"])
     parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument(
-        "--output", type=Path, default=Path("predictions"), help="folder for the overlays (PNG)"
-    )
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="probability above which a label is given"
-    )
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the overlays (PNG)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a label is given")
     parser.add_argument("--top", type=int, default=5, help="how many labels to show")
     parser.add_argument("--json", action="store_true", help="print the predictions as JSON")
     parser.add_argument("--no-overlay", action="store_true", help="write no pictures")
@@ -164,9 +152,7 @@ def _predict_one(
     from sadcl.train.plots import plot_attention
 
     overlay = options.output / f"{Path(path).stem}.labels.png"
-    plot_attention(
-        overlay, [picture], [Path(path).name], [maps], [shown], "where the model looks for each label"
-    )
+    plot_attention(overlay, [picture], [Path(path).name], [maps], [shown], "where the model looks for each label")
     result["overlay"] = str(overlay)
     return result, overlay
 

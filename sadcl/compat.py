@@ -1,7 +1,7 @@
 """The released code's names: same calls, same numbers (``formulation="released"``), none of its N x N matrices.
 
-Replace ``from models.loss... import MultiSupConLoss`` by ``from sadcl.compat import MultiSupConLoss``. What the released
-formulation does differently from the paper is in docs/faithfulness.md.
+Replace ``from models.loss... import MultiSupConLoss`` by ``from sadcl.compat import MultiSupConLoss``. What the
+released formulation does differently from the paper is in docs/faithfulness.md.
 """
 
 from __future__ import annotations

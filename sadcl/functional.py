@@ -100,7 +100,7 @@ def sample_contrastive_loss(
     Rows ``(b, v, c)`` with ``labels[b, c] = 1`` attract the other rows of their class and repel all other rows, by
     cosine over ``temperature``:
 
-        loss = 1/|I| * sum_{i in I, P(i) not empty} -1/|P(i)| * sum_{p in P(i)} log( exp(s_ip) / sum_{a in A(i)} exp(s_ia) )
+        loss = 1/|I| * sum_{i: P(i) not empty} -1/|P(i)| * sum_{p in P(i)} log( e^{s_ip} / sum_{a in A(i)} e^{s_ia} )
 
     An anchor without a positive adds 0 and counts in ``|I|``; without any active row the loss is 0, connected to the
     graph. A zero vector has cosine 0 and gradient 0; NaN in an active row gives NaN.
@@ -158,7 +158,7 @@ def sample_contrastive_loss(
 
 
 def _released_anchors(target: Tensor, v: int) -> Tensor:
-    """The released anchor test: ``[B, V, C]``, row (b, v, c) is an anchor iff image ``(v B + b) // V`` has the class."""
+    """The released anchor test ``[B, V, C]``: row (b, v, c) is an anchor iff image ``(v B + b) // V`` has class c."""
     b = target.shape[0]
     view = torch.arange(v, device=target.device)
     image = torch.arange(b, device=target.device)
@@ -184,8 +184,8 @@ def prototype_contrastive_loss(
 
         loss = -1/sum(y) * sum_{c with a positive} ( logsumexp_{b: y_bc = 1} s_bc  -  logsumexp_b s_bc )
 
-    Without any positive the loss is 0, connected to the graph. A zero vector has cosine 0 and gradient 0; NaN in any row
-    that is not ignored gives NaN.
+    Without any positive the loss is 0, connected to the graph. A zero vector has cosine 0 and gradient 0; NaN in any
+    row that is not ignored gives NaN.
 
     Source: SADCL (ECAI 2023), L_PSCL. ``formulation="released"`` adds the authors' term for classes without a positive
     (docs/faithfulness.md).

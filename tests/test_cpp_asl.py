@@ -64,9 +64,7 @@ def test_exp_and_log_are_good_to_the_last_bits() -> None:
     softplus = torch.nn.functional.softplus(-x.double(), threshold=1e9)
     assert ulps(F.asymmetric_loss(x, ones, clip=0, **bare), softplus) < 5
     # The derivative is the sigmoid itself.
-    _, grad = value_and_grads(
-        lambda x: F.asymmetric_loss(x, zeros, clip=0, **bare), x, upstream=torch.ones_like(x)
-    )
+    _, grad = value_and_grads(lambda x: F.asymmetric_loss(x, zeros, clip=0, **bare), x, upstream=torch.ones_like(x))
     assert ulps(grad, x.double().sigmoid()) < 4
     # log(q) against the logarithm of the same rounded q, q from 0.5 to 1.
     loss = F.asymmetric_loss(x, zeros, clip=0.5, **bare)

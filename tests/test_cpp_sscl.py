@@ -1,6 +1,7 @@
 """The CPU extension's SSCL and compaction, called through their bindings and held against float64 numpy.
 
-The oracle below is the equations of SPEC sections 2 and 4, written densely; the op layer above has its own tests.
+The oracle below is the equations of sadcl/reference/sscl.py, written densely in numpy; the op layer above has its own
+tests.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Truth:
 
 
 def oracle(x, labels, temperature, weights, normalize=True, released=False, group_of=None) -> Truth:
-    """SPEC sections 2 and 4 in float64 with every N x N matrix written out; weights [B, V, C] are dL/drow_loss."""
+    """Both formulations in float64 with every N x N matrix written out; weights [B, V, C] are dL/drow_loss."""
     x = np.asarray(x, np.float64)
     B, V, C, D = x.shape
     place = [(b, v, c) for c in range(C) for b in range(B) if labels[b, c] == 1 for v in range(V)]

@@ -119,8 +119,7 @@ def test_golden(name, dtype):
         # any order within a tie is right: between positives last and positives first
         last, first = np.argsort(labels, axis=0), np.argsort(1 - labels.astype(int), axis=0)
         low, high = (
-            average_precision(np.take_along_axis(scores, o, 0), np.take_along_axis(labels, o, 0)).numpy()
-            * 100
+            average_precision(np.take_along_axis(scores, o, 0), np.take_along_axis(labels, o, 0)).numpy() * 100
             for o in (last, first)
         )
         assert ((low <= data["aps"]) & (data["aps"] <= high)).all()
@@ -207,9 +206,7 @@ def test_order_of_images(n, seed, ties):
     scores, labels = draw(n, 4, seed, ties, ignored=0.1)
     order = np.random.default_rng(seed + 1).permutation(n)
     for method in METHODS if not ties else ("sklearn",):
-        same(
-            average_precision(scores[order], labels[order], method), average_precision(scores, labels, method)
-        )
+        same(average_precision(scores[order], labels[order], method), average_precision(scores, labels, method))
     got, want = multilabel_report(scores[order], labels[order]), multilabel_report(scores, labels)
     assert (table(got) == table(want)).all() and (table(got, "top3_") == table(want, "top3_")).all()
 
@@ -220,9 +217,7 @@ def test_monotone_transform(n, seed, ties):
     scores, labels = draw(n, 4, seed, ties, ignored=0.1)
     for method in METHODS:
         want = average_precision(scores, labels, method)
-        assert torch.equal(
-            average_precision(7 * scores**3 - 3, labels, method).nan_to_num(), want.nan_to_num()
-        )
+        assert torch.equal(average_precision(7 * scores**3 - 3, labels, method).nan_to_num(), want.nan_to_num())
 
 
 @settings(max_examples=20, deadline=None)
@@ -281,8 +276,7 @@ def test_ignored_pairs_take_no_part():
         got = average_precision(scores, labels, method)[1]
         same(got, average_precision(scores[keep, 1], labels[keep, 1], method))
     alone = [
-        multilabel_report(scores[labels[:, c] >= 0, c : c + 1], labels[labels[:, c] >= 0, c : c + 1])
-        for c in range(3)
+        multilabel_report(scores[labels[:, c] >= 0, c : c + 1], labels[labels[:, c] >= 0, c : c + 1]) for c in range(3)
     ]
     same(report.CP, np.mean([r.CP for r in alone]))
     same(report.CR, np.mean([r.CR for r in alone]))

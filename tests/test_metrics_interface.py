@@ -50,9 +50,7 @@ def test_numpy_layouts():
     assert torch.equal(average_precision(scores, labels), want)
     flipped = average_precision(scores[:, ::-1].astype(">f4"), labels[:, ::-1].astype(">i2"))
     assert torch.equal(flipped.flip(0), want)
-    assert torch.equal(
-        average_precision(torch.tensor(scores).t().contiguous().t(), labels.astype(np.uint16)), want
-    )
+    assert torch.equal(average_precision(torch.tensor(scores).t().contiguous().t(), labels.astype(np.uint16)), want)
 
 
 def test_inputs_stay_and_no_graph():

@@ -10,8 +10,8 @@ from conftest import backends_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sadcl import reference
 from sadcl import functional as F
+from sadcl import reference
 from sadcl.testing import (
     RAGGED,
     assert_within_budget,

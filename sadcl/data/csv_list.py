@@ -30,9 +30,7 @@ class CsvDataset(Dataset[tuple[Tensor, Tensor]]):
         ValueError: a label that is not among ``classes``.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], image_size: int, classes: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], image_size: int, classes: Sequence[str] | None = None) -> None:
         self.image_size = image_size
         self.items: list[tuple[Path, tuple[str, ...]]] = []
         if not os.path.isfile(path):
@@ -42,12 +40,8 @@ class CsvDataset(Dataset[tuple[Tensor, Tensor]]):
                 if not row or (number == 1 and row[0].strip().lower() == "path"):
                     continue
                 if len(row) > 2:
-                    raise ImageFileError(
-                        path, f"line {number}: expected `path,label;label`, got {len(row)} columns"
-                    )
-                names = (
-                    tuple(name.strip() for name in row[1].split(";") if name.strip()) if len(row) == 2 else ()
-                )
+                    raise ImageFileError(path, f"line {number}: expected `path,label;label`, got {len(row)} columns")
+                names = tuple(name.strip() for name in row[1].split(";") if name.strip()) if len(row) == 2 else ()
                 picture = Path(path).parent / row[0].strip()
                 if not picture.is_file():
                     raise ImageFileError(picture, f"no such picture file (line {number} of {path})")
@@ -58,9 +52,7 @@ class CsvDataset(Dataset[tuple[Tensor, Tensor]]):
         self.classes = tuple(classes) if classes is not None else tuple(seen)
         self.index = {name: i for i, name in enumerate(self.classes)}
         if unknown := [name for name in seen if name not in self.index]:
-            raise ValueError(
-                f"{path}: label {unknown[0]!r} is not one of the classes: {', '.join(self.classes)}"
-            )
+            raise ValueError(f"{path}: label {unknown[0]!r} is not one of the classes: {', '.join(self.classes)}")
         if not self.classes:
             raise ValueError(f"{path}: no picture has a label")
 

@@ -27,9 +27,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, features: np.ndarray, labels: Tensor) -> None:
         if len(features) != len(labels):
-            raise ValueError(
-                f"expected as many feature maps as label rows, got {len(features)} and {len(labels)}"
-            )
+            raise ValueError(f"expected as many feature maps as label rows, got {len(features)} and {len(labels)}")
         self.features, self.labels = features, labels
 
     def __len__(self) -> int:

@@ -57,9 +57,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         cutout_side = round(SCALE[1] * image_size * 1.1)
         self.cutouts: list[list[list[Image]]] = []  # label -> object -> variant
         for label, label_objects in zip(source.labels, source.objects, strict=True):
-            readable = [
-                [cut for path in files if (cut := _try_cutout(path, cutout_side))] for files in label_objects
-            ]
+            readable = [[cut for path in files if (cut := _try_cutout(path, cutout_side))] for files in label_objects]
             self.cutouts.append([variants for variants in readable if variants])
             if not self.cutouts[-1]:
                 raise ImageFileError(label_objects[0][0], f"no picture of label {label!r} can be read")
@@ -99,9 +97,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         else:
             pool = tuple(range(len(self.labels)))
         labels: list[int] = []
-        for first, second in rng.integers(
-            len(pool), size=(count, 2)
-        ):  # a repeated label is drawn again, once
+        for first, second in rng.integers(len(pool), size=(count, 2)):  # a repeated label is drawn again, once
             labels.append(pool[second if pool[first] in labels else first])
         return labels
 
@@ -146,9 +142,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         return False
 
 
-def _transform(
-    cutout: Image, side: float, rng: np.random.Generator, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _transform(cutout: Image, side: float, rng: np.random.Generator, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Scale, flip, rotate and colour a cut-out.
 
     Returns:
@@ -187,9 +181,7 @@ def _jitter(rgb: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.
 
 def _try_cutout(path: object, max_side: int) -> Image | None:
     try:
-        return load_cutout(str(path), max_side).convert(
-            "RGBa"
-        )  # premultiplied: resizing mixes no hidden colours
+        return load_cutout(str(path), max_side).convert("RGBa")  # premultiplied: resizing mixes no hidden colours
     except ImageFileError as error:
         warnings.warn(f"skipped {error}", stacklevel=2)
         return None

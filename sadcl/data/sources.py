@@ -177,16 +177,12 @@ def _photo_source(root: Path) -> SceneSource:
                 continue
             by_object.setdefault(_object_key(path, spec["same_object_prefixes"]), []).append(path)
         if len(by_object) < 2:
-            raise SourceNotFound(
-                f"{stamps}: expected at least 2 objects of label {label!r}, found {len(by_object)}"
-            )
+            raise SourceNotFound(f"{stamps}: expected at least 2 objects of label {label!r}, found {len(by_object)}")
         objects.append(tuple(tuple(files) for files in by_object.values()))
     drop = tuple(spec["drop_backgrounds"])
     templates = sorted(path for path in (root / "templates").glob("*.jpg") if not path.name.startswith(drop))
     if len(templates) < 2:
-        raise SourceNotFound(
-            f"{root / 'templates'}: expected at least 2 background photos, found {len(templates)}"
-        )
+        raise SourceNotFound(f"{root / 'templates'}: expected at least 2 background photos, found {len(templates)}")
     return SceneSource(
         "photos",
         "composed scenes of real photo cut-outs (Debian package tuxpaint-stamps-default)",
@@ -204,9 +200,7 @@ def _emoji_source(root: Path) -> SceneSource:
     for label, names in spec["labels"].items():
         found = tuple((files[name],) for name in names if name in files)
         if len(found) < 2:
-            raise SourceNotFound(
-                f"{root}: expected at least 2 drawings of label {label!r}, found {len(found)}"
-            )
+            raise SourceNotFound(f"{root}: expected at least 2 drawings of label {label!r}, found {len(found)}")
         objects.append(found)
     folders = {
         "skimage": _package_folder("skimage", "data"),
@@ -216,9 +210,7 @@ def _emoji_source(root: Path) -> SceneSource:
     for entry in spec["backgrounds"]:
         folder = folders[entry["package"]]
         if folder is not None and (folder / entry["file"]).is_file():
-            backgrounds.append(
-                Background(folder / entry["file"], tuple(entry.get("box", (0.0, 0.0, 1.0, 1.0))))
-            )
+            backgrounds.append(Background(folder / entry["file"], tuple(entry.get("box", (0.0, 0.0, 1.0, 1.0)))))
     if len(backgrounds) < 2:
         raise SourceNotFound("emoji scenes need background photos: pip install scikit-image scikit-learn")
     return SceneSource(

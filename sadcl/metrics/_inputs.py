@@ -32,9 +32,7 @@ def canonical(scores: Array, labels: Array, dims: tuple[int, ...]) -> tuple[Tens
     labels = check_tensor("labels", _as_tensor("labels", labels), dims, layout)
     check_floating("scores", scores)
     if labels.shape != scores.shape:
-        raise ValueError(
-            f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
     if scores.dim() == 2 and scores.shape[1] == 0:
         raise ValueError(f"scores: expected at least one class, got shape {tuple(scores.shape)}")
     if both_tensors:

@@ -163,9 +163,7 @@ def _table(predicted: Tensor, target: Tensor, cf1: str) -> _Table:
     else:
         cf = 2 * cp * cr / (cp + cr) if cp + cr else 0.0
     hit, said, true = hit.sum(), said.sum(), true.sum()
-    return _Table(
-        cp, cr, cf, float(_ratio(hit, said)), float(_ratio(hit, true)), float(_ratio(2 * hit, said + true))
-    )
+    return _Table(cp, cr, cf, float(_ratio(hit, said)), float(_ratio(hit, true)), float(_ratio(2 * hit, said + true)))
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -93,9 +93,7 @@ class MultilabelAccumulator:
             ValueError: there was no batch and no ``num_classes``.
         """
         if self.num_classes is None:
-            raise ValueError(
-                "compute: expected an update() first, or num_classes in the constructor; got neither"
-            )
+            raise ValueError("compute: expected an update() first, or num_classes in the constructor; got neither")
         return report_of(self.scores, self.labels, self.protocol)
 
     def _append(self, scores: Tensor, target: Tensor) -> None:

@@ -63,7 +63,7 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
     return run
 
 
-_DTYPE_CODES = {
+DTYPE_CODES = {
     torch.float32: 0,
     torch.float64: 1,
     torch.bfloat16: 2,
@@ -85,7 +85,7 @@ def extension() -> Any:
 
 def array(tensor: Tensor) -> Any:
     """Describe a CPU tensor to the extension: address, dtype, shape, strides in elements."""
-    return extension().Array(tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride()))
+    return extension().Array(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:

@@ -45,13 +45,32 @@ def _allocate(logits: Tensor, sum_classes: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(loss_shape, dtype=acc), logits.new_empty(logits.shape, dtype=acc)
 
 
-def _fake(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg: float, gamma_pos: float, clip: float,
-          eps: float, detach_focal_weight: bool, sum_classes: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _fake(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    eps: float,
+    detach_focal_weight: bool,
+    sum_classes: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     return _allocate(logits, sum_classes)
 
 
-def _cpp(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg: float, gamma_pos: float, clip: float,
-         eps: float, detach_focal_weight: bool, sum_classes: bool) -> tuple[Tensor, Tensor]:
+def _cpp(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    eps: float,
+    detach_focal_weight: bool,
+    sum_classes: bool,
+) -> tuple[Tensor, Tensor]:
     loss, grad = _allocate(logits, sum_classes)
     if class_weight is not None:
         class_weight = class_weight.to(loss.dtype).contiguous()
@@ -64,8 +83,17 @@ def _cpp(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg:
     return loss, grad
 
 
-def _torch(logits: Tensor, labels: Tensor, class_weight: Tensor | None, gamma_neg: float, gamma_pos: float, clip: float,
-           eps: float, detach_focal_weight: bool, sum_classes: bool) -> tuple[Tensor, Tensor]:
+def _torch(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    eps: float,
+    detach_focal_weight: bool,
+    sum_classes: bool,
+) -> tuple[Tensor, Tensor]:
     if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
         check_soft_labels(labels)
     x = logits.to(accumulation_dtype(logits.dtype))
@@ -161,8 +189,9 @@ def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 register_autograd("asl", _autograd, _setup_context)
 
 
-def asl(logits: Tensor, labels: Tensor, class_weight: Tensor | None, focus: Focus, sum_classes: bool,
-        backend: str) -> Tensor:
+def asl(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, focus: Focus, sum_classes: bool, backend: str
+) -> Tensor:
     """Weighted loss of every element ``[B, C]``, or of every image ``[B]``, in the accumulation dtype.
 
     Args:

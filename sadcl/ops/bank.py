@@ -11,8 +11,9 @@ from torch import Tensor
 from ._library import array, extension, implemented, register
 
 
-def _cpp(slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float,
-         probabilities: bool) -> None:
+def _cpp(
+    slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float, probabilities: bool
+) -> None:
     if (slots.dtype == torch.float64) != (features.dtype == torch.float64):
         features = features.to(slots.dtype)
     if slots.stride(2) != 1 and slots.shape[2] > 1:
@@ -26,8 +27,9 @@ def _cpp(slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, thresh
         torch.autograd.graph.increment_version(slots)  # autograd must notice a write behind its back
 
 
-def _torch(slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float,
-           probabilities: bool) -> None:
+def _torch(
+    slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float, probabilities: bool
+) -> None:
     scores = _wide(scores)
     recognised = (scores if probabilities else scores.sigmoid()) > threshold
     write = (recognised & (labels == 1))[:, :, None]
@@ -52,8 +54,9 @@ register(
 )
 
 
-def bank_update(slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float, probabilities: bool,
-                backend: str) -> None:
+def bank_update(
+    slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float, probabilities: bool, backend: str
+) -> None:
     """Set ``slots[b, c] = features[b, c]`` where ``labels[b, c]`` is 1 and the score exceeds the threshold.
 
     Args:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import array, extension, implemented, register, triton_kernel
+from ._library import DTYPE_CODES, array, extension, implemented, register, triton_kernel
 
 
 class Active(NamedTuple):
-    """The active (image, class) pairs of a batch, class by class, in buffers whose size depends on ``B`` and ``C`` only.
+    """The active (image, class) pairs of a batch, class by class, in buffers whose size depends on B and C only.
 
     Example, ``B = 3``, ``C = 2``::
 
@@ -35,7 +35,7 @@ class Active(NamedTuple):
 
 
 def _cpp(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if labels.dtype not in (torch.bool, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8):
+    if labels.dtype not in DTYPE_CODES:
         labels = labels.float()
     pairs, class_ptr, target = _empty(labels)
     extension().compact(array(labels), array(pairs), array(class_ptr), array(target))
@@ -61,7 +61,9 @@ def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_label_values(labels: Tensor) -> None:
     """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
-    wrong = labels[~((labels == 0) | (labels == 1) | (labels == -1))]
+    # A comparison with -1 would call 255 ignored in unsigned labels.
+    ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
+    wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
     if wrong.numel() > 0:
         values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
         raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
@@ -79,8 +81,12 @@ def _empty(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("compact", "compact"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
-register("compact", "(Tensor labels, str backend) -> (Tensor, Tensor, Tensor)", _IMPLEMENTATIONS,
-         lambda labels, backend: _empty(labels))
+register(
+    "compact",
+    "(Tensor labels, str backend) -> (Tensor, Tensor, Tensor)",
+    _IMPLEMENTATIONS,
+    lambda labels, backend: _empty(labels),
+)
 
 
 def compact(labels: Tensor, backend: str) -> Active:

@@ -47,16 +47,18 @@ def _torch(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return ((features.to(acc) * weight.to(acc)).sum(dim=-1) + bias.to(acc)).to(dtype)
 
 
-def _backward_fake(grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool,
-                   backend: str) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     return (
         features.new_empty(features.shape if need_features else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
     )
 
 
-def _backward_cpp(grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool,
-                  need_weight: bool) -> tuple[Tensor, Tensor]:
+def _backward_cpp(
+    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     x, w = _same_width(features, weight)
     upstream = grad_logits.to(accumulation_dtype(x.dtype))
     grads = _backward_fake(grad_logits, x, w, need_features, need_weight, "cpp")
@@ -67,8 +69,9 @@ def _backward_cpp(grad_logits: Tensor, features: Tensor, weight: Tensor, need_fe
     return grads[0].to(features.dtype), grads[1].to(weight.dtype)
 
 
-def _backward_torch(grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool,
-                    need_weight: bool) -> tuple[Tensor, Tensor]:
+def _backward_torch(
+    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     acc = accumulation_dtype(_dtype(features, weight))
     upstream = grad_logits.to(acc)[..., None]
     grads = list(_backward_fake(grad_logits, features, weight, False, False, "torch"))
@@ -82,8 +85,9 @@ def _backward_torch(grad_logits: Tensor, features: Tensor, weight: Tensor, need_
 _IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
-register("group_classifier", "(Tensor features, Tensor weight, Tensor bias, str backend) -> Tensor", _IMPLEMENTATIONS,
-         _fake)
+register(
+    "group_classifier", "(Tensor features, Tensor weight, Tensor bias, str backend) -> Tensor", _IMPLEMENTATIONS, _fake
+)
 register(
     "group_classifier_backward",
     "(Tensor grad_logits, Tensor features, Tensor weight, bool need_features, bool need_weight, str backend)"

@@ -8,8 +8,8 @@ projections to the label side::
 
 Folded queries that the batch shares are made once a batch. The forward saves what the backward would otherwise
 compute again: the weights ``[B, L, heads * C]`` (heads C / E of the memory's size), projected queries, the form's keys
-and values, the context. Backend ``torch`` is no op but plain ATen (:mod:`sadcl.ops.label_attention_portable`): for other
-devices, export and second derivatives. Oracle: :func:`sadcl.reference.label_attention.label_attention`.
+and values, the context. Backend ``torch`` is no op but plain ATen (:mod:`sadcl.ops.label_attention_portable`), for
+other devices, export and second derivatives. Oracle: :func:`sadcl.reference.label_attention.label_attention`.
 """
 
 from __future__ import annotations
@@ -52,15 +52,38 @@ def _allocate(query: Tensor, memory: Tensor, kept: Tensor | None, heads: int, fo
     return {name: memory.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def _fake(query: Tensor, memory: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor,
-          out_bias: Tensor | None, memory_pos: Tensor | None, padded: Tensor | None, kept: Tensor | None, heads: int,
-          folded: bool, keep_scale: float, backend: str) -> Outputs:
+def _fake(
+    query: Tensor,
+    memory: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    memory_pos: Tensor | None,
+    padded: Tensor | None,
+    kept: Tensor | None,
+    heads: int,
+    folded: bool,
+    keep_scale: float,
+    backend: str,
+) -> Outputs:
     return tuple(_allocate(query, memory, kept, heads, folded).values())
 
 
-def _cpp(query: Tensor, memory: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor,
-         out_bias: Tensor | None, memory_pos: Tensor | None, padded: Tensor | None, kept: Tensor | None, heads: int,
-         folded: bool, keep_scale: float) -> Outputs:
+def _cpp(
+    query: Tensor,
+    memory: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    memory_pos: Tensor | None,
+    padded: Tensor | None,
+    kept: Tensor | None,
+    heads: int,
+    folded: bool,
+    keep_scale: float,
+) -> Outputs:
     results = _allocate(query, memory, kept, heads, folded)
     tensors = {
         "query": query, "memory": memory, "in_weight": in_weight, "in_bias": in_bias, "out_weight": out_weight,
@@ -90,15 +113,26 @@ def _allocate_gradients(query: Tensor, memory: Tensor, in_weight: Tensor, wanted
     return {name: memory.new_empty(shape if asked else (0,), dtype=dtype) for name, (asked, shape) in shapes.items()}
 
 
-def _backward_fake(grad_out: Tensor, grad_weights: Tensor | None, query: Tensor, memory: Tensor, in_weight: Tensor,
-                   *rest: Any) -> Outputs:
+def _backward_fake(
+    grad_out: Tensor, grad_weights: Tensor | None, query: Tensor, memory: Tensor, in_weight: Tensor, *rest: Any
+) -> Outputs:
     *_, wanted, _ = rest
     return tuple(_allocate_gradients(query, memory, in_weight, wanted).values())
 
 
-def _backward_cpp(grad_out: Tensor, grad_weights: Tensor | None, query: Tensor, memory: Tensor, in_weight: Tensor,
-                  in_bias: Tensor | None, out_weight: Tensor, memory_pos: Tensor | None, padded: Tensor | None,
-                  kept: Tensor | None, *rest: Any) -> Outputs:
+def _backward_cpp(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    memory: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    memory_pos: Tensor | None,
+    padded: Tensor | None,
+    kept: Tensor | None,
+    *rest: Any,
+) -> Outputs:
     *saved, heads, folded, keep_scale, wanted = rest
     gradients = _allocate_gradients(query, memory, in_weight, wanted)
     asked = {name: gradient if gradient.numel() else None for name, gradient in gradients.items()}
@@ -170,9 +204,17 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_
 register_autograd("label_attention", _autograd, _setup_context)
 
 
-def _fused(query: Tensor, memory: Tensor, projections: portable.Projections, memory_pos: Tensor | None,
-           key_padding_mask: Tensor | None, dropout: float, need_weights: bool, form: str,
-           backend: str) -> tuple[Tensor, Tensor | None]:
+def _fused(
+    query: Tensor,
+    memory: Tensor,
+    projections: portable.Projections,
+    memory_pos: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout: float,
+    need_weights: bool,
+    form: str,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
     """The op, and what surrounds it: the dropout mask out of torch's generator, and the result's dtype."""
     batch, length, _ = memory.shape
     classes, heads = query.shape[-2], projections.num_heads

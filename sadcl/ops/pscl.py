@@ -1,8 +1,8 @@
 """Op ``pscl``: prototype-to-sample contrastive loss, one number per class.
 
-Forward keeps the ``[B, C]`` scores, the norms and two log-sum-exps per class; backward needs no product of features with
-prototypes again. These are float64: a gradient row hangs on one difference of two softmax weights, and a float32 score
-of 1 / 0.07 is already off by 5e-7. Oracle: :func:`sadcl.reference.pscl.pscl`.
+Forward keeps the ``[B, C]`` scores, the norms and two log-sum-exps per class; backward needs no product of features
+with prototypes again. These are float64: a gradient row hangs on one difference of two softmax weights, and a float32
+score of 1 / 0.07 is already off by 5e-7. Oracle: :func:`sadcl.reference.pscl.pscl`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def _allocate(features: Tensor, prototypes: Tensor) -> Outputs:
     )
 
 
-def _fake(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool,
-          backend: str) -> Outputs:
+def _fake(
+    features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool, backend: str
+) -> Outputs:
     return _allocate(features, prototypes)
 
 
@@ -78,15 +79,34 @@ def _logsumexp(score: Tensor, chosen: Tensor) -> Tensor:
     return torch.logsumexp(score.masked_fill(~chosen, float("-inf")), dim=0)
 
 
-def _backward_fake(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
-                   score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor, released: bool,
-                   backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(
+    grad_class: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    score: Tensor,
+    norm_x: Tensor,
+    norm_p: Tensor,
+    lse: Tensor,
+    released: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     return features.new_empty(features.shape), prototypes.new_empty(prototypes.shape), torch.empty_like(temperature)
 
 
-def _backward_cpp(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
-                  score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor,
-                  released: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cpp(
+    grad_class: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    score: Tensor,
+    norm_x: Tensor,
+    norm_p: Tensor,
+    lse: Tensor,
+    released: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_features, grad_prototypes = features.new_empty(features.shape), prototypes.new_empty(prototypes.shape)
     grad_temperature = extension().pscl_backward(
         array(grad_class), array(features), array(prototypes), array(target), temperature.item(),
@@ -96,9 +116,18 @@ def _backward_cpp(grad_class: Tensor, features: Tensor, prototypes: Tensor, targ
     return grad_features, grad_prototypes, torch.full_like(temperature, grad_temperature)
 
 
-def _backward_torch(grad_class: Tensor, features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor,
-                    score: Tensor, norm_x: Tensor, norm_p: Tensor, lse: Tensor,
-                    released: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_torch(
+    grad_class: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    score: Tensor,
+    norm_x: Tensor,
+    norm_p: Tensor,
+    lse: Tensor,
+    released: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     positive, valid = target == 1, target != -1
     has_positive = positive.any(dim=0)
     # dL/ds = G (softmax over the valid images - softmax over the positive ones)
@@ -112,9 +141,7 @@ def _backward_torch(grad_class: Tensor, features: Tensor, prototypes: Tensor, ta
     grad_cosine = (grad_score / temperature)[..., None]
     cosine = (score * temperature)[..., None]
     grad_features = _over(grad_cosine * torch.where(valid[..., None], u - cosine * z, 0.0), norm_x)
-    grad_prototypes = _over(
-        (grad_cosine * torch.where(valid[..., None], z - cosine * u, 0.0)).sum(dim=0), norm_p
-    )
+    grad_prototypes = _over((grad_cosine * torch.where(valid[..., None], z - cosine * u, 0.0)).sum(dim=0), norm_p)
     return (
         grad_features.to(features.dtype).contiguous(),
         grad_prototypes.to(prototypes.dtype).contiguous(),
@@ -164,8 +191,9 @@ def _autograd(ctx: Any, grad_class: Tensor, *_: Tensor) -> tuple[Tensor | None, 
 register_autograd("pscl", _autograd, _setup_context)
 
 
-def pscl(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, backend: str, *,
-         released: bool = False) -> Tensor:
+def pscl(
+    features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, backend: str, *, released: bool = False
+) -> Tensor:
     """Loss of every class, ``[C]`` in the accumulation dtype.
 
     Args:

@@ -47,13 +47,22 @@ def _allocate(features: Tensor, pairs: Tensor, save_tile: bool) -> Outputs:
     )
 
 
-def _fake(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool,
-          save: bool, backend: str) -> Outputs:
+def _fake(
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    normalize: bool,
+    released: bool,
+    save: bool,
+    backend: str,
+) -> Outputs:
     return _allocate(features, pairs, save and backend == "cpp")
 
 
-def _cpp(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool,
-         save: bool) -> Outputs:
+def _cpp(
+    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, save: bool
+) -> Outputs:
     row_loss, lse, norm, tile = _allocate(features, pairs, save)
     extension().sscl_forward(
         array(features), array(pairs), array(class_ptr), temperature.item(), normalize, released,
@@ -62,19 +71,39 @@ def _cpp(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor
     return row_loss, lse, norm, tile
 
 
-def _torch(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool,
-           save: bool) -> Outputs:
+def _torch(
+    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, save: bool
+) -> Outputs:
     row_loss, lse, norm = sscl_portable.forward(features, pairs, class_ptr, temperature, normalize, released)
     return row_loss, lse, norm, row_loss.new_empty(0)
 
 
-def _backward_fake(grad_rows: Tensor, features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor,
-                   lse: Tensor, norm: Tensor, tile: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    grad_rows: Tensor,
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    tile: Tensor,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     return features.new_empty(features.shape), torch.empty_like(temperature)
 
 
-def _backward_cpp(grad_rows: Tensor, features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor,
-                  lse: Tensor, norm: Tensor, tile: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _backward_cpp(
+    grad_rows: Tensor,
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    tile: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
     grad_features = features.new_empty(features.shape)
     grad_temperature = extension().sscl_backward(
         array(grad_rows), array(features), array(pairs), array(class_ptr), temperature.item(),
@@ -125,8 +154,16 @@ def _autograd(ctx: Any, grad_rows: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 register_autograd("sscl", _autograd, _setup_context)
 
 
-def sscl(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, backend: str, *,
-         normalize: bool = True, released: bool = False) -> Tensor:
+def sscl(
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    backend: str,
+    *,
+    normalize: bool = True,
+    released: bool = False,
+) -> Tensor:
     """Loss of every anchor, ``[B, V, C]`` in the accumulation dtype, 0 where inactive.
 
     Args:
