@@ -5,10 +5,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 import sadcl
+from sadcl._backends import triton_interprets
+
+# Triton reads the variable when it decorates a kernel, so these tests need a process of their own: tests/test_triton.py
+# starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
+collect_ignore = [] if triton_interprets() else ["interpreted"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_interpreter() -> Iterator[None]:
+    """Triton's interpreter evaluates both sides of a ``where`` in numpy, which warns of the side it discards."""
+    with np.errstate(all="ignore" if triton_interprets() else "warn"):
+        yield
 
 
 @pytest.fixture(autouse=True)
