@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -125,9 +125,9 @@ def test_label_attention(benchmark: Callable[..., object], case: str, name: str,
     benchmark(block.step(name, backward))
 
 
-def main() -> None:
+def main(cases: Sequence[str] = ()) -> None:
     print(harness.machine())
-    for name in sys.argv[1:] or CASES:
+    for name in cases or CASES:
         case, block = CASES[name], Block(CASES[name])
         for entry in NAMES:
             block.gate(entry)
@@ -143,5 +143,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     start = time.perf_counter()
-    main()
+    main(sys.argv[1:])
     print(f"({time.perf_counter() - start:.0f} s)")
