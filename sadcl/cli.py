@@ -25,6 +25,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train the method's two steps and draw what was learned",
     "eval": "measure a checkpoint on its validation images, or on a list of yours",
+    "study": "does the method help on these pictures? every arm on paired seeds (an hour; resumes)",
     "predict": "labels, probabilities and attention overlay for pictures",
     "fetch": "bring the photo cut-outs for the demo onto this machine (Debian, Ubuntu)",
     "doctor": "which backends work on this machine, and why the others do not",
@@ -49,7 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sadcl: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return {"train": _train, "eval": _eval, "predict": _predict, "fetch": _fetch, "doctor": _doctor}[name](rest)
+        return {
+            "train": _train,
+            "eval": _eval,
+            "study": _study,
+            "predict": _predict,
+            "fetch": _fetch,
+            "doctor": _doctor,
+        }[name](rest)
     except KeyboardInterrupt:
         print(f"\nsadcl {name}: interrupted", file=sys.stderr)
         return 130
@@ -73,6 +81,16 @@ def _train(arguments: list[str]) -> int:
     from sadcl.train.run import train
 
     train(config, resume)
+    return 0
+
+
+def _study(arguments: list[str]) -> int:
+    from sadcl.train.study_config import parse_study
+
+    config, dry_run = parse_study(arguments)
+    from sadcl.train.study import study
+
+    study(config, dry_run)
     return 0
 
 
