@@ -31,7 +31,7 @@ SOURCES = [
     "csrc/average_precision.cpp",
 ]
 KERNEL_SOURCES = [
-    "csrc/exp2.cpp",
+    "csrc/probe.cpp",
     "csrc/linear.cpp",
     "csrc/label_attention.cpp",
     "csrc/sscl.cpp",

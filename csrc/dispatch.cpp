@@ -9,7 +9,8 @@ namespace sadcl {
 #define SADCL_TABLE(name) \
   {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward, \
    name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward, \
-   name::linear, name::label_attention_forward, name::label_attention_backward, name::exp2_array}
+   name::linear, name::label_attention_forward, name::label_attention_backward, name::exp2_array, \
+   name::fma_peak}
 
 #if defined(SADCL_HAS_AVX2)
 SADCL_DECLARE(avx2)

@@ -49,6 +49,7 @@ struct SsclBackward {
   void sscl_forward(const SsclForward&);         \
   double sscl_backward(const SsclBackward&);     \
   void exp2_array(const Array&, const Array&);   \
+  double fma_peak(int threads);                  \
   void linear(const Linear&);                    \
   void label_attention_forward(const LabelAttention&);             \
   void label_attention_backward(const LabelAttentionBackward&);    \
@@ -75,6 +76,7 @@ struct KernelTable {
   void (*label_attention_forward)(const LabelAttention&);
   void (*label_attention_backward)(const LabelAttentionBackward&);
   void (*exp2)(const Array& x, const Array& out);  // simd.h's, for the test that measures it
+  double (*fma_peak)(int threads);                 // float32 FLOP/s, for benchmarks
 };
 
 // compact.cpp. `bad` receives up to `max_bad` distinct offending values; returns how many there are (0: all is well).

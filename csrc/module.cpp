@@ -170,6 +170,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on (for tests)");
   m.def("build_info", &build_info, "Compiler, OpenMP, instruction sets compiled in");
   m.def("exp2", &bind_exp2, "The contrastive kernels' 2^x (for tests)", py::arg("x"), py::arg("out"));
+  m.def("fma_peak", [](int threads) { return kernels().fma_peak(threads); }, py::call_guard<py::gil_scoped_release>(),
+        py::arg("threads"), "Measured float32 FLOP/s of independent FMAs (for benchmarks)");
   m.def("compact", &bind_compact, py::arg("labels"), py::arg("pairs"), py::arg("class_ptr"), py::arg("target"),
         py::arg("threads") = 1);
   m.def("sscl_forward", &bind_sscl_forward, py::arg("features"), py::arg("pairs"), py::arg("class_ptr"),
