@@ -1,4 +1,4 @@
-"""The console script ``sadcl``: train, eval, predict, fetch, doctor.
+"""The console script ``sadcl``: train, eval, study, predict, export, fetch, doctor.
 
 Each command imports what it needs when it runs, so that ``sadcl doctor`` works on an install without the
 ``[train]`` extra. What a user can get wrong ends in one line and exit code 2 (``SADCL_TRACEBACK=1`` shows
@@ -12,13 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sadcl.model import SADCL
 
 __all__ = ["main"]
 
@@ -26,14 +19,15 @@ COMMANDS = {
     "train": "train the method's two steps and draw what was learned",
     "eval": "measure a checkpoint on its validation images, or on a list of yours",
     "study": "does the method help on these pictures? every arm on paired seeds (an hour; resumes)",
-    "predict": "labels, probabilities and attention overlay for pictures",
+    "predict": "labels, probabilities and attention overlays for pictures, folders, or paths on stdin",
+    "export": "backbone and head as one ONNX or torch.export program",
     "fetch": "bring the photo cut-outs for the demo onto this machine (Debian, Ubuntu)",
     "doctor": "which backends work on this machine, and why the others do not",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0, or 2 for a mistake of the caller, 130 for Ctrl-C)."""
+    """Run one command; returns the exit code: 0, 1 (some pictures left out), 2 (the caller's mistake), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: sadcl COMMAND ...\n")
@@ -55,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "eval": _eval,
             "study": _study,
             "predict": _predict,
+            "export": _export,
             "fetch": _fetch,
             "doctor": _doctor,
         }[name](rest)
@@ -64,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if os.environ.get("SADCL_TRACEBACK"):
             raise
-        hint = "" if error.name is None or error.name.startswith("sadcl") else "; try: pip install 'sadcl[train]'"
+        extras = "train,export" if name == "export" else "train"
+        hint = "" if error.name is None or error.name.startswith("sadcl") else f"; try: pip install 'sadcl[{extras}]'"
         print(f"sadcl {name}: error: {error}{hint}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has left: `sadcl predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SADCL_TRACEBACK"):
             raise
@@ -99,7 +98,14 @@ def _eval(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
     parser.add_argument("--csv", help="measure on this list (lines of path,label;label) instead")
     parser.add_argument("--root", help="folder of the pictures, if they have moved since training")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a label counts as given")
+    parser.add_argument(
+        "--threshold",
+        "--thresholds",
+        type=_threshold,
+        default=0.5,
+        metavar="P",
+        help="probability above which a label counts as given, or `tuned`: the checkpoint's own (default: 0.5)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
 
@@ -115,64 +121,22 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
+def _threshold(text: str) -> float | str:
+    from sadcl.predict import parse_threshold
+
+    return parse_threshold(text)
+
+
 def _predict(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sadcl predict", description=COMMANDS["predict"])
-    parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the overlays (PNG)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a label is given")
-    parser.add_argument("--top", type=int, default=5, help="how many labels to show")
-    parser.add_argument("--json", action="store_true", help="print the predictions as JSON")
-    parser.add_argument("--no-overlay", action="store_true", help="write no pictures")
-    options = parser.parse_args(arguments)
+    from sadcl.predict import main as predict
 
-    from sadcl.data.csv_list import image_tensor
-    from sadcl.train.checkpoint import load_checkpoint
-    from sadcl.train.evaluate import restore_model
-
-    content = load_checkpoint(options.checkpoint)
-    model, classes = restore_model(content), content["classes"]
-    side = model.preprocessing.size[0]
-    results = []
-    for path in options.images:
-        picture = image_tensor(path, side)
-        result, overlay = _predict_one(model, classes, path, picture, options)
-        results.append(result)
-        if not options.json:
-            given = ", ".join(f"{name} {p:.2f}" for name, p in result["labels"].items()) or "no label"
-            print(f"{path}: {given}")
-            below = [f"{name} {p:.2f}" for name, p in result["top"].items() if name not in result["labels"]]
-            print(f"  below {options.threshold:g}: {', '.join(below) or '-'}")
-            if overlay:
-                print(f"  overlay: {overlay}")
-    if options.json:
-        print(json.dumps(results, indent=1))
-    return 0
+    return predict(arguments)
 
 
-def _predict_one(
-    model: SADCL, classes: list[str], path: str, picture: Tensor, options: argparse.Namespace
-) -> tuple[dict[str, Any], Path | None]:
-    """Predict one picture: its JSON entry, and the overlay's path if one was written."""
-    from sadcl.train.evaluate import attention_maps, predictions
+def _export(arguments: list[str]) -> int:
+    from sadcl.export import main as export
 
-    probabilities, maps = attention_maps(model, picture)
-    shown = predictions(probabilities, classes, options.top)
-    top = {classes[i]: round(float(probabilities[i]), 4) for i, _, _ in shown}
-    labels = {
-        classes[i]: round(float(probabilities[i]), 4)
-        for i in probabilities.argsort(descending=True).tolist()
-        if probabilities[i] > options.threshold
-    }
-    result: dict[str, Any] = {"image": path, "labels": labels, "top": top}
-    if options.no_overlay:
-        return result, None
-    from sadcl.train.plots import plot_attention
-
-    overlay = options.output / f"{Path(path).stem}.labels.png"
-    plot_attention(overlay, [picture], [Path(path).name], [maps], [shown], "where the model looks for each label")
-    result["overlay"] = str(overlay)
-    return result, overlay
+    return export(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:

@@ -10,15 +10,17 @@ Nothing arrives at its path before it was read back from disk, run, and compared
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from sadcl.attention import LabelAttention
+from sadcl.data.images import image_tensor
 from sadcl.model import SADCL
 from sadcl.ops.label_attention import choose_form
 from sadcl.ops.linear import SWITCH
+from sadcl.predict import find_pictures
 
-__all__ = ["FORMATS", "ExportError", "export_checkpoint", "export_model", "plain_operators", "validation_pictures"]
+__all__ = ["FORMATS", "ExportError", "export_checkpoint", "export_model", "main", "plain_operators"]
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 OUTPUTS = ("logits", "probabilities")
 TOLERANCE = 1e-4
+REAL_IMAGES = 8
 RANDOM_BATCHES = (1, 2, 5)  # the batch must be dynamic
 OPSET = 18
 
@@ -254,7 +259,7 @@ def export_checkpoint(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
     kind: str = "onnx",
-    pictures: Tensor | None = None,
+    pictures: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """:func:`export_model` of a file of ``sadcl train``, with its class names, thresholds and origin.
 
@@ -262,7 +267,7 @@ def export_checkpoint(
         checkpoint: what to export.
         output: path of the program.
         kind: a name out of :data:`FORMATS`.
-        pictures: as in :func:`export_model`.
+        pictures: picture files to compare on; default: the first validation pictures of the checkpoint's own data.
 
     Returns:
         What the JSON file holds.
@@ -271,21 +276,64 @@ def export_checkpoint(
     from sadcl.train.evaluate import restore_model
 
     content = load_checkpoint(checkpoint)
+    model = restore_model(content)
+    if pictures is None:
+        images = _validation_pictures(content)
+    else:
+        images = torch.stack([image_tensor(path, model.preprocessing.size[0]) for path in pictures])
     about = {
         "classes": list(content["classes"]),
         "thresholds": {"default": 0.5, "tuned": content.get("thresholds")},
         "checkpoint": {key: content.get(key) for key in ("stage", "epoch", "title", "protocol")},
         "architecture": content["architecture"],
     }
-    return export_model(restore_model(content), output, kind, about=about, pictures=pictures)
+    return export_model(model, output, kind, about=about, pictures=images)
 
 
-def validation_pictures(content: Mapping[str, Any], count: int) -> Tensor:
-    """The first validation pictures of a loaded checkpoint's own data: uint8 ``[count, 3, H, W]``."""
+def _validation_pictures(content: Mapping[str, Any]) -> Tensor:
+    """The first validation pictures of a loaded checkpoint's own data: uint8 ``[n, 3, H, W]``."""
     from sadcl.train.config import config_from_dict
     from sadcl.train.data import load_validation
 
     config = config_from_dict(content["config"])
-    images, _, _ = load_validation(config.data, config.seed, tuple(content["classes"]))
-    count = min(count, len(images))  # type: ignore[arg-type]
-    return torch.stack([images[i][0] for i in range(count)])
+    try:
+        images, _, _ = load_validation(config.data, config.seed, tuple(content["classes"]))
+        count = min(REAL_IMAGES, len(images))  # type: ignore[arg-type]
+        return torch.stack([images[i][0] for i in range(count)])
+    except (ValueError, OSError) as error:
+        raise ExportError(f"no validation pictures to compare on ({error}); name some with --images") from error
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``sadcl export``."""
+    parser = argparse.ArgumentParser(
+        prog="sadcl export",
+        description="Backbone and head as one program in plain operators: uint8 pictures [B, 3, H, W] in, logits and "
+        "probabilities [B, C] out, any B. It is compared with the model here, on random and on real pictures, before "
+        "it is written; what describes it is written beside it as JSON.",
+    )
+    parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
+    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument("--output", help="the program's path (default: beside the checkpoint, under its name)")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        help="pictures (files or folders) to compare on; default: validation pictures of the checkpoint's own data",
+    )
+    options = parser.parse_args(arguments)
+    output = options.output or Path(options.checkpoint).with_suffix(FORMATS[options.format])
+    pictures = None
+    if options.images is not None:
+        pictures = list(find_pictures(options.images, io.BytesIO()))[:REAL_IMAGES]
+        if not pictures:
+            raise ValueError(f"--images: no pictures in {', '.join(options.images)}")
+    facts = export_checkpoint(options.checkpoint, output, options.format, pictures)
+    checked = facts["checked"]
+    print(
+        f"{output} ({os.path.getsize(output) / 1e6:.1f} MB): uint8 {facts['input']['shape']} to logits, probabilities"
+    )
+    for name in ("random", "real"):
+        count = checked[f"{name}_images"]
+        print(f"  logits against eager on {count} {name} images: largest difference {checked[name]:.1e}")
+    print(f"  classes, thresholds, preprocessing: {output}.json")
+    return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,3 +68,28 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint and the pictures it was trained on, made by `sadcl train`; not to be written into."""
+    for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml"):
+        pytest.importorskip(needed)
+    from PIL import Image
+
+    from sadcl.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    for number in range(8):
+        Image.new("RGB", (64, 48), ((0, 200, 0) if number % 2 else (200, 0, 0))).save(folder / f"{number}.png")
+    rows = [f"{number}.png,{'green' if number % 2 else 'red'}\n" for number in range(8)]
+    (folder / "list.csv").write_text("".join(rows))
+    (folder / "config.yaml").write_text(
+        "plots: false\nbatch_size: 4\ncontrol: false\n"
+        f"data: {{source: csv, train_csv: {folder}/list.csv, val_csv: {folder}/list.csv, image_size: 64, workers: 0}}\n"
+        "model: {backbone: 'timm:test_resnet', pretrained: false, hidden_dim: 8, num_heads: 2, "
+        "ffn_dim: 16, proj_dim: 4}\n"
+        "step1: {epochs: 1}\nstep2: {epochs: 1}\n"
+    )
+    assert main(["train", "--config", str(folder / "config.yaml"), "--output", str(folder / "run")]) == 0
+    return folder

@@ -50,29 +50,6 @@ def test_help_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sadcl.__version__ in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint and the pictures it was trained on, made by `sadcl train`."""
-    for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml"):
-        pytest.importorskip(needed)
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("trained")
-    for number in range(8):
-        Image.new("RGB", (64, 48), ((0, 200, 0) if number % 2 else (200, 0, 0))).save(folder / f"{number}.png")
-    rows = [f"{number}.png,{'green' if number % 2 else 'red'}\n" for number in range(8)]
-    (folder / "list.csv").write_text("".join(rows))
-    (folder / "config.yaml").write_text(
-        "plots: false\nbatch_size: 4\ncontrol: false\n"
-        f"data: {{source: csv, train_csv: {folder}/list.csv, val_csv: {folder}/list.csv, image_size: 64, workers: 0}}\n"
-        "model: {backbone: 'timm:test_resnet', pretrained: false, hidden_dim: 8, num_heads: 2, "
-        "ffn_dim: 16, proj_dim: 4}\n"
-        "step1: {epochs: 1}\nstep2: {epochs: 1}\n"
-    )
-    assert main(["train", "--config", str(folder / "config.yaml"), "--output", str(folder / "run")]) == 0
-    return folder
-
-
 def test_eval_measures_the_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = json.loads((trained / "run" / "metrics.json").read_text())
     capsys.readouterr()
@@ -83,39 +60,17 @@ def test_eval_measures_the_checkpoint(trained: Path, capsys: pytest.CaptureFixtu
     assert "mAP" in out and "voc_area" in out
 
 
-def test_predict_needs_the_checkpoint_alone(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from PIL import Image
-
-    checkpoint = tmp_path / "moved.pt"
-    checkpoint.write_bytes((trained / "run" / "step2.pt").read_bytes())
-    (tmp_path / "pictures").mkdir()
-    picture = tmp_path / "pictures" / "gray photo.jpg"
-    Image.new("L", (90, 70), 80).save(picture)
-    monkeypatch.chdir(tmp_path)
-    assert main(["predict", str(checkpoint), str(picture), "--output", "shown", "--json"]) == 0
-    (entry,) = json.loads(capsys.readouterr().out)
-    assert set(entry["top"]) == {"green", "red"}
-    assert all(0 <= p <= 1 for p in entry["top"].values())
-    assert all(p > 0.5 for p in entry["labels"].values())
-    with Image.open(tmp_path / "shown" / "gray photo.labels.png") as overlay:
-        assert min(overlay.size) > 100
-    assert main(["predict", str(checkpoint), str(picture), "--no-overlay", "--threshold", "0"]) == 0
-    out = capsys.readouterr().out
-    assert "gray photo.jpg: " in out and "green" in out and "red" in out
-
-
 def test_mistakes_end_in_one_line_and_code_2(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = str(trained / "run" / "step2.pt")
     picture = trained / "0.png"
-    cut_picture, cut_checkpoint = tmp_path / "cut.png", tmp_path / "cut.pt"
-    cut_picture.write_bytes(picture.read_bytes()[:50])
+    cut_checkpoint = tmp_path / "cut.pt"
+    (tmp_path / "empty").mkdir()
     cut_checkpoint.write_bytes(Path(checkpoint).read_bytes()[:5000])
     missing = str(tmp_path / "none")
     cases = [
-        (["predict", checkpoint, str(cut_picture)], str(cut_picture)),
-        (["predict", checkpoint, missing], missing),
+        (["predict", checkpoint, str(tmp_path / "empty")], "no pictures"),
+        (["predict", checkpoint, str(picture), "--device", "abacus"], "abacus"),
+        (["export", checkpoint, "--images", missing], missing),
         (["predict", str(cut_checkpoint), str(picture)], str(cut_checkpoint)),
         (["predict", missing, str(picture)], missing),
         (["eval", str(cut_checkpoint)], str(cut_checkpoint)),

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
+from sadcl.metrics._inputs import Threshold
 from sadcl.model import SADCL
+from sadcl.predict import thresholds_of
 from sadcl.train.checkpoint import CheckpointError, load_checkpoint
 from sadcl.train.config import TrainConfig, config_from_dict
 from sadcl.train.data import Pairs, load_validation
@@ -28,7 +30,7 @@ def restore_model(content: dict[str, Any]) -> SADCL:
 
 
 def evaluate_checkpoint(
-    path: str | os.PathLike[str], csv: str | None = None, root: str | None = None, threshold: float = 0.5
+    path: str | os.PathLike[str], csv: str | None = None, root: str | None = None, threshold: float | str = 0.5
 ) -> tuple[MultilabelReport, str]:
     """Measure a checkpoint.
 
@@ -36,24 +38,27 @@ def evaluate_checkpoint(
         path: a file of ``sadcl train``.
         csv: a list of pictures to measure on; default: the validation images of the checkpoint's own config.
         root: where the pictures of that config are now.
-        threshold: of the precision and recall figures.
+        threshold: of the precision and recall figures; ``"tuned"``: the checkpoint's own, one per class.
 
     Returns:
         The report, and what it was measured on in words.
     """
     content = load_checkpoint(path)
     model = restore_model(content)
+    limits = thresholds_of(content, threshold) if isinstance(threshold, str) else threshold
     config: TrainConfig = config_from_dict(content["config"])
     data = replace(config.data, source="csv", val_csv=csv) if csv else config.data
     data = replace(data, root=root) if root else data
     images, classes, about = load_validation(data, config.seed, tuple(content["classes"]))
     if classes != tuple(content["classes"]):
         raise CheckpointError(f"{path}: its labels are not those of {about}")
-    return _evaluate_pictures(model, images, threshold, data.workers), about
+    if threshold == "tuned" and not csv:
+        about += "; the thresholds were tuned on these pictures, so their precision and recall are optimistic"
+    return _evaluate_pictures(model, images, limits, data.workers), about
 
 
 @torch.inference_mode()
-def _evaluate_pictures(model: SADCL, images: Pairs, threshold: float, workers: int) -> MultilabelReport:
+def _evaluate_pictures(model: SADCL, images: Pairs, threshold: Threshold, workers: int) -> MultilabelReport:
     seen = MultilabelAccumulator(threshold)
     for pictures, labels in tqdm(DataLoader(images, 64, num_workers=workers), desc="eval", unit="batch", leave=False):
         output = model(model.preprocessing(pictures), contrastive=False)
