@@ -17,7 +17,7 @@ $(VENV)/train.stamp: $(SOURCES)
 
 $(VENV)/test.stamp: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard]'
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
