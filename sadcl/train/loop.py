@@ -142,12 +142,16 @@ def train_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    model: nn.Module,
+    forward: Forward,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    seen: MultilabelAccumulator | None = None,
 ) -> MultilabelReport:
-    """Metrics of the model over all batches (VOC-style AP, threshold 0.5)."""
+    """Metrics of the model over all batches (VOC-style AP, threshold 0.5); ``seen`` collects scores and labels."""
     was_training = model.training
     model.eval()
-    seen = MultilabelAccumulator()
+    seen = MultilabelAccumulator() if seen is None else seen
     for images, labels in batches:
         output = forward(images.to(device), contrastive=False)
         seen.update(output.logits.sigmoid(), labels)

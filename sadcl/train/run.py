@@ -14,14 +14,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sadcl.losses import DualContrastiveLoss
-from sadcl.metrics import MultilabelReport
+from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
 from sadcl.prototypes import build_prototypes
 from sadcl.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
 from sadcl.train.config import StepConfig, TrainConfig
 from sadcl.train.data import Images, Pairs, PreprocessedDataset, as_features, load_images
 from sadcl.train.evaluate import restore_model
+from sadcl.train.log import RunLog
 from sadcl.train.loop import Forward, Stage, evaluate, make_loss, make_stage, train_epoch
+from sadcl.train.thresholds import tune_thresholds
 
 __all__ = ["Run", "build_model", "train"]
 
@@ -69,6 +71,9 @@ class Run:
         self.model = build_model(config, len(self.images.classes)).to(self.device)
         self.loss: DualContrastiveLoss = make_loss(config.loss).to(self.device)
         self.history: list[dict[str, Any]] = []
+        self.step = 0  # optimizer steps of all stages
+        self.thresholds: list[float] | None = None  # of a finished stage, tuned on validation
+        self.log: RunLog | None = None
         self.train_set, self.val_set, self.forward = self._inputs()
 
     def _inputs(self) -> tuple[Pairs, Pairs, Forward]:
@@ -94,12 +99,16 @@ class Run:
         if not resume:
             (self.folder / "last.pt").unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", lambda file: file.write(self.config.as_yaml().encode()))
+        self.step = 0 if state is None else state.get("step", 0)
+        self.log = RunLog(self.folder, resume_step=None if state is None else self.step)
+        self.log.write("run" if state is None else "resume", self.step, config=self.config.as_dict())
         reports = {}
         for name in STAGES:
             step = self.config.step1 if name == "step1" else self.config.step2
             if step.epochs == 0 or (name == "control" and not self.config.control):
                 continue
             reports[name] = self._stage(name, step, state)
+        self.log.close()
         return reports
 
     def _stage(self, name: str, step: StepConfig, state: dict[str, Any] | None) -> MultilabelReport:
@@ -119,7 +128,9 @@ class Run:
             self.model.load_state_dict(state["model"])
             stage.load_state_dict(state["training"])
             done = state["epoch"]
+        self.thresholds = None
         report = self._epochs(name, step, stage, done)
+        self.thresholds = tune_thresholds(self.seen.scores, self.seen.labels).tolist()
         self._save(finished, name, step.epochs)
         return report
 
@@ -132,6 +143,7 @@ class Run:
             def on_step(parts: dict[str, float]) -> None:
                 bar.set_postfix(loss=f"{parts['total']:.1f}", refresh=False)
                 bar.update()
+                self.step += 1
 
             for epoch in range(done, step.epochs):
                 began = time.perf_counter()
@@ -144,10 +156,12 @@ class Run:
                     device=self.device,
                     on_step=on_step,
                 )
-                report = evaluate(self.model, self.forward, self.val_batches(), self.device)
+                report = self._evaluate()
                 row = {"stage": name, "epoch": offset + epoch + 1, "losses": losses}
                 row |= {"val_mAP": report.mAP, "val_CF1": report.CF1, "val_OF1": report.OF1}
                 self.history.append(row)
+                assert self.log is not None
+                self.log.write("epoch", self.step, **row, seconds=round(time.perf_counter() - began, 3))
                 self._save(self.folder / "last.pt", name, epoch + 1, training=stage.state_dict())
                 parts = "  ".join(f"{part} {value:.3f}" for part, value in losses.items() if part != "total")
                 seconds = time.perf_counter() - began
@@ -155,7 +169,12 @@ class Run:
                     f"{TITLES[name]:<28} epoch {epoch + 1}/{step.epochs}  val mAP {report.mAP:.4f}  "
                     f"loss {losses['total']:.2f} ({parts})  {seconds:.1f} s"
                 )
-        return report or evaluate(self.model, self.forward, self.val_batches(), self.device)
+        return report or self._evaluate()
+
+    def _evaluate(self) -> MultilabelReport:
+        """Measure the model as it is; ``seen`` keeps the scores."""
+        self.seen = MultilabelAccumulator()
+        return evaluate(self.model, self.forward, self.val_batches(), self.device, self.seen)
 
     def _start_from_step1(self, contrastive: bool, prototypes: bool) -> None:
         """Put step 1's weights into a fresh model; for step 2 add projection, prototypes and memory bank."""
@@ -193,6 +212,8 @@ class Run:
             "model": self.model.state_dict(),
             "stage": stage,
             "epoch": epoch,
+            "step": self.step,
+            "thresholds": self.thresholds,
             "history": self.history,
         }
         save_checkpoint(path, content if training is None else {**content, "training": training})
