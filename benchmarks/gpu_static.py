@@ -174,13 +174,13 @@ def examine(launch: Any, arch: str, operands: str) -> Result:
 
 
 def record(arch: str, dtype: torch.dtype) -> list[Any]:
-    """What a COCO training step (B=32, V=2, C=80, D=1024, both formulations) launches with operands of ``dtype``."""
-    from sadcl.kernels import _launch, asl, compact, pscl, sscl, sscl_backward
+    """What a COCO training step (B=32, V=2, C=80, D=1024, E=2048) launches with operands of ``dtype``."""
+    from sadcl.kernels import _launch, asl, bank, compact, group_classifier, pscl, sscl, sscl_backward
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    b, v, c, d = 32, 2, 80, 1024
+    b, v, c, d, e = 32, 2, 80, 1024, 2048
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     with _launch.recording(_launch.PARTS[arch]) as launches:
         pairs, class_ptr, target = compact.compact(meta(b, c))
@@ -190,8 +190,12 @@ def record(arch: str, dtype: torch.dtype) -> list[Any]:
         sscl_backward.sscl_backward(saved[0], features, pairs, class_ptr, tau, *saved[1:], True)
         saved = pscl.pscl(features[:, 0], prototypes, target, tau, False)
         pscl.pscl_backward(saved[0], features[:, 0], prototypes, target, tau, *saved[1:], False)
-        loss, grad = asl.asl(meta(b, c, dtype=dtype), meta(b, c), None, 4.0, 1.0, 0.05, 1e-8, False, True)
+        loss, grad = asl.asl(meta(b, c, dtype=dtype), meta(b, c), None, 4.0, 1.0, 0.05, 1e-8, False, True, True)
         asl.asl_backward(loss, grad, meta(b, c, dtype=dtype))
+        h, weight = meta(b, c, e, dtype=dtype), meta(c, e, dtype=dtype)
+        logits = group_classifier.group_classifier(h, weight, meta(c, dtype=dtype))
+        group_classifier.group_classifier_backward(logits, h, weight, True, True)
+        bank.bank_update(meta(b, c, e), h, logits, meta(b, c), 0.8, False)
     return launches
 
 

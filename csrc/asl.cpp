@@ -170,7 +170,7 @@ struct Totals {
   typename Simd<T>::I wrong = {};  // lanes with a label that is not allowed
 };
 
-// kGroup vectors. `loss` null: only the sum is wanted.
+// kGroup vectors. `loss` null: only the sum is wanted; `grad` null: no derivative.
 template <class T, bool kClip>
 SADCL_INLINE void group(const T* x, const T* y, const T* weight, T* loss, T* grad, const Focus<T>& f, Totals<T>& totals) {
   constexpr int L = Simd<T>::kLanes;
@@ -188,7 +188,7 @@ SADCL_INLINE void group(const T* x, const T* y, const T* weight, T* loss, T* gra
     }
     if (weight != nullptr) e.loss *= loadu(weight + k * L), e.grad *= loadu(weight + k * L);
     if (loss != nullptr) storeu(loss + k * L, e.loss);
-    storeu(grad + k * L, e.grad);
+    if (grad != nullptr) storeu(grad + k * L, e.grad);
     totals.loss += e.loss;
   }
 }
@@ -200,7 +200,8 @@ double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
   Totals<T> totals;
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep)
-    group<T, kClip>(x + c, y + c, weight ? weight + c : nullptr, loss ? loss + c : nullptr, grad + c, f, totals);
+    group<T, kClip>(x + c, y + c, weight ? weight + c : nullptr, loss ? loss + c : nullptr, grad ? grad + c : nullptr, f,
+                    totals);
   if (c < n) {  // the rest, filled up with ignored elements
     T part[5][kStep];
     for (int64_t i = 0; i < kStep; ++i) {
@@ -211,7 +212,7 @@ double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
     }
     group<T, kClip>(part[0], part[1], part[2], part[3], part[4], f, totals);
     if (loss) memcpy(loss + c, part[3], size_t(n - c) * sizeof(T));
-    memcpy(grad + c, part[4], size_t(n - c) * sizeof(T));
+    if (grad) memcpy(grad + c, part[4], size_t(n - c) * sizeof(T));
   }
   wrong = any<T>(totals.wrong);
   return double(sum<T>(totals.loss));
@@ -270,7 +271,8 @@ bool forward(const AslForward& a) {
     const T* y = contiguous<T>(a.labels, b, c, n, buffer[1], wide);
     const T* x = contiguous<T>(a.logits, b, c, n, buffer[0], ignore);
     T* loss = a.sum_classes ? nullptr : static_cast<T*>(a.loss) + at;
-    part[i] = chunk<T, kClip>(n, x, y, weight ? weight + c : nullptr, loss, static_cast<T*>(a.grad) + at, focus, wrong);
+    T* grad = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + at;
+    part[i] = chunk<T, kClip>(n, x, y, weight ? weight + c : nullptr, loss, grad, focus, wrong);
     bad = bad || wrong || wide;
   }
   if (a.sum_classes) {

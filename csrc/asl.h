@@ -12,7 +12,7 @@ struct AslForward {
   bool detach_focal_weight;
   bool sum_classes;
   void* loss;  // T [B, C], or T [B] if sum_classes
-  void* grad;  // T [B, C]
+  void* grad;  // T [B, C], or null if nothing will be differentiated
   int threads;
 };
 

@@ -18,10 +18,10 @@ bool bind_asl_forward(const Array& logits, const Array& labels, const Array* cla
   if (class_weight != nullptr) check_buffer("class_weight", *class_weight, acc, C);
   const bool sum_classes = loss.dims == 1;
   check_buffer("loss", loss, acc, sum_classes ? B : B * C);
-  check_buffer("grad", grad, acc, B * C);
+  check_buffer("grad", grad, acc, count(grad) == 0 ? 0 : B * C);
   const AslForward args = {logits,    labels, class_weight ? class_weight->data : nullptr,
                            gamma_neg, gamma_pos, clip, eps, detach_focal_weight, sum_classes,
-                           loss.data, grad.data, threads};
+                           loss.data, count(grad) == 0 ? nullptr : grad.data, threads};
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   return table.asl_forward(args);
@@ -98,7 +98,7 @@ void bind_losses(py::module_& m) {
   m.def("asl_forward", &bind_asl_forward, py::arg("logits"), py::arg("labels"), py::arg("class_weight").none(true),
         py::arg("gamma_neg"), py::arg("gamma_pos"), py::arg("clip"), py::arg("eps"), py::arg("detach_focal_weight"),
         py::arg("loss"), py::arg("grad"), py::arg("threads"),
-        "Loss [B, C], or [B] if `loss` has one dimension; False if a label is not allowed");
+        "Loss [B, C], or [B] if `loss` has one dimension; no derivative if `grad` is empty; False if a label is not allowed");
   m.def("asl_backward", &bind_asl_backward, py::arg("grad_loss"), py::arg("grad"), py::arg("grad_logits"),
         py::arg("threads"));
   m.def("pscl_forward", &bind_pscl_forward, py::arg("features"), py::arg("prototypes"), py::arg("target"),

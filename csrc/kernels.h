@@ -40,7 +40,8 @@ struct SsclBackward {
   const double* norm;
   const void* tile;
   int64_t tile_size;
-  void* grad_features;  // features' dtype, contiguous
+  Array grad_features;  // [B, V, C, D] of features' dtype; all of it contiguous, or each view is (the dual loss)
+  bool add_to_first;    // view 0 holds another gradient already, to be added to; needs the layout with whole views
 };
 
 // Defined by the copies of the kernel files that setup.py compiled; SADCL_HAS_* says which.

@@ -116,7 +116,7 @@ void bind_sscl_forward(const Array& features, const Array& pairs, const Array& c
 
 double bind_sscl_backward(const Array& grad_rows, const Array& features, const Array& pairs, const Array& class_ptr,
                           double temperature, const Array& lse, const Array& norm, const Array& tile, bool normalize,
-                          const Array& grad_features, int threads) {
+                          const Array& grad_features, bool add_to_first, int threads) {
   SsclBackward args;
   args.rows = make_rows(features, pairs, class_ptr, temperature, normalize, threads);
   const DType acc = accumulation(features);
@@ -130,13 +130,20 @@ double bind_sscl_backward(const Array& grad_rows, const Array& features, const A
   check_buffer("lse", lse, acc, rows);
   check_buffer("norm", norm, kF64, rows);
   check_buffer("tile", tile, acc, count(tile));
-  check_buffer("grad_features", grad_features, features.dtype, count(features));
+  check_dtype("grad_features", grad_features, features.dtype);
+  check_shape("grad_features", grad_features, {features.shape[0], features.shape[1], features.shape[2], features.shape[3]});
+  Array by_view = grad_features;  // [V, B, C, D]
+  std::swap(by_view.shape[0], by_view.shape[1]);
+  std::swap(by_view.stride[0], by_view.stride[1]);
+  if (!contiguous(by_view) && (add_to_first || !contiguous(grad_features)))
+    throw py::value_error("grad_features: expected contiguous views, or (without add_to_first) a contiguous array");
   args.grad_rows = grad_rows;
   args.lse = lse.data;
   args.norm = static_cast<const double*>(norm.data);
   args.tile = tile.data;
   args.tile_size = count(tile);
-  args.grad_features = grad_features.data;
+  args.grad_features = grad_features;
+  args.add_to_first = add_to_first;
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   return table.sscl_backward(args);
@@ -179,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("norm"), py::arg("tile"), py::arg("threads"));
   m.def("sscl_backward", &bind_sscl_backward, py::arg("grad_rows"), py::arg("features"), py::arg("pairs"),
         py::arg("class_ptr"), py::arg("temperature"), py::arg("lse"), py::arg("norm"), py::arg("tile"),
-        py::arg("normalize"), py::arg("grad_features"), py::arg("threads"));
+        py::arg("normalize"), py::arg("grad_features"), py::arg("add_to_first"), py::arg("threads"));
   bind_losses(m);
   bind_label_attention(m);
   bind_group_classifier(m);

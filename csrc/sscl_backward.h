@@ -128,9 +128,15 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
       for (int l = 0; l < P; ++l)
         g[d * P + l] = T((double(g[d * P + l]) - double(z[d * P + l]) * radial[l]) * factor[l]);
     for (int l = 0; l < lanes; ++l) {
-      for (int64_t d = 0; d < count; ++d) staging[d] = g[(d0 + d) * P + l];
-      const int64_t out = rows.flat(rows.place(first + l)) * rows.D + d0;
-      write_row(args.grad_features, rows.in.features.dtype, out, count, staging);
+      const Place place = rows.place(first + l);
+      const int64_t out = rows.offset(place, args.grad_features) + d0;
+      if (args.add_to_first && place.view == 0) {
+        read_row(args.grad_features, out, 1, count, staging);
+        for (int64_t d = 0; d < count; ++d) staging[d] += g[(d0 + d) * P + l];
+      } else {
+        for (int64_t d = 0; d < count; ++d) staging[d] = g[(d0 + d) * P + l];
+      }
+      write_row(args.grad_features.data, rows.in.features.dtype, out, count, staging);
     }
   }
   return total;
@@ -194,9 +200,10 @@ void backward_from_scratch(Rows<T>& rows, Anchors<T>& anchors, const SsclBackwar
 template <class T>
 double backward(const SsclBackward& args) {
   Rows<T> rows(args.rows);
-  const Array& x = args.rows.features;
-  const int64_t size = x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3];
-  gather(rows, const_cast<double*>(args.norm), true, {Fill{args.grad_features, size * element_size(x.dtype)}});
+  const Array& out = args.grad_features;
+  const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
+  const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
+  gather(rows, const_cast<double*>(args.norm), true, {Fill{static_cast<char*>(out.data) + kept, bytes - kept}});
   Anchors<T> anchors(rows, args);
   const double tau = args.rows.temperature, scale = anchors.scale / tau;
   Scratch<double> radial(rows.panels + 1);

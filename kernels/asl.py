@@ -88,6 +88,7 @@ def _asl_kernel(
     FLOOR: tl.constexpr,
     SUM: tl.constexpr,
     DETACH: tl.constexpr,
+    SAVE: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -109,7 +110,8 @@ def _asl_kernel(
                 weight = widen(tl.load(weight_ptr + offs_c * stride_w, mask=mask_c, other=0), ACC)
                 loss, grad = loss * weight, grad * weight
             loss, grad = tl.where(valid, loss, 0.0), tl.where(valid, grad, 0.0)
-            tl.store(grad_ptr + b * C + offs_c, grad, mask=mask_c)
+            if SAVE:
+                tl.store(grad_ptr + b * C + offs_c, grad, mask=mask_c)
             if SUM:
                 total += loss
             else:
@@ -138,8 +140,9 @@ def asl(
     eps: float,
     detach_focal_weight: bool,
     sum_classes: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss ``[B]`` or ``[B, C]`` and derivative ``[B, C]``, see :mod:`sadcl.ops.asl`."""
+    """Loss ``[B]`` or ``[B, C]`` and derivative ``[B, C]`` (empty without ``save``), see :mod:`sadcl.ops.asl`."""
     if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
         from sadcl.ops.asl import check_soft_labels
 
@@ -149,7 +152,7 @@ def asl(
     b, c = logits.shape
     acc = accumulation_dtype(logits.dtype)
     loss = logits.new_empty((b,) if sum_classes else (b, c), dtype=acc)
-    grad = logits.new_empty((b, c), dtype=acc)
+    grad = logits.new_empty((b, c) if save else (0, 0), dtype=acc)
     weight_stride = 0 if class_weight is None else class_weight.stride(0)
     wide = acc == torch.float64
     launch(
@@ -157,7 +160,7 @@ def asl(
         capped(part_of(logits.device), b, 8),
         (logits, labels, class_weight, loss, grad, b, c, (*logits.stride(), *labels.stride(), weight_stride)),
         GAMMA_NEG=float(gamma_neg), GAMMA_POS=float(gamma_pos), CLIP=float(clip), FLOOR=math.log(eps),
-        SUM=sum_classes, DETACH=detach_focal_weight, TERMS=18 if wide else 8,
+        SUM=sum_classes, DETACH=detach_focal_weight, SAVE=save, TERMS=18 if wide else 8,
         BLOCK_C=min(1024, max(16, triton.next_power_of_2(c))),
     )  # fmt: skip
     return loss, grad

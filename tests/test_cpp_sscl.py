@@ -94,7 +94,7 @@ class Run:
             self.anchor_weights = torch.full((B, V, C), 1 / max(V * int(class_ptr[-1]), 1), dtype=acc)
         self.grad = poisoned(*x.shape, dtype=x.dtype)
         self.grad_temperature = _C.sscl_backward(
-            array(self.anchor_weights), *head, *outputs[1:], self.normalize, array(self.grad), self.threads
+            array(self.anchor_weights), *head, *outputs[1:], self.normalize, array(self.grad), False, self.threads
         )
         self.active = V * int(class_ptr[-1])
 

@@ -37,7 +37,7 @@ def pscl_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object
 
 def asl_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object, ...]:
     logits = torch.randn(4, 3).to(dtype).requires_grad_(grad)
-    return logits, make_labels(4, 3), torch.rand(3), 4.0, 1.0, 0.05, 1e-8, False, True, backend
+    return logits, make_labels(4, 3), torch.rand(3), 4.0, 1.0, 0.05, 1e-8, False, True, True, backend
 
 
 ARGUMENTS = {"sscl": sscl_arguments, "pscl": pscl_arguments, "asl": asl_arguments}

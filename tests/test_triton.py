@@ -83,7 +83,7 @@ def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dty
         *forward,
         *OP.pscl_backward(forward[0], x[:, 0], a["prototypes"], active[2], tau, *forward[1:], False, "triton"),
     ]
-    loss, grad = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, "triton")
+    loss, grad = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")
     outputs += [loss, grad, OP.asl_backward(loss, grad, a["logits"], "triton")]
     return [(tuple(x.shape), x.dtype, x.device.type) for x in outputs]
 
@@ -101,7 +101,7 @@ def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
     pairs, class_ptr, target = OP.compact(a["labels"], "triton")
     samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, True, "triton")[0]
     classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
-    images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, "triton")[0]
+    images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")[0]
     return samples.sum() + classes.sum() + images.sum()
 
 

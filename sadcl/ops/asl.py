@@ -38,11 +38,11 @@ class Focus:
     detach_focal_weight: bool
 
 
-def _allocate(logits: Tensor, sum_classes: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised (loss, grad)."""
+def _allocate(logits: Tensor, sum_classes: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised (loss, grad); grad is empty if nothing will be differentiated."""
     acc = accumulation_dtype(logits.dtype)
     loss_shape = logits.shape[:1] if sum_classes else logits.shape
-    return logits.new_empty(loss_shape, dtype=acc), logits.new_empty(logits.shape, dtype=acc)
+    return logits.new_empty(loss_shape, dtype=acc), logits.new_empty(logits.shape if save else (0, 0), dtype=acc)
 
 
 def _fake(
@@ -55,9 +55,10 @@ def _fake(
     eps: float,
     detach_focal_weight: bool,
     sum_classes: bool,
+    save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _allocate(logits, sum_classes)
+    return _allocate(logits, sum_classes, save)
 
 
 def _cpp(
@@ -70,8 +71,9 @@ def _cpp(
     eps: float,
     detach_focal_weight: bool,
     sum_classes: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    loss, grad = _allocate(logits, sum_classes)
+    loss, grad = _allocate(logits, sum_classes, save)
     if class_weight is not None:
         class_weight = class_weight.to(loss.dtype).contiguous()
     allowed = extension().asl_forward(
@@ -93,6 +95,7 @@ def _torch(
     eps: float,
     detach_focal_weight: bool,
     sum_classes: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
         check_soft_labels(labels)
@@ -127,7 +130,8 @@ def _torch(
         grad = grad - log_likelihood * gamma * weight * relative
     scale = ~ignored if class_weight is None else torch.where(ignored, 0.0, class_weight.to(x.dtype))
     loss, grad = scale * loss, scale * grad
-    return loss.sum(dim=1) if sum_classes else loss.contiguous(), grad.contiguous()
+    grad = grad.contiguous() if save else grad.new_empty(0, 0)
+    return loss.sum(dim=1) if sum_classes else loss.contiguous(), grad
 
 
 def check_soft_labels(labels: Tensor) -> None:
@@ -162,7 +166,7 @@ IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 register(
     "asl",
     "(Tensor logits, Tensor labels, Tensor? class_weight, float gamma_neg, float gamma_pos, float clip, float eps,"
-    " bool detach_focal_weight, bool sum_classes, str backend) -> (Tensor, Tensor)",
+    " bool detach_focal_weight, bool sum_classes, bool save, str backend) -> (Tensor, Tensor)",
     _IMPLEMENTATIONS,
     _fake,
 )
@@ -183,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grad_logits = torch.ops.sadcl.asl_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
-    return grad_logits, *(None,) * 9
+    return grad_logits, *(None,) * 10
 
 
 register_autograd("asl", _autograd, _setup_context)
@@ -202,7 +206,8 @@ def asl(
         sum_classes: sum over the classes.
         backend: a name out of :data:`IMPLEMENTED`.
     """
+    save = torch.is_grad_enabled() and logits.requires_grad
     return torch.ops.sadcl.asl(
         logits, labels, class_weight, float(focus.gamma_neg), float(focus.gamma_pos), float(focus.clip),
-        float(focus.eps), focus.detach_focal_weight, sum_classes, backend,
+        float(focus.eps), focus.detach_focal_weight, sum_classes, save, backend,
     )[0]  # fmt: skip

@@ -107,7 +107,7 @@ def _backward_cpp(
     grad_features = features.new_empty(features.shape)
     grad_temperature = extension().sscl_backward(
         array(grad_rows), array(features), array(pairs), array(class_ptr), temperature.item(),
-        array(lse), array(norm), array(tile), normalize, array(grad_features), torch.get_num_threads(),
+        array(lse), array(norm), array(tile), normalize, array(grad_features), False, torch.get_num_threads(),
     )  # fmt: skip
     return grad_features, torch.full_like(temperature, grad_temperature)
 
