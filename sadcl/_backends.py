@@ -101,8 +101,20 @@ def _why_not(name: str, device_type: str) -> str:
 
 
 def takes_cpp(device: torch.device) -> bool:
-    """Whether what has no ``backend`` argument (head, bank, metrics) runs the CPU extension on ``device``."""
+    """Whether what has no ``backend`` argument and one kernel alone (metrics) runs the CPU extension on ``device``."""
     return os.environ.get("SADCL_BACKEND", "") in ("", "cpp") and not _why_not("cpp", device.type)
+
+
+def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
+    """The backend of a call that has no ``backend`` argument (classifier, bank): ``SADCL_BACKEND`` or the best.
+
+    ``"reference"`` asks the losses for their oracles; here it means ``"torch"``.
+
+    Raises:
+        RuntimeError: if the backend that ``SADCL_BACKEND`` names cannot run.
+    """
+    asked = resolve(None, op, device, implemented)
+    return "torch" if asked == "reference" else asked
 
 
 def resolve(backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sadcl.ops import asl, compact, pscl, sscl  # noqa: F401  (registers the ops)
+from sadcl.ops import asl, bank, compact, group_classifier, pscl, sscl  # noqa: F401  (registers the ops)
 
 TESTS = Path(__file__).parent
 OP = torch.ops.sadcl
@@ -47,7 +47,10 @@ def calls_in(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["compact", "asl", "pscl", "sscl", "sscl_backward", "_rows", "_launch"])
+@pytest.mark.parametrize(
+    "name",
+    ["compact", "asl", "pscl", "sscl", "sscl_backward", "group_classifier", "bank", "_rows", "_launch"],
+)
 def test_launchers_never_wait_for_the_device(name: str) -> None:
     path = TESTS.parent / "kernels" / f"{name}.py"
     bad = [(line, call) for line, call in calls_in(path) if call in _SYNCS]
@@ -68,6 +71,8 @@ def arguments(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, tor
         "prototypes": torch.empty(c, d, dtype=dtype, device=device),
         "logits": torch.empty(b, c, dtype=dtype, device=device),
         "tau": torch.empty((), device=device),
+        "bias": torch.empty(c, device=device),
+        "slots": torch.empty(b, c, d, device=device),
     }
 
 
@@ -85,6 +90,10 @@ def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dty
     ]
     loss, grad = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")
     outputs += [loss, grad, OP.asl_backward(loss, grad, a["logits"], "triton")]
+    h, weight = x[:, 0], a["prototypes"]
+    logits = OP.group_classifier(h, weight, a["bias"], "triton")
+    outputs += [logits, *OP.group_classifier_backward(logits, h, weight, True, True, "triton")]
+    OP.bank_update(a["slots"], h, logits, a["labels"], 0.8, False, "triton")
     return [(tuple(x.shape), x.dtype, x.device.type) for x in outputs]
 
 
@@ -102,13 +111,14 @@ def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
     samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, True, "triton")[0]
     classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
     images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")[0]
-    return samples.sum() + classes.sum() + images.sum()
+    logits = OP.group_classifier(a["features"][:, 1], a["prototypes"], a["bias"], "triton")
+    return samples.sum() + classes.sum() + images.sum() + logits.sum()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autograd_traces_on_meta_tensors(compiled: bool) -> None:
     a = arguments("meta", torch.float32)
-    leaves = [a[name].requires_grad_() for name in ("features", "prototypes", "logits", "tau")]
+    leaves = [a[name].requires_grad_() for name in ("features", "prototypes", "logits", "tau", "bias")]
     function = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
     grads = torch.autograd.grad(function(a), leaves)
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import array, extension, implemented, register
+from ._library import array, extension, implemented, register, triton_kernel
 
 
 def _cpp(
@@ -42,7 +42,7 @@ def _wide(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("bank", "bank_update"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
+from ._library import (
+    array,
+    extension,
+    implemented,
+    refuse_second_derivative,
+    register,
+    register_autograd,
+    triton_kernel,
+)
 
 
 def _dtype(features: Tensor, weight: Tensor) -> torch.dtype:
@@ -82,7 +90,7 @@ def _backward_torch(
     return grads[0], grads[1]
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "torch": _torch}
+_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("group_classifier", "group_classifier"), "torch": _torch}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
@@ -92,7 +100,11 @@ register(
     "group_classifier_backward",
     "(Tensor grad_logits, Tensor features, Tensor weight, bool need_features, bool need_weight, str backend)"
     " -> (Tensor, Tensor)",
-    {"cpp": _backward_cpp, "torch": _backward_torch},
+    {
+        "cpp": _backward_cpp,
+        "triton": triton_kernel("group_classifier", "group_classifier_backward"),
+        "torch": _backward_torch,
+    },
     _backward_fake,
 )
 refuse_second_derivative("group_classifier_backward")
