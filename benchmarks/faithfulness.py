@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sadcl import functional as F
+from sadcl.functional.contrastive import released_anchors
 from sadcl.testing import make_features, make_labels, value_and_grads
 
 
@@ -26,7 +27,7 @@ def sscl(b: int, v: int, c: int, labels_per_image: float) -> None:
     order = torch.randperm(b, generator=torch.Generator().manual_seed(0))
     permuted = F.sample_contrastive_loss(features[order], labels[order], formulation="released")
     (paper, paper_grad), (released, released_grad) = results["paper"], results["released"]
-    kept = F._released_anchors(labels, v) & (labels == 1)[:, None]
+    kept = released_anchors(labels, v) & (labels == 1)[:, None]
     print(
         f"| {b} | {v} | {c} | {labels_per_image:g} | {paper:.3f} | {released:.3f} | {permuted:.3f} "
         f"| {100 * kept.sum() / (v * (labels == 1).sum()):.0f} % | {distance(released_grad, paper_grad):.1f} % |"

@@ -378,19 +378,17 @@ class DualContrastiveLoss(nn.Module):
             labels: ``[B, C]``; 1, 0 or -1 (ignored by every part).
             logits: ``[B, C]``; adds the classification loss.
         """
-        check.check_tensor("embeddings", embeddings, (3,), "[B, C, D]")
-        views = embeddings.unsqueeze(1)
-        if bank_embeddings is not None:
-            check.check_tensor("bank_embeddings", bank_embeddings, (3,), "[B, C, D]")
-            if bank_embeddings.shape != embeddings.shape:
-                raise ValueError(
-                    f"bank_embeddings: expected embeddings' shape {tuple(embeddings.shape)}, "
-                    f"got {tuple(bank_embeddings.shape)}"
-                )
-            views = torch.stack([embeddings, bank_embeddings], dim=1)
-        active = F.compact_labels(labels, self.sample.backend)
-        sample = self.sample(views, labels, active=active)
-        prototype = self.prototype(embeddings, prototypes, labels, active=active)
+        sample, prototype = F.dual_contrastive_loss(
+            embeddings,
+            bank_embeddings,
+            prototypes,
+            labels,
+            sample_temperature=self.sample.temperature,
+            prototype_temperature=self.prototype.temperature,
+            formulation=self.sample.formulation,
+            class_weight=self.sample.class_weight,
+            backend=self.sample.backend,
+        )
         total = self.sample_weight * sample + self.prototype_weight * prototype
         classification = None
         if logits is not None:

@@ -15,7 +15,7 @@ from sadcl import functional as F
 from sadcl import reference  # noqa: F401  (imports the package before the ops are looked up)
 from sadcl.testing import make_features, make_labels, value_and_grads
 
-NAMES = ("sscl", "pscl", "asl")
+NAMES = ("sscl", "pscl", "asl", "dual")
 BACKENDS = backends_here("sscl")
 OPS_AND_BACKENDS = [pytest.param(name, *p.values, marks=p.marks) for name in NAMES for p in backends_here(name)]
 ops = torch.ops.sadcl
@@ -40,7 +40,14 @@ def asl_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object,
     return logits, make_labels(4, 3), torch.rand(3), 4.0, 1.0, 0.05, 1e-8, False, True, True, backend
 
 
-ARGUMENTS = {"sscl": sscl_arguments, "pscl": pscl_arguments, "asl": asl_arguments}
+def dual_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object, ...]:
+    x, pairs, class_ptr, tau, *_ = sscl_arguments(backend, dtype, grad)
+    _, prototypes, target, prototype_tau, *_ = pscl_arguments(backend, dtype, grad)
+    first, second = (x.detach()[:, v].clone().requires_grad_(grad) for v in (0, 1))
+    return first, second, prototypes, pairs, class_ptr, target, tau, prototype_tau, False, grad, backend
+
+
+ARGUMENTS = {"sscl": sscl_arguments, "pscl": pscl_arguments, "asl": asl_arguments, "dual": dual_arguments}
 
 
 @pytest.mark.parametrize("name, backend", OPS_AND_BACKENDS)
@@ -61,10 +68,11 @@ def test_gradcheck(name: str, backend: str) -> None:
     arguments = ARGUMENTS[name](backend, torch.float64, True)
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
-    def value(*values: Tensor) -> Tensor:
+    def value(*values: Tensor) -> Tensor | tuple[Tensor, ...]:
         given = iter(values)
         filled = [next(given) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
-        return getattr(ops, name)(*filled)[0]
+        outputs = getattr(ops, name)(*filled)
+        return (outputs[0], outputs[4]) if name == "dual" else outputs[0]
 
     assert torch.autograd.gradcheck(value, leaves)
 
@@ -87,6 +95,7 @@ def losses(backend: str | None) -> dict[str, Callable[..., Tensor]]:
         "asl": lambda x, p: F.asymmetric_loss(x[..., 0], labels, backend=backend),
         "asl_mean": lambda x, p: F.asymmetric_loss(x[..., 1], labels, reduction="mean", backend=backend),
         "supcon": lambda x, p: F.supcon_loss(x, groups, backend=backend),
+        "dual": lambda x, p: sum(F.dual_contrastive_loss(x, x.flip(0), p.to(x.dtype), labels, backend=backend)),
     }
 
 

@@ -1,0 +1,34 @@
+"""The losses as functions: validate, compact, op, reduce.
+
+Weights multiply the elements that ``reduction="none"`` returns; the divisor of ``reduction="mean"`` stays the count
+(``|I|``, ``sum(y)``), as in ``torch.nn.BCEWithLogitsLoss``.
+"""
+
+from ..ops.compact import Active
+from ..ops.label_attention import label_attention
+from .asymmetric import asymmetric_loss
+from .contrastive import (
+    FORMULATIONS,
+    ContrastiveStats,
+    compact_labels,
+    contrastive_stats,
+    prototype_contrastive_loss,
+    sample_contrastive_loss,
+)
+from .dual import DualParts, dual_contrastive_loss
+from .supcon import supcon_loss
+
+__all__ = [
+    "FORMULATIONS",
+    "Active",
+    "ContrastiveStats",
+    "DualParts",
+    "asymmetric_loss",
+    "compact_labels",
+    "contrastive_stats",
+    "dual_contrastive_loss",
+    "label_attention",
+    "prototype_contrastive_loss",
+    "sample_contrastive_loss",
+    "supcon_loss",
+]

@@ -1,0 +1,112 @@
+"""The single-label supervised contrastive loss as a function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _arguments as arguments
+from .. import _checks as check
+from .. import reference
+from .._backends import resolve
+from ..ops import sscl as _sscl
+from ._reduce import REDUCTIONS
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    contrast_mode: str = "all",
+    base_temperature: float | None = 0.07,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Single-label supervised contrastive loss (SupCon), and SimCLR's loss without labels.
+
+        loss = temperature / base_temperature * mean_i [ log sum_{a != i} exp(s_ia) - mean_{p in P(i)} s_ip ]
+
+    Features are used as they are: normalise them first. An anchor without a positive adds 0 and counts in the mean.
+
+    Source: Supervised Contrastive Learning (NeurIPS 2020), eq. 2.
+
+    Args:
+        features: ``[B, V, D]``, or ``[B, V, ...]``, which is flattened.
+        labels: ``[B]`` class of each image; positives are the other rows with the same class.
+        mask: ``[B, B]`` weights >= 0, ``mask[i, j] > 0``: image j is a positive of image i; may be asymmetric. Runs as
+            dense torch operators (``B V`` squared memory) whatever the device. Not together with ``labels``.
+        temperature: number > 0, or a tensor of one element, which receives a gradient.
+        contrast_mode: ``"all"``: every view is an anchor; ``"one"``: the first view only.
+        base_temperature: see above; ``None`` means no factor.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, V]``, or ``[B, 1]`` for ``"one"``).
+        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        float32 (float64 for float64 features): a 0-d tensor, or ``[B, V]``.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: wrong ranks, sizes, devices, temperature or choices; both ``labels`` and ``mask``.
+        RuntimeError: a backend asked for by name cannot run.
+    """
+    if isinstance(features, Tensor) and features.dim() > 3:
+        features = features.flatten(2)
+    check.check_tensor("features", features, (3,), "[B, V, D] or [B, V, ...]")
+    check.check_floating("features", features)
+    check.check_nonempty("features", features)
+    check.check_choice("contrast_mode", contrast_mode, ("all", "one"))
+    check.check_choice("reduction", reduction, REDUCTIONS)
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask: expected at most one of them, got both")
+    b, v, _ = features.shape
+    tau = check.as_temperature(temperature, features)
+
+    if mask is not None:
+        arguments.check_mask(mask, b, features)
+        name = resolve(backend, "supcon with a mask", features.device, ("torch",))
+        with torch.autocast(features.device.type, enabled=False):
+            run = reference.supcon if name == "reference" else _masked_supcon
+            rows = run(features, mask, tau)
+    else:
+        group = arguments.check_groups(labels, b, features)
+        name = resolve(backend, "supcon", features.device, _sscl.IMPLEMENTED)
+        if name == "reference":
+            rows = reference.supcon(features, group[:, None] == group[None, :], tau)
+        else:
+            pairs, group_ptr = _group_rows(group)
+            rows = _sscl.sscl(features[:, :, None], pairs, group_ptr, tau, name, normalize=False)[:, :, 0]
+    rows = rows.to(tau.dtype)
+    if contrast_mode == "one":
+        rows = rows[:, :1]
+    if base_temperature is not None:
+        rows = rows * (tau / check.as_temperature(base_temperature, features, "base_temperature"))
+    if sample_weight is not None:
+        rows = rows * arguments.sample_scale(sample_weight, b, rows)[:, None]
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def _group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted by group and the pointers of up to ``B`` groups, without a shape that depends on the data."""
+    b = group.shape[0]
+    ordered, rows = torch.sort(group, stable=True)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    rank = is_first.cumsum(0) - 1
+    pointers = torch.searchsorted(rank, torch.arange(b + 1, device=group.device))
+    return rows.int(), pointers.int()
+
+
+def _masked_supcon(features: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
+    b, v, d = features.shape
+    x = features.reshape(b * v, d).to(tau.dtype)
+    is_self = torch.eye(b * v, dtype=torch.bool, device=x.device)
+    s = x @ x.t() / tau
+    weight = mask.to(x.dtype).repeat_interleave(v, 0).repeat_interleave(v, 1).masked_fill(is_self, 0.0)
+    total = weight.sum(dim=1)
+    normaliser = torch.logsumexp(s.masked_fill(is_self, float("-inf")), dim=1)
+    loss = normaliser - (weight * s).sum(dim=1) / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, loss, 0.0).reshape(b, v)
