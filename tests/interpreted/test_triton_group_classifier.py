@@ -43,7 +43,9 @@ def test_within_the_error_budget(size: tuple[int, ...], dtype: torch.dtype) -> N
     assert [launch.name for launch in recorded] == ["_logit_kernel", "_gradient_kernel"]
     for name, mine, other, want in zip(("logits", "features", "weight", "bias"), got, peer, truth, strict=True):
         assert mine.dtype == dtype
-        assert_within_budget(name, mine, other, want)
+        # A logit may cancel to nearly 0: the sum is as exact as its largest product allows.
+        terms = float((inputs[0] * inputs[1]).abs().max()) if name == "logits" else 0.0
+        assert_within_budget(name, mine, other, want, terms=terms)
 
 
 def test_layouts_mixed_dtypes_and_upstreams() -> None:
