@@ -1,1 +1,1 @@
-"""Data: composed scenes with exact labels, CSV lists of one's own pictures, and the readers below both."""
+"""Data: composed scenes with exact labels, loaders for pictures in files, and the readers below both."""

@@ -51,7 +51,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, source: SceneSource, length: int, seed: int = 0, image_size: int = 160) -> None:
         if length < 1 or image_size < 16:
             raise ValueError(f"expected length >= 1 and image_size >= 16, got {length} and {image_size}")
-        self.labels = source.labels
+        self.classes = source.labels
         self.themes = source.themes
         self.length, self.seed, self.image_size = length, seed, image_size
         cutout_side = round(SCALE[1] * image_size * 1.1)
@@ -74,9 +74,22 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         scene, placed = self.compose(index)
-        labels = torch.zeros(len(self.labels))
+        labels = torch.zeros(len(self.classes))
         labels[placed] = 1.0
         return torch.from_numpy(scene).permute(2, 0, 1).contiguous(), labels
+
+    def load(self, index: int, at_least: int | None = None) -> tuple[Tensor, Tensor]:
+        """The same as ``self[index]``: a scene has no other size (``at_least`` is for pictures in files)."""
+        del at_least
+        return self[index]
+
+    def summary(self) -> str:
+        """Counts for people: scenes, labels, and what they are drawn from."""
+        objects = sum(map(len, self.cutouts))
+        return (
+            f"{self.length} composed scenes, {len(self.classes)} labels, drawn from {objects} objects "
+            f"on {len(self.backgrounds)} backgrounds"
+        )
 
     def compose(self, index: int) -> tuple[np.ndarray, list[int]]:
         """Draw scene ``index``: (uint8 [H, W, 3], label of every placed object in drawing order)."""
@@ -95,7 +108,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         if self.themes and rng.random() < THEME_PROBABILITY:
             pool = self.themes[int(rng.integers(len(self.themes)))]
         else:
-            pool = tuple(range(len(self.labels)))
+            pool = tuple(range(len(self.classes)))
         labels: list[int] = []
         for first, second in rng.integers(len(pool), size=(count, 2)):  # a repeated label is drawn again, once
             labels.append(pool[second if pool[first] in labels else first])

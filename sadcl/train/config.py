@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+from sadcl.train.data_config import DataConfig
+
 __all__ = [
     "AugmentConfig",
     "DataConfig",
@@ -27,36 +29,6 @@ __all__ = [
     "parse_arguments",
     "parse_config",
 ]
-
-
-@dataclass
-class DataConfig:
-    """The pictures.
-
-    Args:
-        source: composed scenes of photo cut-outs or emoji drawings (auto: photos if installed), or csv.
-        root: folder of the pictures, if they are not in one of the usual places.
-        train_csv: with source "csv": the training list, lines of `path,label;label`.
-        val_csv: with source "csv": the validation list.
-        image_size: side of the square model input in pixels.
-        train_images: number of training scenes.
-        val_images: number of validation scenes.
-        split_seed: which objects and backgrounds are held out for validation.
-        workers: processes that draw or decode pictures.
-        feature_cache: folder for the frozen backbone's feature maps; default: `features` in the output
-            folder.
-    """
-
-    source: Literal["auto", "photos", "emoji", "csv"] = "auto"
-    root: str | None = None
-    train_csv: str | None = None
-    val_csv: str | None = None
-    image_size: int = 160
-    train_images: int = 3000
-    val_images: int = 1000
-    split_seed: int = 0
-    workers: int = 1
-    feature_cache: str | None = None
 
 
 @dataclass
@@ -331,8 +303,8 @@ def check_config(config: TrainConfig) -> None:
     expect("data.image_size", config.data.image_size >= 32, "at least 32")
     if config.eval_image_size is not None:
         expect("eval_image_size", config.eval_image_size >= 32, "at least 32")
-    if config.data.source == "csv" and not (config.data.train_csv and config.data.val_csv):
-        raise ValueError("data.source csv needs data.train_csv and data.val_csv")
+    if problem := config.data.problem():
+        raise ValueError(problem)
     for name in ("step1", "step2"):
         step: StepConfig = getattr(config, name)
         augment = step.augment

@@ -12,16 +12,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sadcl.backbones import Preprocessing
+from sadcl.data.coco import CocoDataset, coco
 from sadcl.data.csv_list import CsvDataset
 from sadcl.data.features import FeatureDataset, cached_features
+from sadcl.data.json_lines import JsonLinesDataset
+from sadcl.data.listing import ImageListing
+from sadcl.data.nuswide import NusWideDataset
 from sadcl.data.scenes import SceneDataset
 from sadcl.data.sources import find_source, split_objects
+from sadcl.data.vg500 import VisualGenome500Dataset
+from sadcl.data.voc import VocDataset
 from sadcl.model import SADCL
 from sadcl.train.config import DataConfig, TrainConfig
+from sadcl.train.data_config import Side
 
-__all__ = ["Images", "Pairs", "PreprocessedDataset", "as_features", "load_images", "load_validation"]
+__all__ = [
+    "Images",
+    "Pairs",
+    "Pictures",
+    "PreprocessedDataset",
+    "as_features",
+    "load_images",
+    "load_validation",
+    "open_listing",
+]
 
 Pairs = Dataset[tuple[Tensor, Tensor]]
+Pictures = ImageListing | SceneDataset  # what has load(), summary() and classes
 VAL_SEED = 1_000_003  # added to the run's seed, so that validation scenes are never training scenes
 
 
@@ -37,11 +54,15 @@ class Images:
         protocol: how validation was held out, for the record beside a figure.
     """
 
-    train: Pairs
-    val: Pairs
+    train: Pictures
+    val: Pictures
     classes: tuple[str, ...]
     title: str
     protocol: str
+
+    def summary(self) -> str:
+        """Counts of both sides, for people."""
+        return f"training: {self.train.summary()}\nvalidation: {self.val.summary()}"
 
 
 class PreprocessedDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -60,46 +81,83 @@ class PreprocessedDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def load_images(config: DataConfig, seed: int) -> Images:
     """Training and validation images of a config."""
-    val, classes, protocol = load_validation(config, seed)
-    train: Pairs
-    if config.source == "csv":
-        assert config.train_csv  # checked with the config
-        train = CsvDataset(config.train_csv, config.image_size, classes)
-        return Images(train, val, classes, f"pictures of {config.train_csv}", protocol)
-    source = find_source(config.source, config.root)
-    train_part = split_objects(source, "train", config.split_seed)
-    train = SceneDataset(train_part, config.train_images, seed, config.image_size)
-    return Images(train, val, classes, source.title, protocol)
+    if config.composed:
+        val, classes, protocol = load_validation(config, seed)
+        source = find_source(config.source, config.root)
+        train_part = split_objects(source, "train", config.split_seed)
+        scenes = SceneDataset(train_part, config.train_images, seed, config.image_size)
+        return Images(scenes, val, classes, source.title, protocol)
+    train = open_listing(config, "train", None)
+    if isinstance(train, VocDataset) and not train.annotated:
+        raise ValueError(f"data.train_list {config.list_of('train')}: {train.title} has no annotations to train on")
+    val, classes, protocol = load_validation(config, seed, train.classes)
+    return Images(train, val, classes, train.title, protocol)
 
 
 def load_validation(
     config: DataConfig, seed: int, classes: tuple[str, ...] | None = None
-) -> tuple[Pairs, tuple[str, ...], str]:
+) -> tuple[Pictures, tuple[str, ...], str]:
     """Validation images of a config, their label names, and the protocol in words.
 
     Args:
         config: which data.
         seed: of the run; validation scenes are drawn from another one.
-        classes: label names of a CSV list; default: those of its training list.
+        classes: label names of pictures in files, in order; default: those of the training side.
     """
-    if config.source == "csv":
-        assert config.val_csv  # checked with the config
-        if classes is None:
-            assert config.train_csv
-            classes = CsvDataset(config.train_csv, config.image_size).classes
-        val = CsvDataset(config.val_csv, config.image_size, classes)
-        return val, classes, f"the {len(val)} pictures of {config.val_csv}"
-    source = find_source(config.source, config.root)
-    val_part = split_objects(source, "val", config.split_seed)
-    protocol = (
-        f"{config.val_images} composed scenes of held-out {source.name} (30% of the objects of every "
-        f"label and 30% of the backgrounds, split seed {config.split_seed})"
-    )
-    return (
-        SceneDataset(val_part, config.val_images, seed + VAL_SEED, config.image_size),
-        source.labels,
-        protocol,
-    )
+    if config.composed:
+        source = find_source(config.source, config.root)
+        val_part = split_objects(source, "val", config.split_seed)
+        protocol = (
+            f"{config.val_images} composed scenes of held-out {source.name} (30% of the objects of every "
+            f"label and 30% of the backgrounds, split seed {config.split_seed})"
+        )
+        scenes = SceneDataset(val_part, config.val_images, seed + VAL_SEED, config.image_size)
+        return scenes, source.labels, protocol
+    if classes is None:
+        classes = open_listing(config, "train", None).classes
+    val = open_listing(config, "val", classes)
+    if isinstance(val, VocDataset) and not val.annotated:
+        raise ValueError(
+            f"data.val_list {config.list_of('val')}: {val.title} has no annotations to measure on; "
+            "validate on val, and write the evaluation server's archive with `sadcl eval CHECKPOINT --voc-archive`"
+        )
+    return val, classes, _protocol(config, val)
+
+
+def open_listing(config: DataConfig, side: Side, classes: tuple[str, ...] | None) -> ImageListing:
+    """One side of the pictures in files that a config names.
+
+    Args:
+        config: which data.
+        side: "train" or "val".
+        classes: the label names, in order; default: what the side's own files say.
+    """
+    keep: dict[str, Any] = {"missing_images": config.missing_images}
+    if config.empty_images is not None:
+        keep["empty_images"] = config.empty_images
+    size, listed, source = config.image_size, config.list_of(side), config.source
+    assert listed  # checked with the config
+    if source in ("csv", "jsonl", "coco_json"):
+        kind = {"csv": CsvDataset, "jsonl": JsonLinesDataset, "coco_json": CocoDataset}[source]
+        return kind(listed, size, classes, root=config.folder_of(side), **keep)
+    root = config.root
+    assert root
+    if source in ("coco2014", "coco2017"):
+        return coco(root, int(source[-4:]), listed, size, classes, **keep)
+    if source in ("voc2007", "voc2012"):
+        return VocDataset(root, int(source[-4:]), listed, size, classes, difficult=config.difficult, **keep)
+    if source == "nuswide":
+        return NusWideDataset(root, listed, size, classes, class_names=config.class_names, **keep)
+    assert source == "vg500"
+    return VisualGenome500Dataset(root, listed, size, classes, class_names=config.class_names, **keep)
+
+
+def _protocol(config: DataConfig, val: ImageListing) -> str:
+    dropped = "".join(f", {count} {reason} dropped" for reason, count in val.dropped.items())
+    if config.source in ("csv", "jsonl", "coco_json"):
+        return f"the {len(val)} pictures{dropped and f' ({dropped[2:]})'} of {config.list_of('val')}"
+    hard = f", difficult objects {config.difficult}" if config.source.startswith("voc") else ""
+    return f"the {len(val)} pictures of {val.title}{dropped}{hard}"
 
 
 def as_features(
@@ -125,9 +183,12 @@ def as_features(
 
     sides = []
     key: dict[str, Any]
-    for name, side in (("train", images.train), ("val", images.val)):
+    pictures: tuple[tuple[str, Pictures], ...] = (("train", images.train), ("val", images.val))
+    for name, side in pictures:
         key = {"side": name, "seed": config.seed, "title": images.title, "protocol": images.protocol}
         key["data"] = {k: v for k, v in asdict(config.data).items() if k not in ("workers", "feature_cache")}
+        if isinstance(side, ImageListing):
+            key["items"] = side.fingerprint()  # a list may have been edited since
         key["backbone"] = [config.model.backbone, _fingerprint(model.backbone)]
         sides.append(
             cached_features(

@@ -1,0 +1,185 @@
+"""PASCAL VOC 2007 and 2012, and the files that the 2012 evaluation server takes."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from sadcl.data.images import ImageFileError
+from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices, read_lines
+
+__all__ = ["VOC_CLASSES", "VocDataset", "write_voc_results"]
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+class VocDataset(ImageListing):
+    """One split of VOC: a label is a class with an object that is not marked difficult.
+
+    A split without any annotation file (the test set of 2012) has all its labels at -1, ignored, so that nothing
+    can be measured on it by mistake; :attr:`annotated` says which it is.
+
+    Args:
+        root: the folder with ``VOCdevkit`` in it; ``VOCdevkit`` or ``VOC<year>`` itself will do.
+        year: 2007 or 2012.
+        split: a list in ``ImageSets/Main``, such as "trainval" or "test".
+        image_size: pictures are resized to this square.
+        classes: the label names, in order; default: VOC's 20.
+        difficult: a class with difficult objects alone is "negative" (0), or "ignored" (-1) as in VOC's own
+            evaluation.
+        empty_images: "keep" or "drop" pictures without a label.
+        missing_images: "error" or "drop" for pictures whose file is not there.
+
+    Attributes:
+        ids: the pictures' identifiers, as in the list.
+        annotated: whether there are labels.
+
+    Raises:
+        ImageFileError: the list, a picture or an annotation of it is missing or not what it should be.
+        ValueError: an unknown option, or an object of a class that is not among ``classes``.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        year: int,
+        split: str,
+        image_size: int,
+        classes: Sequence[str] | None = None,
+        *,
+        difficult: Literal["negative", "ignored"] = "negative",
+        empty_images: Keep = "keep",
+        missing_images: Missing = "error",
+    ) -> None:
+        if difficult not in ("negative", "ignored"):
+            raise ValueError(f"difficult: expected 'negative' or 'ignored', got {difficult!r}")
+        folder = _voc_folder(Path(root), year)
+        list_file = folder / "ImageSets" / "Main" / f"{split}.txt"
+        classes = VOC_CLASSES if classes is None else tuple(classes)
+        listed = [(n, line) for n, line in enumerate(read_lines(list_file, "list of pictures"), 1) if line]
+        with_file = {name.removesuffix(".xml") for name in _names_in(folder / "Annotations")}
+        self.annotated = any(identity in with_file for _, identity in listed) or not listed
+        entries = _entries(folder, list_file, listed, classes, self.annotated, difficult)
+        super().__init__(
+            f"VOC {year} {split}",
+            list_file,
+            entries,
+            classes,
+            image_size,
+            empty_images=empty_images,
+            missing_images=missing_images,
+            note="" if self.annotated else "no annotations: nothing can be measured here, only predicted",
+        )
+        self.ids = [Path(path).stem for path in self.paths]
+
+
+def _voc_folder(root: Path, year: int) -> Path:
+    candidates = [root / "VOCdevkit" / f"VOC{year}", root / f"VOC{year}", root]
+    for folder in candidates:
+        if (folder / "ImageSets" / "Main").is_dir():
+            return folder
+    raise ImageFileError(root, f"expected VOCdevkit/VOC{year} with ImageSets/Main, JPEGImages and Annotations here")
+
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _entries(
+    folder: Path,
+    list_file: Path,
+    listed: Sequence[tuple[int, str]],
+    classes: Sequence[str],
+    annotated: bool,
+    difficult: str,
+) -> Iterator[Entry]:
+    index = {name: i for i, name in enumerate(classes)}
+    for number, identity in listed:
+        where = f"line {number} of {list_file}"
+        path = os.path.join(folder, "JPEGImages", f"{identity}.jpg")
+        if not annotated:
+            yield Entry(path, (), where, tuple(range(len(classes))))
+            continue
+        annotation = folder / "Annotations" / f"{identity}.xml"
+        clear, hard = _objects(annotation, where)
+        positive = label_indices(sorted(clear), index, annotation)
+        hard_only = label_indices(sorted(hard - clear), index, annotation)
+        yield Entry(path, positive, where, hard_only if difficult == "ignored" else ())
+
+
+def _objects(annotation: Path, where: str) -> tuple[set[str], set[str]]:
+    """Classes with an object that is not difficult, and classes with one that is."""
+    try:
+        tree = ElementTree.parse(annotation).getroot()
+    except FileNotFoundError:
+        raise ImageFileError(annotation, f"no such annotation file ({where})") from None
+    except ElementTree.ParseError as error:  # its text names line and column
+        raise ImageFileError(annotation, f"not XML ({error})") from None
+    clear: set[str] = set()
+    hard: set[str] = set()
+    for item in tree.findall("object"):  # direct children: an object's parts (head, hand) have names too
+        name = (item.findtext("name") or "").strip()
+        if not name:
+            raise ImageFileError(annotation, "an object has no name")
+        (hard if (item.findtext("difficult") or "0").strip() == "1" else clear).add(name)
+    return clear, hard
+
+
+def write_voc_results(
+    path: str | os.PathLike[str],
+    ids: Sequence[str],
+    scores: Tensor,
+    *,
+    classes: Sequence[str] = VOC_CLASSES,
+    competition: int = 1,
+    year: int = 2012,
+    split: str = "test",
+) -> Path:
+    """Write the archive that VOC's evaluation server takes.
+
+    It holds ``results/VOC2012/Main/comp1_cls_test_<class>.txt`` for every class, a line ``<image id> <confidence>``
+    for every picture.
+
+    Args:
+        path: of the archive to write, ``.tar.gz`` or ``.tgz``.
+        ids: the pictures' identifiers (:attr:`VocDataset.ids`).
+        scores: [n, C] confidences; any increasing scale, for only their order within a class counts.
+        classes: the C class names, a permutation of VOC's.
+        competition: 1 if nothing but VOC's own trainval data was used, 2 if anything else was (a backbone with
+            pretrained weights is something else).
+        year: of the data set.
+        split: of the data set.
+
+    Raises:
+        ValueError: shapes that do not belong together, other classes, or a score that is not finite.
+    """
+    if competition not in (1, 2):
+        raise ValueError(f"competition: expected 1 or 2, got {competition!r}")
+    if sorted(classes) != sorted(VOC_CLASSES):
+        raise ValueError(f"classes: expected VOC's 20, got {', '.join(classes)}")
+    if tuple(scores.shape) != (len(ids), len(classes)):
+        raise ValueError(f"scores: expected shape [{len(ids)}, {len(classes)}], got {list(scores.shape)}")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores: expected finite values, got NaN or inf")
+    if not str(path).endswith((".tar.gz", ".tgz")):
+        raise ValueError(f"path: expected a name that ends in .tar.gz or .tgz, got {os.fspath(path)!r}")
+    columns = scores.detach().double().cpu().T.tolist()
+    with tarfile.open(path, "w:gz") as archive:
+        for name, column in zip(classes, columns, strict=True):
+            lines = [f"{identity} {score:.9g}\n" for identity, score in zip(ids, column, strict=True)]
+            content = "".join(lines).encode()
+            member = tarfile.TarInfo(f"results/VOC{year}/Main/comp{competition}_cls_{split}_{name}.txt")
+            member.size, member.mode = len(content), 0o644
+            archive.addfile(member, io.BytesIO(content))
+    return Path(path)
