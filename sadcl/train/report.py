@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from sadcl.metrics import MultilabelReport
-from sadcl.train.checkpoint import load_checkpoint
+from sadcl.model import SADCL
+from sadcl.train.checkpoint import load_checkpoint, write_atomically
 from sadcl.train.evaluate import attention_maps, predictions, restore_model
-from sadcl.train.plots import plot_attention, plot_curves, plot_embeddings, plot_scenes
+from sadcl.train.plots import embeddings_figure, plot_attention, plot_curves, plot_scenes, save_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from sadcl.train.run import Run
 
-__all__ = ["draw", "summary", "table"]
+__all__ = ["Look", "StageOutputs", "draw", "stage_outputs", "summary", "table"]
 
 SCATTER_PAIRS = 900
 OVERLAY_IMAGES = 6
@@ -73,60 +77,100 @@ def _labels(run: Run) -> Tensor:
     return torch.cat([labels for _, labels in run.val_batches()])
 
 
-def draw(run: Run) -> None:
-    """Write scenes.png, curves.png, attention.png and embeddings.png into the run's folder."""
-    classes = list(run.images.classes)
-    training = [run.images.train[i] for i in range(min(18, len(run.images.train)))]  # type: ignore[arg-type]
-    names = [", ".join(classes[i] for i in labels.nonzero().flatten()) for _, labels in training]
-    plot_scenes(run.folder / "scenes.png", [image for image, _ in training], names, f"training: {run.images.title}")
-    plot_curves(run.folder / "curves.png", run.history)
-    _draw_attention(run, classes)
-    if (run.folder / "step2.pt").is_file() and run.config.step2.epochs > 0:
-        _draw_embeddings(run, classes)
+@dataclass
+class StageOutputs:
+    """What the model of a finished stage says of the validation pictures.
 
+    Attributes:
+        model: in eval mode.
+        scores: probabilities [n, C] on the CPU.
+        labels: [n, C].
+        features: label features h [P, E] of all active (image, label) pairs.
+        pair_classes: [P] their classes.
+    """
 
-def _draw_attention(run: Run, classes: list[str]) -> None:
-    """The first validation pictures with two labels or more: not the best ones."""
-    images, titles, maps, chosen = [], [], [], []
-    for index in range(len(run.images.val)):  # type: ignore[arg-type]
-        image, labels = run.images.val[index]
-        if labels.sum() < 2:
-            continue
-        probabilities, attention = attention_maps(run.model.eval(), image)
-        images.append(image)
-        titles.append(", ".join(classes[i] for i in labels.nonzero().flatten()))
-        maps.append(attention)
-        chosen.append(predictions(probabilities, classes, 4, labels))
-        if len(images) == OVERLAY_IMAGES:
-            break
-    if images:
-        heading = "where the model looks for its four most probable labels (green: it is there, red: it is not)"
-        plot_attention(run.folder / "attention.png", images, titles, maps, chosen, heading)
-
-
-def _draw_embeddings(run: Run, classes: list[str]) -> None:
-    """Label features of the same validation (image, label) pairs without and with the contrastive step."""
-    without = "control" if run.config.control else "step1"
-    panels = []
-    same = ", as many epochs" if run.config.control else ""
-    for name, title in ((without, f"without the contrastive losses{same}"), ("step2", "with them (step 2)")):
-        vectors, labels = _active_features(run, name)
-        generator = np.random.default_rng(run.config.seed)
-        rows = np.sort(generator.permutation(len(vectors))[:SCATTER_PAIRS])
-        panels.append((title, vectors[rows]))
-    if len(rows) >= 10:
-        plot_embeddings(run.folder / "embeddings.png", panels, labels[rows], classes, run.config.seed)
+    model: SADCL
+    scores: Tensor
+    labels: Tensor
+    features: np.ndarray
+    pair_classes: np.ndarray
 
 
 @torch.inference_mode()
-def _active_features(run: Run, stage: str) -> tuple[np.ndarray, np.ndarray]:
-    """Label features h of all active validation pairs [n, E] under a stage's model, and their classes [n]."""
+def stage_outputs(run: Run, stage: str) -> StageOutputs:
+    """Run the model that a stage ended with over the validation pictures."""
     model = restore_model(load_checkpoint(run.folder / f"{stage}.pt")).to(run.device)
     forward = run.forward_of(model)
-    vectors, classes = [], []
+    scores, truth, vectors, classes = [], [], [], []
     for inputs, labels in run.val_batches():
-        features = forward(inputs.to(run.device), contrastive=False).label_features.cpu()
+        output = forward(inputs.to(run.device), contrastive=False)
         image, category = (labels == 1).nonzero(as_tuple=True)
-        vectors.append(features[image, category])
+        scores.append(output.logits.float().sigmoid().cpu())
+        truth.append(labels)
+        vectors.append(output.label_features.float().cpu()[image, category])
         classes.append(category)
-    return torch.cat(vectors).numpy(), torch.cat(classes).numpy()
+    features, pair_classes = torch.cat(vectors).numpy(), torch.cat(classes).numpy()
+    return StageOutputs(model, torch.cat(scores), torch.cat(truth), features, pair_classes)
+
+
+def draw(run: Run, reports: dict[str, MultilabelReport], metrics: dict[str, Any]) -> None:
+    """Write report.html, and scenes.png, curves.png, attention.png and embeddings.png, into the run's folder."""
+    from sadcl.train.report_page import Shown, report_page
+
+    classes = list(run.images.classes)
+    training = [run.images.train[i] for i in range(min(18, len(run.images.train)))]  # type: ignore[arg-type]
+    names = [", ".join(classes[i] for i in (labels == 1).nonzero().flatten()) for _, labels in training]
+    plot_scenes(run.folder / "scenes.png", [image for image, _ in training], names, f"training: {run.images.title}")
+    plot_curves(run.folder / "curves.png", run.history)
+    final = list(reports)[-1]
+    outputs = stage_outputs(run, final)
+    looks = _looks(run, outputs.model)
+    if looks:
+        heading = "where the model looks for its four most probable labels (green: it is there, red: it is not)"
+        titles = [", ".join(classes[i] for i in (look.labels == 1).nonzero().flatten()) for look in looks]
+        pictures, maps = [look.picture for look in looks], [look.attention for look in looks]
+        chosen = [predictions(look.probabilities, classes, 4, look.labels) for look in looks]
+        plot_attention(run.folder / "attention.png", pictures, titles, maps, chosen, heading)
+    scatter = _embeddings(run, outputs) if final == "step2" else None
+    if scatter is not None:
+        save_figure(scatter, run.folder / "embeddings.png")
+    page = report_page(Shown(run.folder.name, metrics, reports, outputs, looks, scatter, run.config.as_yaml()))
+    write_atomically(run.folder / "report.html", lambda file: file.write(page.encode("utf-8", "replace")))
+
+
+@dataclass
+class Look:
+    """A validation picture and where the model looks in it: ``picture`` uint8 [3, H, W], ``labels`` and
+    ``probabilities`` [C], ``attention`` [C, h, w]."""
+
+    picture: Tensor
+    labels: Tensor
+    probabilities: Tensor
+    attention: Tensor
+
+
+def _looks(run: Run, model: SADCL) -> list[Look]:
+    """The first validation pictures with two labels or more: not the best ones."""
+    looks: list[Look] = []
+    for index in range(len(run.images.val)):  # type: ignore[arg-type]
+        picture, labels = run.images.val[index]
+        if (labels == 1).sum() >= 2:
+            looks.append(Look(picture, labels, *attention_maps(model, picture)))
+        if len(looks) == OVERLAY_IMAGES:
+            break
+    return looks
+
+
+def _embeddings(run: Run, with_them: StageOutputs) -> Figure | None:
+    """Label features of the same validation (image, label) pairs without and with the contrastive step."""
+    without = "control" if run.config.control else "step1"
+    same = ", as many epochs" if run.config.control else ""
+    generator = np.random.default_rng(run.config.seed)
+    rows = np.sort(generator.permutation(len(with_them.features))[:SCATTER_PAIRS])
+    if len(rows) < 10:
+        return None
+    panels = [
+        (f"without the contrastive losses{same}", stage_outputs(run, without).features[rows]),
+        ("with them (step 2)", with_them.features[rows]),
+    ]
+    return embeddings_figure(panels, with_them.pair_classes[rows], run.images.classes, run.config.seed)

@@ -67,7 +67,7 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(config.seed)
         self.images: Images = load_images(config.data, config.seed)
-        say(f"data: {self.images.title}; {len(self.images.classes)} labels")
+        say(f"data: {self.images.title}; {len(self.images.classes)} labels\n{self.images.summary()}")
         self.model = build_model(config, len(self.images.classes)).to(self.device)
         self.loss: DualContrastiveLoss = make_loss(config.loss).to(self.device)
         self.history: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ class Run:
     def _evaluate(self) -> MultilabelReport:
         """Measure the model as it is; ``seen`` keeps the scores."""
         self.seen = MultilabelAccumulator()
-        return evaluate(self.model, self.forward, self.val_batches(), self.device, self.seen)
+        return evaluate(self.model, self.forward, self.val_batches(), self.device, seen=self.seen)
 
     def _start_from_step1(self, contrastive: bool, prototypes: bool) -> None:
         """Put step 1's weights into a fresh model; for step 2 add projection, prototypes and memory bank."""
@@ -270,8 +270,10 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
     write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     say(table(run, reports))
     if config.plots:
-        draw(run)
+        draw(run, reports, metrics)
     say(f"done in {time.perf_counter() - began:.0f} s; everything is in {run.folder}/:")
-    for path in sorted(path for path in run.folder.iterdir() if path.suffix in (".png", ".json", ".pt", ".yaml")):
+    for path in sorted(
+        path for path in run.folder.iterdir() if path.suffix in (".html", ".json", ".pt", ".png", ".yaml")
+    ):
         say(f"  {path}")
     return metrics
