@@ -92,6 +92,8 @@ class Bench:
             sides = as_features(images, self.model, self.config, self.features, self.device, progress)
             self.train_set, self.val_set = sides
         else:
+            # Half of the time a step: 1.5 + 0.2 s of user + system time for 32 images on one core, against 2.4 + 1.0.
+            self.model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             preprocessed = partial(PreprocessedDataset, preprocessing=self.model.preprocessing)
             self.train_set, self.val_set = preprocessed(images.train), preprocessed(images.val)
 
