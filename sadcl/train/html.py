@@ -65,10 +65,10 @@ def table(
     lines = (f'<th scope="row">{escape(first)}</th>{"".join(map(_cell, rest))}' for first, *rest in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     name = f' id="{anchor}"' if anchor else ""
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
     kind = ' class="sortable"' if sortable else ""
-    inner = f"{above}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
-    return Html(f'<div class="wide"><table{name}{kind}>{inner}</table></div>')
+    inner = f"<table{name}{kind}><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+    above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return Html(f'<figure>{above}<div class="scroll" tabindex="0">{inner}</div></figure>')
 
 
 def _cell(cell: Any) -> str:
@@ -113,11 +113,10 @@ STYLE = """
 body{margin:0 auto;max-width:70rem;padding:1rem;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);
 background:var(--ground)}
 h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.2rem;border-bottom:1px solid var(--line);margin-top:2.2rem}
-header p,figcaption,caption,.mute{color:var(--mute)}
+header p,figcaption{color:var(--mute)}
 h1,h2,th,td,p,figcaption{overflow-wrap:break-word}
-.wide{overflow-x:auto}.tall{max-height:40rem;overflow:auto}
+.scroll{overflow:auto;max-height:40rem}
 table{border-collapse:collapse;font-size:.9rem}
-caption{display:block;text-align:left;padding:.2rem 0;position:sticky;left:0;max-width:calc(100vw - 2.5rem)}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;font-weight:normal}
 thead th{font-weight:600;position:sticky;top:0;background:var(--ground)}
 tbody th{min-width:7rem;max-width:20rem}.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}

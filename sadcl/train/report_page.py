@@ -135,8 +135,7 @@ def _classes(shown: Shown) -> Html:
         "P over R",
     ]
     caption = "Precision, recall and F1 at 0.5, then F1 at the tuned threshold. A click on a title sorts."
-    listed = table(head, rows, caption, sortable=True, anchor="per-class")
-    return section("classes", "Labels", Html(f'<div class="tall">{listed}</div>'))
+    return section("classes", "Labels", table(head, rows, caption, sortable=True, anchor="per-class"))
 
 
 def _figures(scores: Tensor, labels: Tensor, threshold: float) -> tuple[float, float, float]:
@@ -178,8 +177,9 @@ def _confusion(shown: Shown) -> Html:
     drawn = heatmap_figure(
         part, [names[i] for i in busy], 0.0, top, "viridis", "label i is there", "label j is said, but is not there"
     )
-    order = wrong.flatten().argsort(descending=True, stable=True)[:CONFUSED_PAIRS]
-    pairs = [(int(k) // len(names), int(k) % len(names)) for k in order if wrong.flatten()[k] > 0]
+    excess = (wrong - confusion.of * confusion.base.nan_to_num()).flatten()
+    order = excess.argsort(descending=True, stable=True)[:CONFUSED_PAIRS]
+    pairs = [(int(k) // len(names), int(k) % len(names)) for k in order if excess[k] > 0]
     rows = [
         [
             names[i],
@@ -196,13 +196,19 @@ def _confusion(shown: Shown) -> Html:
         "confusion",
         "Labels said beside others",
         "Of the pictures that show label i and do not show label j, the share in which j is said all the same "
-        "(probability above j's tuned threshold). Far above j's share over all pictures without it, the model takes i, or what comes "
-        "with i, for j.",
+        "(probability above j's tuned threshold). Far above j's share over all pictures without it, the model takes i, "
+        "or what comes with i, for j.",
         figure(
             Html(svg(drawn, "confusion of co-occurring labels")),
             f"The {len(busy)} labels with most mistakes." if len(busy) < len(names) else "All labels.",
         ),
-        table(head, rows, "The most frequent mistakes.", sortable=True, anchor="confused-pairs"),
+        table(
+            head,
+            rows,
+            "Where mistakes exceed what the share over all pictures would make the most.",
+            sortable=True,
+            anchor="confused-pairs",
+        ),
     )
 
 
@@ -259,7 +265,7 @@ def _prototypes(shown: Shown) -> Html:
         return Html("")
     order = similarity_order(similarity)
     names = [shown.metrics["classes"][i] for i in order]
-    drawn = heatmap_figure(similarity[order][:, order].numpy(), names, -1.0, 1.0, "RdBu_r")
+    drawn = heatmap_figure(similarity[order][:, order].numpy(), names, float(similarity.min()), 1.0, "viridis")
     above = similarity - 3.0 * torch.eye(len(similarity))
     alike = [(int(k) // len(names), int(k) % len(names)) for k in above.flatten().argsort(descending=True)[:20]]
     rows = [
