@@ -150,11 +150,10 @@ class Bench:
         settings = replace(self.part.step1 if step == 1 else self.part.step2, learning_rate=rate)
         seed = self.seed * 1000 + step  # the same order of images for every arm
         stage = make_stage(model, self.train_set, settings, self.config.batch_size, seed, self._workers())
+        module = make_loss(loss).to(self.device)
         losses: dict[str, float] = {}
         for _ in range(settings.epochs):
-            losses = train_epoch(
-                model, forward, stage, make_loss(loss).to(self.device), contrastive=contrastive, device=self.device
-            )
+            losses = train_epoch(model, forward, stage, module, contrastive=contrastive, device=self.device)
         return losses
 
     def _forward_of(self, model: Any) -> Forward:
@@ -182,12 +181,13 @@ class Study:
         """Everything the result of a trial depends on, as JSON values."""
         config = _train_config(self.config, trial.part, trial.seed)
         part: PartConfig = getattr(self.config, trial.part)
-        data = {k: v for k, v in asdict(config.data).items() if k not in ("workers", "feature_cache", "root")}
+        steps = {"step1": asdict(part.step1), "step2": asdict(part.step2)}
+        for step in steps.values():
+            del step["learning_rate"]  # the choice has it
         return {
             **{"part": trial.part, "arm": trial.arm, "seed": trial.seed, "choice": asdict(trial.choice)},
-            **{"data": data, "model": asdict(config.model), "batch_size": config.batch_size},
-            **{"epochs": [part.step1.epochs, part.step2.epochs]},
-            "weight_decay": [part.step1.weight_decay, part.step2.weight_decay],
+            **{"data": {k: v for k, v in asdict(config.data).items() if k not in ("workers", "feature_cache")}},
+            **{"model": asdict(config.model), "batch_size": config.batch_size, **steps},
         }
 
     def path(self, trial: Trial) -> Path:

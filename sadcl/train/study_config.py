@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sadcl.train.config import DataConfig, ModelConfig, StepConfig
+from sadcl.train.config import DataConfig, ModelConfig, StepConfig, augments
 
 __all__ = ["ARMS", "PARTS", "Arm", "Choice", "PartConfig", "StudyConfig", "candidates", "parse_study"]
 
@@ -42,7 +42,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen for an arm on the weight seeds: both steps' learning rates, and the loss weights."""
+    """What is chosen for an arm on the weight seeds: the steps' learning rates (linear: both), the loss weights."""
 
     rate1: float
     rate2: float
@@ -89,8 +89,8 @@ def _finetuned() -> PartConfig:
         arms=["linear", "sarl", "all-paper"],
         seeds=list(range(21, 26)),
         weight_seeds=[11],
-        train_images=1200,
-        val_images=600,
+        train_images=800,
+        val_images=400,
         step1=StepConfig(epochs=1, learning_rate=3e-4),
         step2=StepConfig(epochs=1, learning_rate=1e-4),
         step2_rates=[1e-4],
@@ -158,7 +158,7 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[StudyConfig, bool]:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes that only show that everything runs")
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and what is finished, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what is finished, train nothing")
     parser.add_class_arguments(StudyConfig)
     if argv is not None and "--smoke" in argv:
         tiny = {f"frozen.{k}": v for k, v in (_SMOKE_PART | _SMOKE_FROZEN).items()}
@@ -199,9 +199,13 @@ def _check(config: StudyConfig, error: Any) -> None:
         if not part.weight_seeds and any(len(candidates(part, arm)) > 1 for arm in part.arms):
             error(f"{name}.weight_seeds: expected a seed, since there is something to choose")
         if part.seeds and min(len(candidates(part, arm)) for arm in part.arms or ["sarl"]) == 0:
-            error(f"{name}: expected at least one value in weights, step2_rates and linear_rates")
+            error(f"{name}: expected at least one value each in weights, step2_rates and linear_rates")
         for key in ("train_images", "val_images"):
             if getattr(part, key) <= 0:
                 error(f"{name}.{key}: expected a number > 0, got {getattr(part, key)}")
-        if min(part.step1.epochs, part.step2.epochs) < 1:
-            error(f"{name}: expected at least 1 epoch in both steps")
+        for step_name in ("step1", "step2"):
+            step: StepConfig = getattr(part, step_name)
+            if step.epochs < 1:
+                error(f"{name}.{step_name}.epochs: expected a number > 0, got {step.epochs}")
+            if step.patience or step.select != "last" or augments(step.augment):
+                error(f"{name}.{step_name}: a study has no patience, no selection of epochs and no augmentation")

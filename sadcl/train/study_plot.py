@@ -49,7 +49,12 @@ def _values(axis: Axes, result: PartResult) -> None:
     for row, (arm, found) in enumerate(result.values.items()):
         mean = sum(one["mAP"] for one in found.values()) / len(found)
         axis.plot([mean], [row], "|", color=_color(arm), ms=15, mew=2.5)
-    axis.set_title(f"{TITLES[result.name]}: validation mAP, {len(seeds)} seeds", fontsize=11, color=INK, loc="left")
+    axis.set_title(
+        f"{TITLES[result.name]}: validation mAP, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        fontsize=11,
+        color=INK,
+        loc="left",
+    )
 
 
 def _differences(axis: Axes, result: PartResult) -> None:
@@ -67,7 +72,7 @@ def _differences(axis: Axes, result: PartResult) -> None:
             axis.plot([comparison.low, comparison.high], [row - 0.12] * 2, color=color, lw=2.5, solid_capstyle="butt")
         axis.plot([comparison.mean], [row - 0.12], "D", color=color, ms=6)
     axis.set_title(
-        f"difference from {ARMS[CONTROL].title.split(',')[0]} continued as long, mean and 95% interval",
+        f"minus {ARMS[CONTROL].title.split(',')[0]} continued as long: mean, 95% interval",
         fontsize=11,
         color=INK,
         loc="left",

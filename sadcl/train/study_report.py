@@ -247,11 +247,12 @@ def _choice_table(study: Study, result: PartResult) -> list[str]:
 
 
 def _protocol(study: Study) -> list[str]:
-    csv = study.config.data.source == "csv"
-    what = "the initialisation and the order of pictures; the lists of pictures stay" if csv else (
-        "the split of source objects and backgrounds into training and validation, the scenes, the initialisation and "
-        "the order"
-    )  # fmt: skip
+    what = "the initialisation and the order of the pictures, not which pictures: the intervals leave that out"
+    if study.config.data.composed:
+        what = (
+            "the split of source objects and backgrounds into training and validation, the scenes, the "
+            "initialisation and the order"
+        )
     return [
         f"- A seed decides {what}. All arms of a seed share all of it.",
         "- SARL and every arm built on it share step 1 of the seed. The control goes on with the classification loss "
