@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sadcl.head import SADCLHead
+
 __all__ = ["Confusion", "cooccurrence_confusion", "precision_recall", "prototype_similarity", "similarity_order"]
 
 CURVE_POINTS = 60
@@ -73,7 +75,7 @@ def cooccurrence_confusion(scores: Tensor, labels: Tensor, threshold: float | Te
 
 
 @torch.inference_mode()
-def prototype_similarity(head: torch.nn.Module) -> Tensor | None:
+def prototype_similarity(head: SADCLHead) -> Tensor | None:
     """[C, C] cosines between the projected prototypes of a head; None for a step-1 head."""
     if head.prototypes is None or head.projection is None:
         return None

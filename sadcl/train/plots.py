@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 INK, MUTED = "#222222", "#777777"
-HEATMAP_NAMES = 60  # more names than these are too small to read
+HEATMAP_NAMES, LEGEND_NAMES = 60, 90  # more names than these are too small to read
 BLUE, GRAY, RED = "#2b6cb0", "#8a8f98", "#c0392b"
 
 
@@ -106,6 +106,8 @@ def curve_figures(history: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 
 def _draw_curves(axes: Sequence[Axes], history: Sequence[dict[str, Any]]) -> None:
     """Classification loss, contrastive losses and validation mAP on three axes."""
+    from matplotlib.ticker import MaxNLocator
+
     loss_axis, contrast_axis, map_axis = axes
     rows = {stage: [row for row in history if row["stage"] == stage] for stage in ("step1", "control", "step2")}
     first_end = rows["step1"][-1:]
@@ -134,7 +136,7 @@ def _draw_curves(axes: Sequence[Axes], history: Sequence[dict[str, Any]]) -> Non
         _plain(axis)
         axis.set_title(title, fontsize=11, color=INK, loc="left")
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if contrast_axis.lines:
         contrast_axis.legend(frameon=False)
     else:
@@ -248,12 +250,12 @@ def embeddings_figure(
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_color("#cccccc")
-    handles = [
-        axes[0, 0].scatter([], [], s=28, color=colors[i], marker=markers[i], linewidths=0) for i in range(len(names))
-    ]
-    figure.legend(
-        handles, [_plain_text(name) for name in names], loc="outside right center", frameon=False, fontsize=8.5
-    )
+    if len(names) <= LEGEND_NAMES:
+        styles = zip(colors, markers, strict=True)
+        handles = [axes[0, 0].scatter([], [], s=28, color=color, marker=mark, linewidths=0) for color, mark in styles]
+        shown = [_plain_text(_short(name)) for name in names]
+        columns = -(-len(names) // 30)
+        figure.legend(handles, shown, loc="outside right center", frameon=False, fontsize=8.5, ncols=columns)
     return figure
 
 
@@ -267,7 +269,7 @@ def precision_recall_figure(curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
     axis = axes[0, 0]
     for number, (name, recall, precision) in enumerate(curves):
         color = (INK, BLUE, "#b7791f", RED)[number % 4]
-        axis.plot(recall, precision, color=color, linewidth=1.3 if number else 2.4, label=_plain_text(name))
+        axis.plot(recall, precision, color=color, linewidth=1.3 if number else 2.4, label=_plain_text(_short(name, 60)))
     _plain(axis)
     axis.set(xlim=(0, 1.01), ylim=(0, 1.03), xlabel="recall", ylabel="precision")
     if curves:
@@ -286,7 +288,7 @@ def heatmap_figure(
     drawn = axis.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     figure.colorbar(drawn, ax=axis, shrink=0.7)
     if count <= HEATMAP_NAMES:
-        shown = [_plain_text(name if len(name) <= 24 else name[:23] + "…") for name in names]
+        shown = [_plain_text(_short(name)) for name in names]
         axis.set_xticks(range(count), shown, rotation=90, fontsize=7.5)
         axis.set_yticks(range(count), shown, fontsize=7.5)
     else:
@@ -344,6 +346,10 @@ def _wrap(text: str, width: int) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(_plain_text(text), width)) or " "
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _plain_text(text: str) -> str:

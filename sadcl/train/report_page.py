@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +57,11 @@ class Shown:
     scatter: Figure | None
     config: str
 
+    @cached_property
+    def tuned(self) -> Tensor:
+        """Thresholds [C] of the last stage, tuned on what is shown."""
+        return tune_thresholds(self.outputs.scores, self.outputs.labels)
+
 
 def report_page(shown: Shown) -> str:
     """The whole page as text."""
@@ -82,7 +88,7 @@ def _stages(shown: Shown) -> Html:
         figures = (report.mAP, report.CF1, report.OF1, report.CP, report.CR, report.OP, report.OR)
         rows.append([STAGE_NAMES.get(name, name), max(epochs, default=0), *figures])
     head = ["stage", "epochs", "mAP", "CF1", "OF1", "CP", "CR", "OP", "OR"]
-    tuned = multilabel_report(shown.outputs.scores, shown.outputs.labels, _tuned(shown))
+    tuned = multilabel_report(shown.outputs.scores, shown.outputs.labels, shown.tuned)
     last = list(shown.reports.values())[-1]
     return section(
         "stages",
@@ -91,10 +97,6 @@ def _stages(shown: Shown) -> Html:
         f"With a threshold of its own for every label, the last stage has CF1 {tuned.CF1:.3f} and OF1 {tuned.OF1:.3f} "
         "instead; these two are optimistic, since the thresholds were tuned on the same pictures.",
     )
-
-
-def _tuned(shown: Shown) -> Tensor:
-    return tune_thresholds(shown.outputs.scores, shown.outputs.labels)
 
 
 def _curves(shown: Shown) -> Html:
@@ -110,7 +112,7 @@ def _classes(shown: Shown) -> Html:
     stages = list(shown.reports)
     last = shown.reports[stages[-1]]
     before = shown.reports[stages[-2]] if len(stages) > 1 else None
-    tuned = _tuned(shown)
+    tuned = shown.tuned.tolist()
     rows = []
     for i, name in enumerate(shown.metrics["classes"]):
         score, label = scores[:, i], labels[:, i]
@@ -120,7 +122,7 @@ def _classes(shown: Shown) -> Html:
             row.append(ap - float(before.ap[i]))
         precision, recall, f1 = _figures(score, label, 0.5)
         curve = sparkline(*precision_recall(score, label), f"precision over recall of {name}")
-        rows.append([*row, precision, recall, f1, float(tuned[i]), _figures(score, label, float(tuned[i]))[2], curve])
+        rows.append([*row, precision, recall, f1, tuned[i], _figures(score, label, tuned[i])[2], curve])
     compared = [] if before is None else [f"against {stages[-2]}"]
     head = [
         "label",
@@ -169,7 +171,7 @@ def _precision_recall(shown: Shown) -> Html:
 
 def _confusion(shown: Shown) -> Html:
     names = shown.metrics["classes"]
-    confusion = cooccurrence_confusion(shown.outputs.scores, shown.outputs.labels, _tuned(shown))
+    confusion = cooccurrence_confusion(shown.outputs.scores, shown.outputs.labels, shown.tuned)
     wrong = confusion.wrong
     busy = (wrong.sum(0) + wrong.sum(1)).argsort(descending=True, stable=True)[:CONFUSED_CLASSES].sort().values
     part = confusion.rate[busy][:, busy].numpy()
