@@ -60,6 +60,23 @@ def test_eval_measures_the_checkpoint(trained: Path, capsys: pytest.CaptureFixtu
     assert "mAP" in out and "voc_area" in out
 
 
+def test_eval_at_the_tuned_thresholds(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sadcl.train.checkpoint import load_checkpoint
+
+    checkpoint = str(trained / "run" / "step1.pt")
+    capsys.readouterr()
+    main(["eval", checkpoint, "--json"])
+    plain = json.loads(capsys.readouterr().out)
+    assert main(["eval", checkpoint, "--json", "--thresholds", "tuned"]) == 0
+    tuned = json.loads(capsys.readouterr().out)
+    thresholds = load_checkpoint(checkpoint)["thresholds"]
+    assert tuned["protocol"]["threshold"] == pytest.approx(thresholds, abs=1e-6) and len(thresholds) == 2
+    assert tuned["CF1"] >= plain["CF1"] and tuned["mAP"] == plain["mAP"]
+    assert "optimistic" in tuned["images"] and "optimistic" not in plain["images"]
+    main(["eval", checkpoint, "--csv", str(trained / "list.csv"), "--threshold", "tuned"])
+    assert "optimistic" not in capsys.readouterr().out
+
+
 def test_mistakes_end_in_one_line_and_code_2(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = str(trained / "run" / "step2.pt")
     picture = trained / "0.png"
