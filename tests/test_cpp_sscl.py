@@ -7,11 +7,9 @@ tests.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -387,45 +385,6 @@ def test_same_bits_every_run(threads: int, isa: str) -> None:
     for _ in range(4):
         again = Run(x, labels, threads=threads, anchor_weights=weights)
         assert all(torch.equal(a, b) for a, b in zip(first.tensors(), again.tensors(), strict=True))
-
-
-def test_several_python_threads() -> None:
-    x, labels, weights = make(40, 2, 10, 64)
-    want, failures = Run(x, labels, anchor_weights=weights).tensors(), []
-
-    def work() -> None:
-        for _ in range(10):
-            got = Run(x, labels, anchor_weights=weights).tensors()
-            if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
-                failures.append(1)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
-
-
-def _in_child(queue, x: Tensor, labels: Tensor) -> None:
-    torch.set_num_threads(1)  # torch's own regions, as a DataLoader worker does; ours must not need it
-    queue.put(Run(x, labels, threads=3).row_loss.sum().item())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_fork() -> None:
-    """The parent's thread pool does not exist in the child: a parallel region there would wait forever."""
-    x, labels, _ = make(40, 2, 10, 64)
-    want = Run(x, labels, threads=3).row_loss.sum().item()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue, x, labels))
-    child.start()
-    try:
-        assert math.isclose(queue.get(timeout=60), want, rel_tol=1e-5)
-    finally:
-        child.join(10)
-        child.kill()
 
 
 @pytest.mark.parametrize("dtype,low", [(torch.float32, -126.0), (torch.float64, -1022.0)])

@@ -1,0 +1,137 @@
+"""What a training process does to the CPU kernels: several Python threads at once, forked workers, huge tensors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sadcl import functional as F
+from sadcl import metrics
+from sadcl.bank import MemoryBank
+from sadcl.head import GroupClassifier
+from sadcl.ops.linear import linear
+from sadcl.testing import make_features, make_labels, value_and_grads
+
+pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
+
+Job = Callable[[], tuple[Tensor, ...]]
+
+
+def jobs() -> dict[str, Job]:
+    """Every op, forward and backward, at a size where each starts more than one thread."""
+    b, c, d, width, heads = 24, 20, 64, 64, 4
+    y, p = make_labels(b, c), make_features(c, d, seed=5)
+    x, bank = make_features(b, c, d), make_features(b, c, d, seed=2)
+    memory, query = make_features(b, 30, width, seed=3), make_features(c, width, seed=4)
+    weights = [make_features(*shape, seed=6) * 0.1 for shape in ((3 * width, width), (width, width))]
+    biases = [torch.linspace(-1, 1, n) for n in (3 * width, width)]
+    classifier = GroupClassifier(c, d)
+    classifier.weight.data, classifier.bias.data = make_features(c, d, seed=8), torch.linspace(-1, 1, c)
+
+    def attention(query: Tensor, memory: Tensor) -> Tensor:
+        parameters = (weights[0], biases[0], weights[1], biases[1])
+        return F.label_attention(query, memory, *parameters, heads, backend="cpp")[0].square().sum()
+
+    def update() -> tuple[Tensor, ...]:
+        store = MemoryBank(b, c, d)
+        store.update(x, 3 * y - 1 + x[..., 0], y, 0.6)
+        return (store.slots,)
+
+    return {
+        "compact": lambda: tuple(F.compact_labels(y, "cpp")),
+        "sscl": lambda: value_and_grads(lambda x: F.sample_contrastive_loss(x, y, backend="cpp"), x[:, None]),
+        "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, y, backend="cpp"), x, p),
+        "dual": lambda: value_and_grads(lambda x, b: sum(F.dual_contrastive_loss(x, b, p, y, backend="cpp")), x, bank),
+        "asl": lambda: value_and_grads(lambda x: F.asymmetric_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
+        "supcon": lambda: value_and_grads(lambda x: F.supcon_loss(x, y.argmax(1), backend="cpp"), x[:, :2]),
+        "label_attention": lambda: value_and_grads(attention, query, memory),
+        "group_classifier": lambda: value_and_grads(lambda x: classifier(x).square().sum(), x),
+        "bank": update,
+        "linear": lambda: value_and_grads(lambda x: linear(x, weights[1], biases[1]).square().sum(), memory),
+        "average_precision": lambda: (metrics.average_precision(x[..., 0], y),),
+    }
+
+
+NAMES = tuple(jobs())
+
+
+@pytest.fixture(autouse=True)
+def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SADCL_LINEAR", "cpp")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_python_threads_at_once(name: str) -> None:
+    want = jobs()[name]()
+    failures: list[str] = []
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        run = jobs()[name]
+        start.wait()
+        for _ in range(8):
+            if not all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(run(), want, strict=True)):
+                failures.append(name)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def _in_child(queue: multiprocessing.Queue[list[tuple[str, list[float]]]]) -> None:
+    torch.set_num_threads(1)  # torch's own regions, as a DataLoader worker does
+    torch.get_num_threads = lambda: 3  # ours must not need it
+    queue.put([(name, [float(t.double().sum()) for t in run()]) for name, run in jobs().items()])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork() -> None:
+    """The parent's thread pool does not exist in the child: a parallel region there would wait forever."""
+    want = {name: [float(t.double().sum()) for t in run()] for name, run in jobs().items()}
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[list[tuple[str, list[float]]]] = context.Queue()
+    child = context.Process(target=_in_child, args=(queue,))
+    child.start()
+    try:
+        for name, sums in queue.get(timeout=120):
+            assert sums == pytest.approx(want[name], rel=1e-4, abs=1e-4, nan_ok=True), name
+    finally:
+        child.join(10)
+        child.kill()
+
+
+@pytest.mark.slow
+def test_offsets_past_two_to_the_31() -> None:
+    """2.3e9 bfloat16 elements, 4.6 GB and as much gradient: offsets past 32 bits are read and written."""
+    b, c, d = 2250, 1000, 1024
+    features = torch.zeros(b, c, d, dtype=torch.bfloat16)
+    labels = torch.zeros(b, c)
+    rows = [(0, 0), (1, 0), (2, 999), (b - 3, 0), (b - 2, 999), (b - 1, 999)]
+    small, small_labels = torch.zeros(len(rows), 2, d, dtype=torch.bfloat16), torch.zeros(len(rows), 2)
+    values = make_features(len(rows), 1, d)[:, 0].bfloat16()
+    for i, (image, label) in enumerate(rows):
+        features[image, label] = small[i, int(label > 0)] = values[i]
+        labels[image, label] = small_labels[i, int(label > 0)] = 1
+    assert (b - 1) * c * d > 2**31
+
+    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.requires_grad_()
+        sample = F.sample_contrastive_loss(leaf, y, backend="cpp")
+        (grad,) = torch.autograd.grad(sample, leaf)
+        return sample.detach(), grad
+
+    got, want = run(features, labels), run(small, small_labels)
+    torch.testing.assert_close(got[0], want[0])
+    for i, (image, label) in enumerate(rows):
+        torch.testing.assert_close(got[1][image, label], want[1][i, int(label > 0)])
+    others = got[1].flatten(0, 1).any(dim=1)
+    assert others.sum() == len(rows)  # nothing was written anywhere else
