@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test lint clean
+.PHONY: demo test sanitize lint clean
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -32,6 +32,18 @@ demo: $(VENV)/train.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (g++; about ten minutes).
+# Python itself is not instrumented, so the runtime is preloaded; leaks are the interpreter's business.
+SANITIZED_TESTS ?= $(addprefix tests/,$(addsuffix .py,test_compact test_cpp_sscl test_cpp_pscl test_cpp_asl test_cpp_bank \
+	test_cpp_average_precision test_cpp_label_attention test_group_classifier test_linear test_dual))
+sanitize: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
+	SADCL_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	test -f build/sanitize/lib/sadcl/_C*.so
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest -q -x -o pythonpath="build/sanitize/lib ." -p no:cacheprovider $(SANITIZED_TESTS)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -65,6 +65,12 @@ if X86:
         "-mavx512dq",
         "-mprefer-vector-width=512",
     ]
+# `make sanitize` builds with these and runs the op tests: address errors and undefined behaviour end the process.
+SANITIZE = (
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
+    if os.environ.get("SADCL_SANITIZE") == "1"
+    else []
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class BuildExt(build_ext):
         isas = [isa for isa, flags in ISA_FLAGS.items() if not flags or self._compiles(flags)]
         common = [("SADCL_COMPILER", f'"{self._compiler_name()}"')]
         common += [(f"SADCL_HAS_{isa.upper()}", "1") for isa in isas]
-        flags = COMMON_FLAGS + openmp
+        flags = COMMON_FLAGS + openmp + SANITIZE
         # Bindings run once a call: -O1 (the last -O counts) takes a quarter off the slowest files of the build.
         jobs = [
             Job(source, "base", common, flags + (["-O1"] if Path(source).stem.startswith(("module", "bind_")) else []))
@@ -133,7 +139,7 @@ class BuildExt(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=openmp,
+            extra_postargs=openmp + SANITIZE,
             export_symbols=self.get_export_symbols(ext) if os.name == "nt" else None,
             target_lang="c++",
         )
