@@ -329,9 +329,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(f"--images: no pictures in {', '.join(options.images)}")
     facts = export_checkpoint(options.checkpoint, output, options.format, pictures)
     checked = facts["checked"]
-    print(
-        f"{output} ({os.path.getsize(output) / 1e6:.1f} MB): uint8 {facts['input']['shape']} to logits, probabilities"
-    )
+    shape = ", ".join(map(str, facts["input"]["shape"]))
+    print(f"{output} ({os.path.getsize(output) / 1e6:.1f} MB): uint8 [{shape}] to logits, probabilities")
     for name in ("random", "real"):
         count = checked[f"{name}_images"]
         print(f"  logits against eager on {count} {name} images: largest difference {checked[name]:.1e}")
