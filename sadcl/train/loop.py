@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +14,129 @@ from sadcl.head import SADCLOutput
 from sadcl.losses import AsymmetricLoss, DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
-from sadcl.train.config import LossConfig, StepConfig
+from sadcl.train.config import EmaConfig, LossConfig, StepConfig
+from sadcl.train.ema import make_ema
+from sadcl.train.optim import make_optimizer, make_schedule
+from sadcl.train.order import ShuffledBatches, rng_state, set_rng_state
+from sadcl.train.timing import Stopwatch
 
-__all__ = ["Forward", "NonFiniteLoss", "Stage", "evaluate", "make_loss", "make_stage", "train_epoch"]
+__all__ = [
+    "Forward",
+    "NonFiniteLoss",
+    "Stage",
+    "autocast_dtype",
+    "evaluate",
+    "make_loss",
+    "make_stage",
+    "predict_all",
+    "train_epoch",
+]
 
 # Called as forward(batch, contrastive=...): the whole model, or its head on cached feature maps.
 Forward = Callable[..., SADCLOutput]
+PREFETCH = 4  # batches a worker prepares in advance
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; going on would destroy the weights."""
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite; going on would destroy the weights.
+
+    Attributes:
+        batch: images, labels and loss parts of the batch, on the CPU.
+    """
+
+    def __init__(self, message: str, batch: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 @dataclass
 class Stage:
-    """What trains in one step of the method: optimizer, its schedule, and the order of the images."""
+    """What trains in one step of the method, besides the model.
+
+    Attributes:
+        optimizer: over the trained parameters.
+        scheduler: steps once an optimizer step.
+        loader: batches in the order that ``batches`` says.
+        batches: order of the images, and how far training has come in it.
+        scaler: of the gradients in float16; does nothing otherwise.
+        autocast: type of the forward, or None for float32 without autocast.
+        ema: average of the weights, or None.
+        accumulate: batches an optimizer step.
+        clip: largest norm of the gradient, 0 for any.
+        steps: optimizer steps taken.
+        sums: of the running epoch: each loss part times its images.
+        speed: of the last finished epoch: images a second, and the share of the time in each section.
+    """
 
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loader: DataLoader[tuple[Tensor, Tensor]]
-    order: torch.Generator  # drives the shuffling; saved and restored with a checkpoint
+    batches: ShuffledBatches
+    scaler: torch.amp.GradScaler
+    autocast: torch.dtype | None = None
+    ema: Any = None
+    accumulate: int = 1
+    clip: float = 0.0
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
 
-    def state_dict(self) -> dict[str, object]:
-        """Everything that training continues from, besides the model."""
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-len(self.batches) // self.accumulate)
+
+    def share(self) -> float:
+        """What the next batch counts in the gradient of its optimizer step: its images by those of the step."""
+        if self.accumulate == 1:
+            return 1.0
+        batch, size, count = self.batches.batch, self.batches.batch_size, self.batches.count
+        first = batch // self.accumulate * self.accumulate * size
+        whole = min(self.accumulate * size, count - first)
+        return min(size, count - batch * size) / whole
+
+    def ends_step(self) -> bool:
+        """Whether the batch that was just finished is the last one of its optimizer step."""
+        done = self.batches.batch
+        return done % self.accumulate == 0 or done == len(self.batches)
+
+    def step(self, model: nn.Module) -> None:
+        """Clip, update the weights and their average, and move the learning rate on."""
+        if self.clip:
+            self.scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.steps += 1
+        if self.ema is not None:
+            self.ema.update(model, self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training continues from, besides the model; valid after an optimizer step."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "order": self.order.get_state(),
-            "rng": torch.get_rng_state(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "position": self.batches.state_dict(),
+            "steps": self.steps,
+            "sums": dict(self.sums),
+            "rng": rng_state(),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
-        self.order.set_state(state["order"])  # type: ignore[arg-type]
-        torch.set_rng_state(state["rng"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.batches.load_state_dict(state["position"])
+        self.steps, self.sums = state["steps"], dict(state["sums"])
+        set_rng_state(state["rng"])
 
 
 def make_stage(
@@ -58,17 +146,47 @@ def make_stage(
     batch_size: int,
     seed: int,
     workers: int,
+    *,
+    device: torch.device | None = None,
+    amp: str = "off",
+    ema: EmaConfig | None = None,
 ) -> Stage:
-    """AdamW with a one-cycle schedule over all epochs, and a seeded shuffle."""
+    """Optimizer, schedule, seeded shuffle and what else a step of the method needs; seeds dropout."""
+    device = device or next(model.parameters()).device
     torch.manual_seed(seed)  # dropout
-    order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(images, batch_size, shuffle=True, drop_last=False, generator=order, num_workers=workers)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=step.learning_rate, weight_decay=step.weight_decay)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=step.learning_rate, total_steps=max(1, step.epochs * len(loader)), pct_start=0.2
+    batches = ShuffledBatches(len(images), batch_size, seed)  # type: ignore[arg-type]
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
+        generator=torch.Generator().manual_seed(seed),  # without one, the workers' seeds come from dropout's generator
     )
-    return Stage(optimizer, scheduler, loader, order)
+    optimizer = make_optimizer(model, step)
+    return Stage(
+        optimizer,
+        make_schedule(optimizer, step, -(-len(batches) // step.accumulate)),
+        loader,
+        batches,
+        torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
+        autocast_dtype(amp, device),
+        None if ema is None else make_ema(model, ema),
+        step.accumulate,
+        step.clip,
+    )
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type of the forward under ``amp``.
+
+    Raises:
+        ValueError: float16 on a CPU.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("amp: fp16 needs a GPU; on the CPU expected off or bf16")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def make_loss(config: LossConfig) -> DualContrastiveLoss:
@@ -94,16 +212,17 @@ def train_epoch(
     device: torch.device,
     on_step: Callable[[dict[str, float]], None] = lambda parts: None,
 ) -> dict[str, float]:
-    """One pass over the training images.
+    """One pass over the training images, or what is left of it in a resumed run.
 
     Args:
         model: what is trained.
         forward: the model itself, or its head on cached feature maps.
-        stage: optimizer, schedule, loader.
+        stage: optimizer, schedule, loader; afterwards ``stage.speed`` says where the time went.
         loss: all three losses; without ``contrastive`` only its classification part is used.
         contrastive: step 2 (True) or step 1 (False).
         device: where the batches go.
-        on_step: called after every step with the step's loss parts.
+        on_step: called after every optimizer step with the loss parts of its last batch; ``stage.state_dict()`` may
+            be taken there.
 
     Returns:
         Means over the epoch: ``total``, ``classification``, and in step 2 ``sample`` and ``prototype``.
@@ -112,48 +231,111 @@ def train_epoch(
         NonFiniteLoss: before a step that would write NaN into the weights.
     """
     model.train()
-    sums: dict[str, float] = {}
+    stage.optimizer.zero_grad(set_to_none=True)
+    seen = 0
+    clock = Stopwatch(device)
     for images, labels in stage.loader:
-        images, labels = images.to(device), labels.to(device)
-        output = forward(images, contrastive=contrastive)
-        if contrastive:
-            result = loss(output.embeddings, output.bank_embeddings, output.prototype_embeddings, labels, output.logits)
-            named = zip(("total", "sample", "prototype", "classification"), result, strict=True)
-            model.head.update_bank(
-                output, labels
-            )  # after the losses, before the backward, with this forward's features
-        else:
-            classification = loss.classification(output.logits, labels)
-            named = zip(("total", "classification"), (classification, classification), strict=True)
-        tensors = dict(named)
-        parts = {name: float(value.detach()) for name, value in tensors.items()}
-        if not all(abs(value) < float("inf") for value in parts.values()):  # NaN fails this too
-            raise NonFiniteLoss(f"the loss is not finite: {parts}; a smaller learning rate usually helps")
-        stage.optimizer.zero_grad(set_to_none=True)
-        tensors["total"].backward()
-        stage.optimizer.step()
-        stage.scheduler.step()
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value * len(labels)
-        on_step(parts)
-    count = len(stage.loader.dataset)  # type: ignore[arg-type]
-    return {name: value / count for name, value in sums.items()}
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        clock.lap("data")
+        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast is not None):
+            output = forward(images, contrastive=contrastive)
+        output = _in_float32(output)
+        clock.lap("forward")
+        parts = _losses(loss, output, labels, contrastive)
+        if contrastive:  # after the losses, before the backward, with this forward's features
+            model.head.update_bank(output, labels)
+        values = _Fetch(parts)
+        clock.lap("losses")
+        stage.scaler.scale(parts["total"] * stage.share()).backward()
+        clock.lap("backward")
+        numbers = values.get()
+        if not all(abs(value) < float("inf") for value in numbers.values()):  # NaN fails this too
+            said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+            batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": numbers}
+            raise NonFiniteLoss(f"the loss is not finite: {said}", batch)
+        for name, value in numbers.items():
+            stage.sums[name] = stage.sums.get(name, 0.0) + value * len(labels)
+        seen += len(labels)
+        stage.batches.batch += 1
+        if stage.ends_step():
+            stage.step(model)
+            clock.lap("optimizer")
+            on_step(numbers)
+    seconds = clock.seconds()
+    whole = sum(seconds.values())
+    stage.speed = {"images_per_second": seen / whole, **{name: value / whole for name, value in seconds.items()}}
+    means = {name: value / stage.batches.count for name, value in stage.sums.items()}
+    stage.sums = {}
+    stage.batches.finish_epoch()
+    return means
 
 
-@torch.inference_mode()
+def _losses(loss: DualContrastiveLoss, output: SADCLOutput, labels: Tensor, contrastive: bool) -> dict[str, Tensor]:
+    if not contrastive:
+        classification = loss.classification(output.logits, labels)
+        return {"total": classification, "classification": classification}
+    result = loss(output.embeddings, output.bank_embeddings, output.prototype_embeddings, labels, output.logits)
+    return dict(zip(("total", "sample", "prototype", "classification"), result, strict=True))
+
+
+def _in_float32(output: SADCLOutput) -> SADCLOutput:
+    """What autocast made in 16 bits, for the losses and the bank."""
+    return SADCLOutput(*(None if part is None else part.float() for part in output))  # type: ignore[arg-type]
+
+
+class _Fetch:
+    """Loss values on their way to the host.
+
+    On a GPU the copy starts before the backward is launched and is waited for afterwards, so the check for NaN costs
+    no idle time: the device is busy with the backward.
+    """
+
+    def __init__(self, parts: dict[str, Tensor]) -> None:
+        self.names = list(parts)
+        self.values = torch.stack([value.detach() for value in parts.values()])
+        self.arrived: torch.cuda.Event | None = None
+        if self.values.is_cuda:
+            pinned = torch.empty(self.values.shape, dtype=self.values.dtype, pin_memory=True)
+            self.values = pinned.copy_(self.values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def get(self) -> dict[str, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
 def evaluate(
     model: nn.Module,
     forward: Forward,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     seen: MultilabelAccumulator | None = None,
+    autocast: torch.dtype | None = None,
 ) -> MultilabelReport:
     """Metrics of the model over all batches (VOC-style AP, threshold 0.5); ``seen`` collects scores and labels."""
-    was_training = model.training
-    model.eval()
     seen = MultilabelAccumulator() if seen is None else seen
-    for images, labels in batches:
-        output = forward(images.to(device), contrastive=False)
-        seen.update(output.logits.sigmoid(), labels)
-    model.train(was_training)
+    predict_all([(model, forward, seen)], batches, device, autocast)
     return seen.compute()
+
+
+@torch.inference_mode()
+def predict_all(
+    models: Sequence[tuple[nn.Module, Forward, MultilabelAccumulator]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Scores of several models in one pass over the batches: the trained weights and their average."""
+    were_training = [model.training for model, _, _ in models]
+    for model, _, _ in models:
+        model.eval()
+    for images, labels in batches:
+        images = images.to(device, non_blocking=True)
+        for _, forward, seen in models:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                output = forward(images, contrastive=False)
+            seen.update(output.logits.float().sigmoid(), labels)
+    for (model, _, _), training in zip(models, were_training, strict=True):
+        model.train(training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,26 @@ from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
 from sadcl.prototypes import build_prototypes
-from sadcl.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
-from sadcl.train.config import StepConfig, TrainConfig
-from sadcl.train.data import Images, Pairs, PreprocessedDataset, as_features, load_images
+from sadcl.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from sadcl.train.config import StepConfig, TrainConfig, augments
+from sadcl.train.data import Images, Pairs, PreprocessedDataset, as_features, load_images, load_validation
 from sadcl.train.evaluate import restore_model
 from sadcl.train.log import RunLog
-from sadcl.train.loop import Forward, Stage, evaluate, make_loss, make_stage, train_epoch
+from sadcl.train.loop import (
+    Forward,
+    NonFiniteLoss,
+    Stage,
+    autocast_dtype,
+    evaluate,
+    make_loss,
+    make_stage,
+    predict_all,
+    train_epoch,
+)
+from sadcl.train.state import content, dump_batch, read_last
 from sadcl.train.thresholds import tune_thresholds
+from sadcl.train.timing import SECTIONS
+from sadcl.train.transfer import init_from
 
 __all__ = ["Run", "build_model", "train"]
 
@@ -48,7 +62,7 @@ def build_model(config: TrainConfig, num_classes: int) -> SADCL:
         proj_dim=m.proj_dim,
         dropout=m.dropout,
         contrastive=False,
-        frozen="none" if m.train_backbone else "all",
+        frozen=m.frozen if m.train_backbone else "all",
     )
 
 
@@ -65,19 +79,30 @@ class Run:
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.autocast = autocast_dtype(config.amp, self.device)
         torch.manual_seed(config.seed)
         self.images: Images = load_images(config.data, config.seed)
         say(f"data: {self.images.title}; {len(self.images.classes)} labels\n{self.images.summary()}")
-        self.model = build_model(config, len(self.images.classes)).to(self.device)
+        model = build_model(config, len(self.images.classes))
+        if config.model.init_from:
+            say(init_from(model, config, self.images.classes))
+        self.model = self._placed(model)
         self.loss: DualContrastiveLoss = make_loss(config.loss).to(self.device)
         self.history: list[dict[str, Any]] = []
         self.step = 0  # optimizer steps of all stages
+        self.best: dict[str, Any] | None = None  # of the running stage: validation mAP, epoch, which weights
         self.thresholds: list[float] | None = None  # of a finished stage, tuned on validation
         self.log: RunLog | None = None
         self.train_set, self.val_set, self.forward = self._inputs()
 
+    def _placed(self, model: SADCL) -> SADCL:
+        """The model on the run's device, in its memory layout."""
+        if self.config.channels_last:
+            model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(self.device)
+
     def _inputs(self) -> tuple[Pairs, Pairs, Forward]:
-        """Training and validation items, and what to call on them."""
+        """Training and validation items as they are, without augmentation, and what to call on them."""
         if self.config.model.train_backbone:
             preprocessed = partial(PreprocessedDataset, preprocessing=self.model.preprocessing)
             return preprocessed(self.images.train), preprocessed(self.images.val), self.model
@@ -91,13 +116,24 @@ class Run:
         )
         return train, val, self.model.head
 
+    def _augmented(self, step: StepConfig, seed: int) -> tuple[Pairs, Callable[[int], None]]:
+        """What a stage trains on, and how to tell it which epoch it is."""
+        if not augments(step.augment):
+            return self.train_set, lambda epoch: None
+        from sadcl.train.augment import Augmented, make_transform
+
+        side = self.config.data.image_size
+        images = Augmented(self.images.train, make_transform(step.augment, side), seed, 2 * side)
+        return PreprocessedDataset(images, self.model.preprocessing), images.set_epoch
+
     # -- the stages --
 
     def run(self, resume: bool = False) -> dict[str, MultilabelReport]:
         """All stages in order; returns the report of each at its end."""
         state = self._resume_state() if resume else None
         if not resume:
-            (self.folder / "last.pt").unlink(missing_ok=True)
+            for name in ("last", *STAGES):  # of an older run: nothing of it may be taken for this one's
+                (self.folder / f"{name}.pt").unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", lambda file: file.write(self.config.as_yaml().encode()))
         self.step = 0 if state is None else state.get("step", 0)
         self.log = RunLog(self.folder, resume_step=None if state is None else self.step)
@@ -113,72 +149,139 @@ class Run:
 
     def _stage(self, name: str, step: StepConfig, state: dict[str, Any] | None) -> MultilabelReport:
         """Train one stage to its end, from its beginning or from ``state``, and keep its model."""
-        finished = self.folder / f"{name}.pt"
         if state is not None and STAGES.index(state["stage"]) > STAGES.index(name):
-            restored = restore_model(load_checkpoint(finished)).to(self.device)  # an earlier session finished it
-            return evaluate(restored, self.forward_of(restored), self.val_batches(), self.device)
+            return self._evaluate_finished(name)  # an earlier session finished it
         resuming = state is not None and state["stage"] == name
         if name != "step1":
             self._start_from_step1(contrastive=name == "step2", prototypes=not resuming)
         seed = self.config.seed * 1000 + STAGES.index(name)
-        stage = make_stage(self.model, self.train_set, step, self.config.batch_size, seed, self._workers())
-        done = 0
+        images, set_epoch = self._augmented(step, seed)
+        stage = make_stage(
+            self.model,
+            images,
+            step,
+            self.config.batch_size,
+            seed,
+            self._workers(),
+            device=self.device,
+            amp=self.config.amp,
+            ema=self.config.ema,
+        )
+        self.best, self.thresholds = None, None
         if resuming:
             assert state is not None
             self.model.load_state_dict(state["model"])
             stage.load_state_dict(state["training"])
-            done = state["epoch"]
-        self.thresholds = None
-        report = self._epochs(name, step, stage, done)
-        self.thresholds = tune_thresholds(self.seen.scores, self.seen.labels).tolist()
-        self._save(finished, name, step.epochs)
+            self.best = state["best"]
+        report = self._epochs(name, step, stage, set_epoch)
+        if step.select == "best":
+            return self._evaluate_finished(name)
+        if report is None:  # killed between the last epoch and the end of the stage
+            report, model = self._evaluate(stage, {})
+        else:
+            model = self.kept
+        self._finish(name, step.epochs, model)
         return report
 
-    def _epochs(self, name: str, step: StepConfig, stage: Stage, done: int) -> MultilabelReport:
+    def _epochs(
+        self, name: str, step: StepConfig, stage: Stage, set_epoch: Callable[[int], None]
+    ) -> MultilabelReport | None:
+        """The epochs that are left; returns the last one's report."""
         offset = 0 if name == "step1" else self.config.step1.epochs
-        steps = len(stage.loader)
         report = None
-        with tqdm(total=step.epochs * steps, initial=done * steps, desc=TITLES[name], unit="step", leave=False) as bar:
+        steps = stage.steps_per_epoch
+        with tqdm(total=step.epochs * steps, initial=stage.steps, desc=TITLES[name], unit="step", leave=False) as bar:
 
             def on_step(parts: dict[str, float]) -> None:
                 bar.set_postfix(loss=f"{parts['total']:.1f}", refresh=False)
                 bar.update()
                 self.step += 1
+                every = self.config.checkpoint_every
+                if every and self.step % every == 0 and stage.steps % steps:
+                    self._save_last(name, stage)
 
-            for epoch in range(done, step.epochs):
+            while stage.batches.epoch < step.epochs and not self._impatient(step, stage.batches.epoch):
+                epoch = stage.batches.epoch + 1
                 began = time.perf_counter()
-                losses = train_epoch(
-                    self.model,
-                    self.forward,
-                    stage,
-                    self.loss,
-                    contrastive=name == "step2",
-                    device=self.device,
-                    on_step=on_step,
-                )
-                report = self._evaluate()
-                row = {"stage": name, "epoch": offset + epoch + 1, "losses": losses}
-                row |= {"val_mAP": report.mAP, "val_CF1": report.CF1, "val_OF1": report.OF1}
+                set_epoch(stage.batches.epoch)
+                losses = self._train_epoch(name, stage, on_step)
+                row: dict[str, Any] = {"stage": name, "epoch": offset + epoch, "losses": losses}
+                report, self.kept = self._evaluate(stage, row)
+                row["speed"] = stage.speed
                 self.history.append(row)
-                assert self.log is not None
-                self.log.write("epoch", self.step, **row, seconds=round(time.perf_counter() - began, 3))
-                self._save(self.folder / "last.pt", name, epoch + 1, training=stage.state_dict())
-                parts = "  ".join(f"{part} {value:.3f}" for part, value in losses.items() if part != "total")
                 seconds = time.perf_counter() - began
-                self.say(
-                    f"{TITLES[name]:<28} epoch {epoch + 1}/{step.epochs}  val mAP {report.mAP:.4f}  "
-                    f"loss {losses['total']:.2f} ({parts})  {seconds:.1f} s"
-                )
-        return report or self._evaluate()
+                assert self.log is not None
+                self.log.write("epoch", self.step, **row, seconds=round(seconds, 3))
+                if self.best is None or report.mAP > self.best["mAP"]:
+                    self.best = {"mAP": report.mAP, "epoch": epoch}
+                    if step.select == "best":
+                        self._finish(name, epoch, self.kept)
+                self._save_last(name, stage)
+                self.say(_epoch_lines(name, f"{epoch}/{step.epochs}", row, seconds))
+        if self._impatient(step, stage.batches.epoch) and stage.batches.epoch < step.epochs:
+            self.say(f"{TITLES[name]}: no better mAP in {step.patience} epochs, stopping early")
+        return report
 
-    def _evaluate(self) -> MultilabelReport:
-        """Measure the model as it is; ``seen`` keeps the scores."""
-        self.seen = MultilabelAccumulator()
-        return evaluate(self.model, self.forward, self.val_batches(), self.device, seen=self.seen)
+    def _train_epoch(self, name: str, stage: Stage, on_step: Callable[[dict[str, float]], None]) -> dict[str, float]:
+        try:
+            return train_epoch(
+                self.model,
+                self.forward,
+                stage,
+                self.loss,
+                contrastive=name == "step2",
+                device=self.device,
+                on_step=on_step,
+            )
+        except NonFiniteLoss as error:
+            raise dump_batch(self.folder, error, name, stage) from None
+
+    def _impatient(self, step: StepConfig, epochs: int) -> bool:
+        """Whether ``epochs`` epochs are enough: the best one was ``patience`` ago."""
+        return bool(step.patience and self.best is not None and epochs - self.best["epoch"] >= step.patience)
+
+    def _evaluate(self, stage: Stage, row: dict[str, Any]) -> tuple[MultilabelReport, SADCL]:
+        """Measure the trained weights and their average; returns the report and model that config.ema.keep says.
+
+        ``row`` of the history receives the figures, ``seen`` keeps the scores.
+        """
+        models = {"model": self.model} if stage.ema is None else {"model": self.model, "ema": stage.ema.module}
+        seen = {name: MultilabelAccumulator() for name in models}
+        runs = [(model, self.forward_of(model), seen[name]) for name, model in models.items()]
+        predict_all(runs, self.val_batches(), self.device, self.autocast)
+        reports = {name: accumulator.compute() for name, accumulator in seen.items()}
+        keep = self.config.ema.keep if stage.ema is not None else "model"
+        if keep == "better":
+            keep = "ema" if reports["ema"].mAP >= reports["model"].mAP else "model"
+        report, self.seen = reports[keep], seen[keep]
+        row |= {"val_mAP": report.mAP, "val_CF1": report.CF1, "val_OF1": report.OF1}
+        if stage.ema is not None:
+            row |= {"kept": keep, **{f"val_mAP_{name}": other.mAP for name, other in reports.items()}}
+        return report, models[keep]
+
+    def _evaluate_finished(self, name: str) -> MultilabelReport:
+        """Measure the model that a stage ended with, and go on with it."""
+        content = load_checkpoint(self.folder / f"{name}.pt")
+        self.model = self._placed(restore_model(content))
+        self.forward = self.forward_of(self.model)
+        self.thresholds = content["thresholds"]
+        return evaluate(self.model, self.forward, self.val_batches(), self.device, autocast=self.autocast)
+
+    def evaluate_at(self, name: str, size: int) -> MultilabelReport:
+        """Measure the model that a stage ended with on validation pictures of another size.
+
+        Nothing in the model depends on the size: the positions are made for the feature map that comes.
+        """
+        model = self._placed(restore_model(load_checkpoint(self.folder / f"{name}.pt")))
+        data = replace(self.config.data, image_size=size)
+        images = load_validation(data, self.config.seed, self.images.classes)[0]
+        preprocessing = replace(model.preprocessing, size=(size, size))
+        batches = DataLoader(PreprocessedDataset(images, preprocessing), EVAL_BATCH // 4, num_workers=data.workers)
+        return evaluate(model, model, batches, self.device, autocast=self.autocast)
 
     def _start_from_step1(self, contrastive: bool, prototypes: bool) -> None:
         """Put step 1's weights into a fresh model; for step 2 add projection, prototypes and memory bank."""
-        self.model = restore_model(load_checkpoint(self.folder / "step1.pt")).to(self.device)
+        self.model = self._placed(restore_model(load_checkpoint(self.folder / "step1.pt")))
         self.forward = self.forward_of(self.model)
         if not contrastive:
             return
@@ -201,53 +304,40 @@ class Run:
     def val_batches(self) -> DataLoader[Any]:
         return DataLoader(self.val_set, EVAL_BATCH, num_workers=self._workers())
 
-    def _save(self, path: Path, stage: str, epoch: int, training: dict[str, Any] | None = None) -> None:
-        content = {
-            "config": self.config.as_dict(),
-            "classes": list(self.images.classes),
-            "title": self.images.title,
-            "protocol": self.images.protocol,
-            "architecture": self.model.config(),
-            "preprocessing": self.model.preprocessing.to_dict(),
-            "model": self.model.state_dict(),
-            "stage": stage,
-            "epoch": epoch,
-            "step": self.step,
-            "thresholds": self.thresholds,
-            "history": self.history,
-        }
-        save_checkpoint(path, content if training is None else {**content, "training": training})
-
     def _resume_state(self) -> dict[str, Any] | None:
-        """What ``last.pt`` holds, if it is this run; None (and a word about it) if there is nothing yet."""
-        path = self.folder / "last.pt"
-        if not path.is_file():
+        """What to continue from, and a word about it."""
+        state = read_last(self)
+        if state is None:
             self.say(f"nothing to resume in {self.folder}: starting from the beginning")
             return None
-        state = load_checkpoint(path)
-        for key, theirs, ours in _differences(state["config"], self.config.as_dict()):
-            if key not in ("output", "plots", "data.workers", "data.feature_cache", "data.root"):
-                raise CheckpointError(
-                    f"{path}: was started with {key} = {theirs!r}, not {ours!r}; "
-                    f"resume with --config {self.folder / 'config.yaml'}"
-                )
-        if tuple(state["classes"]) != self.images.classes:
-            raise CheckpointError(f"{path}: was started on other labels ({state['title']})")
         self.history = list(state["history"])
-        self.say(f"resuming {TITLES[state['stage']]} after epoch {state['epoch']}")
+        batch = state["training"]["position"]["batch"]
+        middle = f", after batch {batch} of the next" if batch else ""
+        self.say(f"resuming {TITLES[state['stage']]} after epoch {state['epoch']}{middle}")
         return state
 
+    def _finish(self, name: str, epoch: int, model: SADCL) -> None:
+        """Keep a stage's model, with thresholds tuned on the validation scores it was just measured on."""
+        self.thresholds = tune_thresholds(self.seen.scores, self.seen.labels).tolist()
+        save_checkpoint(self.folder / f"{name}.pt", content(self, model, name, epoch))
+        self.thresholds = None
 
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) wherever two nested dicts differ."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted(a.keys() | b.keys()):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += _differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            found.append((prefix + key, x, y))
-    return found
+    def _save_last(self, name: str, stage: Stage) -> None:
+        """Write the checkpoint that a resume begins from."""
+        save_checkpoint(self.folder / "last.pt", content(self, self.model, name, stage.batches.epoch, stage))
+
+
+def _epoch_lines(name: str, epoch: str, row: dict[str, Any], seconds: float) -> str:
+    """What people read after an epoch."""
+    losses, speed = row["losses"], row["speed"]
+    parts = "  ".join(f"{part} {value:.3f}" for part, value in losses.items() if part != "total")
+    both = f" (trained {row['val_mAP_model']:.4f}, average {row['val_mAP_ema']:.4f})" if "kept" in row else ""
+    shares = ", ".join(f"{section} {speed[section]:.0%}" for section in SECTIONS)
+    return (
+        f"{TITLES[name]:<28} epoch {epoch}  val mAP {row['val_mAP']:.4f}{both}  "
+        f"loss {losses['total']:.2f} ({parts})  {seconds:.1f} s\n"
+        f"{'':<28} {speed['images_per_second']:.0f} images/s: {shares}"
+    )
 
 
 def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
@@ -267,8 +357,14 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
     run = Run(config, say)
     reports = run.run(resume)
     metrics = summary(run, reports)
+    if config.eval_image_size:
+        sized = {name: run.evaluate_at(name, config.eval_image_size) for name in reports}
+        metrics[f"at_{config.eval_image_size}"] = {name: report.as_dict() for name, report in sized.items()}
     write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     say(table(run, reports))
+    if config.eval_image_size:
+        for name, report in sized.items():
+            say(f"{TITLES[name]:<28} at {config.eval_image_size} pixels: mAP {report.mAP:.4f}")
     if config.plots:
         draw(run, reports, metrics)
     say(f"done in {time.perf_counter() - began:.0f} s; everything is in {run.folder}/:")

@@ -1,0 +1,110 @@
+"""What a run writes down: checkpoints that it can be resumed from, and the batch that broke it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sadcl.train.checkpoint import CheckpointError, load_checkpoint, write_atomically
+from sadcl.train.config import config_from_dict
+from sadcl.train.loop import NonFiniteLoss, Stage
+
+if TYPE_CHECKING:
+    from sadcl.model import SADCL
+    from sadcl.train.run import Run
+
+__all__ = ["content", "dump_batch", "read_last"]
+
+# Keys that a resumed run may change: they say where things are and what is drawn, not what is computed.
+FREE = ("output", "plots", "checkpoint_every", "data.workers", "data.feature_cache", "data.root")
+
+
+def content(run: Run, model: SADCL, stage: str, epoch: int, training: Stage | None = None) -> dict[str, Any]:
+    """A checkpoint: all that evaluation, prediction and, with ``training``, a resume need.
+
+    Args:
+        run: whose.
+        model: the weights to keep: the trained ones, or their average. The memory bank and prototypes are in it.
+        stage: step1, control or step2.
+        epoch: finished epochs of the stage.
+        training: optimizer, schedule, average, position in the order of images, random generators.
+    """
+    kept = {
+        "config": run.config.as_dict(),
+        "classes": list(run.images.classes),
+        "title": run.images.title,
+        "protocol": run.images.protocol,
+        "architecture": model.config(),
+        "preprocessing": model.preprocessing.to_dict(),
+        "model": model.state_dict(),
+        "stage": stage,
+        "epoch": epoch,
+        "step": run.step,
+        "best": run.best,
+        "thresholds": run.thresholds,
+        "history": run.history,
+    }
+    return kept if training is None else {**kept, "training": training.state_dict()}
+
+
+def read_last(run: Run) -> dict[str, Any] | None:
+    """What ``last.pt`` holds, if it is this run's; None if there is nothing yet.
+
+    Raises:
+        CheckpointError: it is of a run with another config or other labels.
+    """
+    path = run.folder / "last.pt"
+    if not path.is_file():
+        return None
+    state = load_checkpoint(path)
+    theirs = config_from_dict(state["config"]).as_dict()  # an older version's lacks the keys that came since
+    for key, old, new in _differences(theirs, run.config.as_dict()):
+        if key not in FREE:
+            raise CheckpointError(
+                f"{path}: was started with {key} = {old!r}, not {new!r}; "
+                f"resume with --config {run.folder / 'config.yaml'}"
+            )
+    if tuple(state["classes"]) != run.images.classes:
+        raise CheckpointError(f"{path}: was started on other labels ({state['title']})")
+    return state
+
+
+def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) -> NonFiniteLoss:
+    """Write the batch that gave a NaN to ``nonfinite.pt``; returns the error with what to look at."""
+    images, labels = error.batch["images"], error.batch["labels"]
+    position = training.batches
+    where = {"stage": stage, "epoch": position.epoch + 1, "batch": position.batch + 1, "step": training.steps}
+    path = folder / "nonfinite.pt"
+    write_atomically(path, lambda file: torch.save({**error.batch, **where}, file))
+    rate = max(group["lr"] for group in training.optimizer.param_groups)
+    bad = int((~images.isfinite().flatten(1).all(1)).sum())
+    look = [
+        f"{bad} of its {len(images)} inputs are not finite: look at the pictures"
+        if bad
+        else f"its {len(images)} inputs are finite (largest magnitude {float(images.abs().max()):.3g})"
+    ]
+    strange = sorted({value for value in labels.unique().tolist() if value not in (-1.0, 0.0, 1.0)}, key=repr)
+    look += [f"labels that are none of -1, 0, 1: {strange[:5]}"] if strange else []
+    look += [f"the learning rate is {rate:.3g}; a smaller one, or gradient clipping, usually helps"]
+    look += ["amp fp16 overflows above 65504; bf16 does not"] if training.autocast is torch.float16 else []
+    lost = [name for name, value in error.batch["parts"].items() if name != "total" and not math.isfinite(value)]
+    message = (
+        f"{error} ({stage}, epoch {where['epoch']}, batch {where['batch']}; not finite: {', '.join(lost) or 'total'}). "
+        f"The batch is in {path} (images, labels, parts). {'. '.join(look)}."
+    )
+    return NonFiniteLoss(message, error.batch)
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) wherever two nested dicts differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += _differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.append((prefix + key, x, y))
+    return found
