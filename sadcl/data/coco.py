@@ -7,7 +7,6 @@ which is most of its size.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sadcl.data.images import ImageFileError
-from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices
+from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices, read_json
 
 __all__ = ["CocoDataset", "coco"]
 
@@ -104,15 +103,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
         item.pop("segmentation", None)
         return item
 
-    if not os.path.isfile(path):
-        raise ImageFileError(path, "no such annotation file")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=without_polygons)
-    except json.JSONDecodeError as error:
-        raise ImageFileError(path, f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise ImageFileError(path, f"byte {error.start}: not UTF-8 ({error.reason})") from None
+    content = read_json(path, "annotation file", without_polygons)
     needed = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
     for name, keys in needed.items():
         items = content.get(name) if isinstance(content, dict) else None

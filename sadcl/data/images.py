@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +41,9 @@ def _open(path: str | os.PathLike[str], at_least: int | None = None) -> Image:
             return image
     except UnidentifiedImageError:
         raise ImageFileError(path, "not a picture in a known format") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make decoders fail in every way (struct.error, KeyError, ...)
         raise ImageFileError(path, f"cannot be decoded ({error})") from error
 
 
@@ -60,7 +64,10 @@ def load_rgb(path: str | os.PathLike[str], at_least: int | None = None) -> Image
     """
     from PIL import Image, ImageOps
 
-    image = _eight_bits(ImageOps.exif_transpose(_open(path, at_least)))
+    image = _open(path, at_least)
+    with suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data: the picture itself was decoded
+        image = ImageOps.exif_transpose(image)
+    image = _eight_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "NamedListing",
     "label_indices",
     "read_class_names",
+    "read_json",
     "read_lines",
 ]
 
@@ -299,6 +301,30 @@ def read_lines(path: str | os.PathLike[str], what: str) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+def read_json(
+    path: str | os.PathLike[str], what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """The content of a UTF-8 JSON file.
+
+    Args:
+        path: the file.
+        what: what it is, in words, for the message if it is missing.
+        object_hook: see :func:`json.load`.
+
+    Raises:
+        ImageFileError: the file is missing or no JSON; the message says where it ends to be.
+    """
+    if not os.path.isfile(path):
+        raise ImageFileError(path, f"no such {what}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file, object_hook=object_hook)
+    except json.JSONDecodeError as error:
+        raise ImageFileError(path, f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ImageFileError(path, f"byte {error.start}: not UTF-8 ({error.reason})") from None
 
 
 def read_class_names(path: str | os.PathLike[str], count: int | None = None) -> tuple[str, ...]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from sadcl.data.images import ImageFileError
-from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices, read_class_names, read_lines
+from sadcl.data.listing import (
+    Entry,
+    ImageListing,
+    Keep,
+    Missing,
+    label_indices,
+    read_class_names,
+    read_json,
+    read_lines,
+)
 
 __all__ = ["VisualGenome500Dataset"]
 
@@ -91,10 +98,7 @@ def _picture_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_index(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        content: Any = json.loads("\n".join(read_lines(path, "file of labels")))
-    except json.JSONDecodeError as error:
-        raise ImageFileError(path, f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    content = read_json(path, "file of labels")
     if not isinstance(content, dict):
         raise ImageFileError(path, "expected an object: picture name -> list of class indices")
     for name, indices in content.items():

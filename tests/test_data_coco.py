@@ -1,0 +1,139 @@
+"""COCO's format: sparse and unsorted ids, crowds, unlabelled images, damaged files; the data set's own layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PIL = pytest.importorskip("PIL.Image")
+
+from sadcl.data.coco import CocoDataset, coco  # noqa: E402
+from sadcl.data.images import ImageFileError  # noqa: E402
+
+CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}]
+
+
+def instances(**changes: Any) -> dict[str, Any]:
+    """Three images; the second has a crowd and two objects of a class, the third has nothing."""
+    polygon = {"segmentation": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], "area": 3.5, "bbox": [0, 0, 1, 1]}
+    crowd = {"segmentation": {"counts": [3, 4], "size": [10, 8]}, "area": 9, "bbox": [0, 0, 4, 4]}
+    return {
+        "info": {"year": 2014},
+        "licenses": [],
+        "images": [
+            {"id": 458755, "file_name": "COCO_train2014_000000458755.jpg", "width": 8, "height": 10},
+            {"id": 9, "file_name": "COCO_train2014_000000000009.jpg", "width": 8, "height": 10},
+            {"id": 42, "file_name": "sub/räksmörgås 42.jpg", "width": 8, "height": 10},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 90, "iscrowd": 0, **polygon},
+            {"id": 2, "image_id": 458755, "category_id": 13, "iscrowd": 0, **polygon},
+            {"id": 3, "image_id": 9, "category_id": 90, "iscrowd": 0, **polygon},
+            {"id": 4, "image_id": 9, "category_id": 1, "iscrowd": 1, **crowd},
+        ],
+        "categories": CATEGORIES,
+        **changes,
+    }
+
+
+def tree(root: Path, content: dict[str, Any], year: int = 2014, split: str = "train") -> Path:
+    for item in content["images"]:
+        path = root / f"{split}{year}" / item["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.new("RGB", (8, 10), (item["id"] % 256, 0, 0)).save(path)
+    (root / "annotations").mkdir(exist_ok=True)
+    path = root / "annotations" / f"instances_{split}{year}.json"
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("year", "split"), [(2014, "train"), (2014, "val"), (2017, "train"), (2017, "val")])
+def test_labels_in_the_order_of_category_ids(tmp_path: Path, year: int, split: str) -> None:
+    tree(tmp_path, instances(), year, split)
+    dataset = coco(tmp_path, year, split, 8)
+    assert dataset.classes == ("person", "stop sign", "toothbrush")
+    assert [row.tolist() for _, row in dataset] == [[0, 1, 0], [1, 0, 1], [0, 0, 0]]
+    assert [Path(path).name for path in dataset.paths] == [
+        "COCO_train2014_000000458755.jpg",
+        "COCO_train2014_000000000009.jpg",
+        "räksmörgås 42.jpg",
+    ]
+    assert dataset.summary().startswith(f"COCO {year} {split}: 3 images, 3 labels, 1.00 labels an image")
+
+
+def test_unlabelled_images_are_kept_unless_told(tmp_path: Path) -> None:
+    tree(tmp_path, instances())
+    assert len(coco(tmp_path, 2014, "train", 8)) == 3
+    dropped = coco(tmp_path, 2014, "train", 8, empty_images="drop")
+    assert len(dropped) == 2 and dropped.dropped == {"without a label": 1}
+
+
+def test_given_classes_decide_the_order_and_must_cover_what_is_annotated(tmp_path: Path) -> None:
+    path = tree(tmp_path, instances())
+    root = tmp_path / "train2014"
+    dataset = CocoDataset(path, 8, ("toothbrush", "person", "unicorn", "stop sign"), root=root)
+    assert [row.tolist() for _, row in dataset] == [[0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match=r"json: label '.*' is not one of the classes: person"):
+        CocoDataset(path, 8, ("person",), root=root)
+    path = tree(tmp_path, instances(annotations=[]))
+    assert len(CocoDataset(path, 8, ("person",), root=root)) == 3, "categories that no image has may be others"
+
+
+def test_folder_with_its_json_beside_the_pictures(tmp_path: Path) -> None:
+    content = instances(images=[{"id": 0, "file_name": "a b.png"}], annotations=[{"image_id": 0, "category_id": 1}])
+    PIL.new("RGB", (8, 10)).save(tmp_path / "a b.png")
+    (tmp_path / "_annotations.coco.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    dataset = CocoDataset(tmp_path / "_annotations.coco.json", 8)
+    assert dataset[0][1].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "a list 'images'"),
+        ({"categories": {}}, "a list 'categories'"),
+        ({"images": [{"id": 3}]}, r"images\[0\]: expected id and file_name, got {'id': 3}"),
+        ({"annotations": [{"image_id": 9, "category_id": 2}]}, r"annotations\[0\]: no category has the id 2"),
+        ({"annotations": [{"image_id": 8, "category_id": 1}]}, r"annotations\[0\]: no image has the id 8"),
+        ({"annotations": [{"image_id": 9}]}, r"annotations\[0\]: expected image_id and category_id"),
+        ({"images": [{"id": 9, "file_name": "a"}, {"id": 9, "file_name": "b"}]}, "two images have the id 9"),
+        ({"categories": [*CATEGORIES, {"id": 1, "name": "x"}]}, "two categories have the id 1"),
+        ({"categories": [*CATEGORIES, {"id": 2, "name": "person"}]}, "class 'person' occurs twice"),
+    ],
+)
+def test_mistakes_in_the_json_name_the_file_and_the_item(tmp_path: Path, changes: dict, message: str) -> None:
+    tree(tmp_path, instances())
+    path = tmp_path / "annotations" / "instances_train2014.json"
+    path.write_text(json.dumps(instances(**changes)))
+    with pytest.raises(ValueError, match=message) as caught:
+        coco(tmp_path, 2014, "train", 8)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_files_that_are_no_json_or_not_there(tmp_path: Path) -> None:
+    path = tree(tmp_path, instances())
+    whole = json.dumps(instances(), indent=1)
+    path.write_text(whole[: whole.index("annotations") + 20])
+    lines = path.read_text().count("\n") + 1
+    with pytest.raises(ImageFileError, match=rf"instances_train2014.json: line {lines}, column \d+: not JSON"):
+        coco(tmp_path, 2014, "train", 8)
+    path.write_bytes(b'{"images": ["\xff"]}')
+    with pytest.raises(ImageFileError, match="byte 13: not UTF-8"):
+        coco(tmp_path, 2014, "train", 8)
+    path.write_text("[1, 2]")
+    with pytest.raises(ImageFileError, match="a list 'images'"):
+        coco(tmp_path, 2014, "train", 8)
+    with pytest.raises(ImageFileError, match=r"instances_val2014.json: no such annotation file"):
+        coco(tmp_path, 2014, "val", 8)
+
+
+def test_missing_image_names_the_annotation_file(tmp_path: Path) -> None:
+    path = tree(tmp_path, instances())
+    (tmp_path / "train2014" / "COCO_train2014_000000000009.jpg").unlink()
+    with pytest.raises(ImageFileError, match=r"000000000009.jpg: no such picture file \(image id 9 of") as caught:
+        coco(tmp_path, 2014, "train", 8)
+    assert str(path) in str(caught.value)
+    assert len(coco(tmp_path, 2014, "train", 8, missing_images="drop")) == 2
