@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import backends_here
 
+from sadcl import functional as F
 from sadcl.functional import compact_labels
-from sadcl.testing import RAGGED, layouts, make_labels, poisoned_allocations
+from sadcl.testing import RAGGED, layouts, make_features, make_labels, poisoned_allocations, value_and_grads
 
 BACKENDS = backends_here("compact")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8]
@@ -70,3 +71,32 @@ def test_wrong_shapes_and_types() -> None:
         compact_labels(torch.ones(2, 2, dtype=torch.complex64))
     with pytest.raises(RuntimeError, match="compact has no such implementation|cannot run compact"):
         compact_labels(torch.ones(2, 2), "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_capacity(backend: str) -> None:
+    labels = make_labels(6, 5)
+    count = int(labels.sum())
+    full, bounded = compact_labels(labels, backend), compact_labels(labels, backend, capacity=count)
+    assert bounded.pairs.tolist() == full.pairs[:count].tolist() and not bounded.overflowed
+    assert compact_labels(labels, backend, capacity=1000).pairs.shape == (30,)
+    x = make_features(6, 2, 5, 16)
+    results = [
+        value_and_grads(lambda x: F.sample_contrastive_loss(x, labels, active=active, backend=backend), x)
+        for active in (full, bounded)
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"capacity: the labels have {count} active pairs, more than {count - 1}"):
+        compact_labels(labels, backend, capacity=count - 1)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="capacity: expected None or an integer > 0"):
+            compact_labels(labels, backend, capacity=wrong)
+
+
+def test_capacity_compiles() -> None:
+    labels, x = make_labels(6, 5), make_features(6, 2, 5, 16)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return F.sample_contrastive_loss(x, labels, active=compact_labels(labels, capacity=25))
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))

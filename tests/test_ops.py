@@ -60,7 +60,8 @@ def test_opcheck(name: str, dtype: torch.dtype, grad: bool, backend: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_compact(backend: str) -> None:
     for labels in (make_labels(5, 4, "ignored"), make_labels(3, 2).t().bool()):
-        opcheck(ops.compact.default, (labels, backend))
+        opcheck(ops.compact.default, (labels, labels.numel(), backend))
+        opcheck(ops.compact.default, (labels, 19, backend))
 
 
 @pytest.mark.parametrize("name, backend", OPS_AND_BACKENDS)

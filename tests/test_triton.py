@@ -78,7 +78,7 @@ def arguments(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, tor
 
 def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
     """Every op, forward and backward called directly; what comes out."""
-    active = OP.compact(a["labels"], "triton")
+    active = OP.compact(a["labels"], a["labels"].numel(), "triton")
     outputs = list(active)
     x, tau = a["features"], a["tau"]
     forward = OP.sscl(x, *active[:2], tau, True, False, True, "triton")
@@ -107,7 +107,7 @@ def test_fake_cuda_tensors_pass_through_every_op() -> None:
 
 def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
     """A training step's losses, with autograd."""
-    pairs, class_ptr, target = OP.compact(a["labels"], "triton")
+    pairs, class_ptr, target = OP.compact(a["labels"], a["labels"].numel(), "triton")
     samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, True, "triton")[0]
     classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
     images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")[0]

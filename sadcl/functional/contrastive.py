@@ -32,19 +32,21 @@ class ContrastiveStats(NamedTuple):
     positives: Tensor
 
 
-def compact_labels(labels: Tensor, backend: str | None = None) -> Active:
+def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int | None = None) -> Active:
     """Compact labels once for several losses; pass the result as their ``active=``.
 
     Args:
         labels: ``[B, C]`` of any real dtype; 1 active, 0 not, -1 ignored.
         backend: ``None``, ``"cpp"``, ``"triton"`` or ``"torch"``.
+        capacity: the most active pairs there can be; the losses' buffers follow it. Default: ``B * C``.
 
     Returns:
         :class:`sadcl.ops.compact.Active`, whose docstring has a worked example.
 
     Raises:
         ValueError: if the rank is not 2, a dimension is empty, or (on a CPU, or with ``SADCL_CHECK=1``) a value is
-            something else.
+            something else, or there are more active pairs than ``capacity``. (On a GPU without the check the losses
+            become NaN then, and :attr:`Active.overflowed` is true.)
         TypeError: if ``labels`` is not a tensor or is complex.
     """
     check.check_tensor("labels", labels, (2,), "[B, C]")
@@ -52,7 +54,9 @@ def compact_labels(labels: Tensor, backend: str | None = None) -> Active:
     if labels.is_complex():
         raise TypeError(f"labels: expected a real dtype, got {labels.dtype}")
     name = resolve(backend, "compact", labels.device, _compact.IMPLEMENTED)
-    return _compact.compact(labels, "torch" if name == "reference" else name)
+    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+        raise ValueError(f"capacity: expected None or an integer > 0, got {capacity!r}")
+    return _compact.compact(labels, capacity, "torch" if name == "reference" else name)
 
 
 def contrastive_stats(labels: Tensor, views: int = 1, *, active: Active | None = None) -> ContrastiveStats:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,12 @@ class Active(NamedTuple):
     The count of pairs is ``class_ptr[-1]``; the rest of ``pairs`` is 0. No shape depends on the data, so nothing has to
     be read back from the device.
 
+    A caller who knows a bound on the active pairs gives it as ``capacity``: what the losses allocate follows it. More
+    pairs than that is a ValueError on a CPU (and with ``SADCL_CHECK=1``); on a GPU, where nothing is read back, the
+    losses become NaN and :attr:`overflowed` says why.
+
     Attributes:
-        pairs: int32 ``[B * C]``.
+        pairs: int32 ``[B * C]``, or ``[capacity]``.
         class_ptr: int32 ``[C + 1]``.
         target: int8 ``[B, C]``; 1 active, 0 not, -1 ignored.
     """
@@ -32,6 +37,11 @@ class Active(NamedTuple):
     pairs: Tensor
     class_ptr: Tensor
     target: Tensor
+
+    @property
+    def overflowed(self) -> Tensor:
+        """0-d bool: more active pairs than the caller's capacity, which the losses answer with NaN."""
+        return self.class_ptr[-1] > self.pairs.shape[0]
 
 
 def _cpp(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,26 +79,44 @@ def check_label_values(labels: Tensor) -> None:
         raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
 
 
-def _empty(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(labels: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     b, c = labels.shape
     return (
-        labels.new_empty(b * c, dtype=torch.int32),
+        labels.new_empty(b * c if capacity is None else min(capacity, b * c), dtype=torch.int32),
         labels.new_empty(c + 1, dtype=torch.int32),
         labels.new_empty((b, c), dtype=torch.int8),
     )
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("compact", "compact"), "torch": _torch}
+def _bounded(implementation: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
+    """The pairs of ``implementation``, no more than ``capacity`` of them."""
+
+    def run(labels: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+        pairs, class_ptr, target = implementation(labels)
+        if capacity >= labels.numel():
+            return pairs, class_ptr, target
+        if (labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1") and class_ptr[-1] > capacity:
+            raise ValueError(f"capacity: the labels have {class_ptr[-1].item()} active pairs, more than {capacity}")
+        return pairs[:capacity], class_ptr, target
+
+    return run
+
+
+_IMPLEMENTATIONS = {
+    "cpp": _bounded(_cpp),
+    "triton": _bounded(triton_kernel("compact", "compact")),
+    "torch": _bounded(_torch),
+}
 IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
     "compact",
-    "(Tensor labels, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor labels, int capacity, str backend) -> (Tensor, Tensor, Tensor)",
     _IMPLEMENTATIONS,
-    lambda labels, backend: _empty(labels),
+    lambda labels, capacity, backend: _empty(labels, capacity),
 )
 
 
-def compact(labels: Tensor, backend: str) -> Active:
+def compact(labels: Tensor, capacity: int | None, backend: str) -> Active:
     """Run the op on ``labels [B, C]``."""
-    return Active(*torch.ops.sadcl.compact(labels, backend))
+    return Active(*torch.ops.sadcl.compact(labels, labels.numel() if capacity is None else capacity, backend))
