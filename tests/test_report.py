@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "
 from PIL import Image  # noqa: E402
 
 from sadcl.cli import main  # noqa: E402
-from sadcl.metrics import average_precision  # noqa: E402
+from sadcl.metrics import average_precision, multilabel_report  # noqa: E402
 from sadcl.train.analysis import (  # noqa: E402
     cooccurrence_confusion,
     precision_recall,
@@ -27,6 +29,7 @@ from sadcl.train.analysis import (  # noqa: E402
     similarity_order,
 )
 from sadcl.train.html import Html, escape, page, section, table  # noqa: E402
+from sadcl.train.report_page import Shown, _stages  # noqa: E402
 
 NAMES = ["<script>alert(1)</script>", 'Ünï & "quoted"', "$x^$ _y", "_日本", "a" * 70]
 
@@ -207,6 +210,18 @@ def test_prototypes_that_are_alike_lie_together() -> None:
     assert {frozenset(order[i : i + 2]) for i in (0, 2, 4)} == {frozenset((i, i + 3)) for i in range(3)}
     assert similarity_order(similarity[:2, :2]) == [0, 1]
     assert prototype_similarity(SADCLHead(8, 2, num_heads=2, ffn_dim=8, contrastive=False)) is None
+
+
+def test_other_sizes_and_speed_are_shown() -> None:
+    scores, labels = torch.rand(20, 3), torch.randint(0, 2, (20, 3))
+    report = multilabel_report(scores, labels)
+    speed = {"images_per_second": 123.4, "data": 0.25, "forward": 0.75}
+    history = [{"stage": "step1", "epoch": 3, "speed": speed}]
+    metrics = {"history": history, "at_576": {"step1": {**report.as_dict(), "mAP": 0.8771}}}
+    outputs: Any = SimpleNamespace(scores=scores, labels=labels)
+    text = _stages(Shown("run", metrics, {"step1": report}, outputs, [], None, ""))
+    assert "the same at 576 pixels" in text and "0.877" in text
+    assert ">123<" in text and ">25%<" in text and ">75%<" in text
 
 
 def test_table_cells() -> None:

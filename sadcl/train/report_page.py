@@ -87,6 +87,9 @@ def _stages(shown: Shown) -> Html:
         epochs = [row["epoch"] for row in shown.metrics["history"] if row["stage"] == name]
         figures = (report.mAP, report.CF1, report.OF1, report.CP, report.CR, report.OP, report.OR)
         rows.append([STAGE_NAMES.get(name, name), max(epochs, default=0), *figures])
+        for size, measured in _other_sizes(shown.metrics):
+            figures = tuple(measured[name][key] for key in ("mAP", "CF1", "OF1", "CP", "CR", "OP", "OR"))
+            rows.append([f"the same at {size} pixels", max(epochs, default=0), *figures])
     head = ["stage", "epochs", "mAP", "CF1", "OF1", "CP", "CR", "OP", "OR"]
     tuned = multilabel_report(shown.outputs.scores, shown.outputs.labels, shown.tuned)
     last = list(shown.reports.values())[-1]
@@ -96,7 +99,26 @@ def _stages(shown: Shown) -> Html:
         table(head, rows, f"On {last.num_images} validation pictures, each stage at its end [{last.protocol}]."),
         f"With a threshold of its own for every label, the last stage has CF1 {tuned.CF1:.3f} and OF1 {tuned.OF1:.3f} "
         "instead; these two are optimistic, since the thresholds were tuned on the same pictures.",
+        _speed(shown.metrics["history"]),
     )
+
+
+def _other_sizes(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(pixels, figures by stage) of what was also measured at another size."""
+    return [(key[3:], value) for key, value in metrics.items() if key.startswith("at_") and key[3:].isdigit()]
+
+
+def _speed(history: list[dict[str, Any]]) -> Html:
+    """Images a second and shares of time of every stage's last epoch, where the run measured them."""
+    last = {row["stage"]: row["speed"] for row in history if "speed" in row}
+    if not last:
+        return Html("")
+    parts = [key for key in next(iter(last.values())) if key != "images_per_second"]
+    rows = [
+        [STAGE_NAMES.get(name, name), round(speed["images_per_second"]), *(f"{speed[part]:.0%}" for part in parts)]
+        for name, speed in last.items()
+    ]
+    return table(["stage", "images/s", *parts], rows, "Training speed in the last epoch, and where its time went.")
 
 
 def _curves(shown: Shown) -> Html:
