@@ -74,12 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from sadcl.train.config import parse_config
+    from sadcl.train.config import parse_arguments
 
-    config, resume = parse_config(arguments)  # before anything heavy is imported: --help is quick
+    asked = parse_arguments(arguments)  # before anything heavy is imported: --help is quick
+    if asked.dry_run:
+        from sadcl.train.plan import plan
+
+        print(plan(asked.config))
+        return 0
     from sadcl.train.run import train
 
-    train(config, resume)
+    train(asked.config, asked.resume)
     return 0
 
 
