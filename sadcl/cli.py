@@ -1,4 +1,4 @@
-"""The console script ``sadcl``: train, eval, study, predict, export, fetch, doctor.
+"""The console script ``sadcl``: train, eval, study, predict, export, bench, fetch, doctor.
 
 Each command imports what it needs when it runs, so that ``sadcl doctor`` works on an install without the
 ``[train]`` extra. What a user can get wrong ends in one line and exit code 2 (``SADCL_TRACEBACK=1`` shows
@@ -21,6 +21,7 @@ COMMANDS = {
     "study": "does the method help on these pictures? every arm on paired seeds (an hour; resumes)",
     "predict": "labels, probabilities and attention overlays for pictures, folders, or paths on stdin",
     "export": "backbone and head as one ONNX or torch.export program",
+    "bench": "every op on this machine against torch: time and peak memory, after a correctness gate (from a checkout)",
     "fetch": "bring the photo cut-outs for the demo onto this machine (Debian, Ubuntu)",
     "doctor": "which backends work on this machine, and why the others do not",
 }
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "study": _study,
             "predict": _predict,
             "export": _export,
+            "bench": _bench,
             "fetch": _fetch,
             "doctor": _doctor,
         }[name](rest)
@@ -101,7 +103,13 @@ def _study(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sadcl eval", description=COMMANDS["eval"])
     parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
-    parser.add_argument("--csv", help="measure on this list (lines of path,label;label) instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--csv", metavar="FILE", help="measure on this list (lines of path,label;label) instead")
+    instead.add_argument(
+        "--jsonl", metavar="FILE", help="measure on this list (JSON lines with path and labels) instead"
+    )
+    instead.add_argument("--coco-json", metavar="FILE", help="measure on the pictures of this COCO-format file instead")
+    instead.add_argument("--voc-archive", metavar="FILE", help="measure nothing: write VOC 2012 test's server archive")
     parser.add_argument("--root", help="folder of the pictures, if they have moved since training")
     parser.add_argument(
         "--threshold",
@@ -116,7 +124,15 @@ def _eval(arguments: list[str]) -> int:
 
     from sadcl.train.evaluate import evaluate_checkpoint
 
-    report, about = evaluate_checkpoint(options.checkpoint, options.csv, options.root, options.threshold)
+    if options.voc_archive:
+        from sadcl.train.voc_archive import voc_archive
+
+        path, count, competition = voc_archive(options.checkpoint, options.voc_archive, options.root)
+        print(f"{path}: {count} pictures, competition comp{competition}")
+        return 0
+    source = next((name for name in ("csv", "jsonl", "coco_json") if getattr(options, name)), "csv")
+    pictures = getattr(options, source)
+    report, about = evaluate_checkpoint(options.checkpoint, pictures, options.root, options.threshold, source)
     if options.json:
         print(json.dumps({**report.as_dict(), "images": about}, indent=1))
         return 0
@@ -142,6 +158,15 @@ def _export(arguments: list[str]) -> int:
     from sadcl.export import main as export
 
     return export(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    if not os.path.isfile(os.path.join("benchmarks", "device.py")):
+        raise ValueError("benchmarks are not installed with the package: run this in a checkout's folder")
+    sys.path.insert(0, os.getcwd())
+    from benchmarks.device import main as bench
+
+    return bench(arguments)
 
 
 def _fetch(arguments: list[str]) -> int:

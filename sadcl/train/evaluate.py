@@ -30,15 +30,20 @@ def restore_model(content: dict[str, Any]) -> SADCL:
 
 
 def evaluate_checkpoint(
-    path: str | os.PathLike[str], csv: str | None = None, root: str | None = None, threshold: float | str = 0.5
+    path: str | os.PathLike[str],
+    pictures: str | None = None,
+    root: str | None = None,
+    threshold: float | str = 0.5,
+    source: str = "csv",
 ) -> tuple[MultilabelReport, str]:
     """Measure a checkpoint.
 
     Args:
         path: a file of ``sadcl train``.
-        csv: a list of pictures to measure on; default: the validation images of the checkpoint's own config.
-        root: where the pictures of that config are now.
+        pictures: a list of pictures to measure on; default: the validation images of the checkpoint's own config.
+        root: where the pictures of that config, or of the list, are now.
         threshold: of the precision and recall figures; ``"tuned"``: the checkpoint's own, one per class.
+        source: what kind of list ``pictures`` is: csv, jsonl or coco_json.
 
     Returns:
         The report, and what it was measured on in words.
@@ -47,12 +52,12 @@ def evaluate_checkpoint(
     model = restore_model(content)
     limits = thresholds_of(content, threshold) if isinstance(threshold, str) else threshold
     config: TrainConfig = config_from_dict(content["config"])
-    data = replace(config.data, source="csv", val_csv=csv) if csv else config.data
-    data = replace(data, root=root) if root else data
+    data = config.data.validated_on(source, pictures) if pictures else config.data
+    data = replace(data, root=root, val_folder=None) if root else data
     images, classes, about = load_validation(data, config.seed, tuple(content["classes"]))
     if classes != tuple(content["classes"]):
         raise CheckpointError(f"{path}: its labels are not those of {about}")
-    if threshold == "tuned" and not csv:
+    if threshold == "tuned" and not pictures:
         about += "; the thresholds were tuned on these pictures, so their precision and recall are optimistic"
     return _evaluate_pictures(model, images, limits, data.workers), about
 
