@@ -19,7 +19,7 @@ ROWS, WIDTH, CLASSES, TEMPERATURE = 4096, 128, 100, 0.1
 def plain(x: Tensor, y: Tensor) -> Tensor:
     """The formula with its N x N matrices, no more of them than needed."""
     s = x @ x.t() / TEMPERATURE
-    itself = torch.eye(len(x), dtype=torch.bool)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     positive = (y[:, None] == y[None, :]) & ~itself
     log_probability = s - torch.logsumexp(s.masked_fill(itself, float("-inf")), dim=1, keepdim=True)
     return -((log_probability * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,24 @@ import torch
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "gpu_static.md"
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-PRODUCTS = ("sscl._sweep_kernel", "sscl._pair_maximum_kernel", "sscl_backward._gradient_kernel")
+PRODUCTS = (
+    "sscl._sweep_kernel",
+    "sscl._pair_maximum_kernel",
+    "sscl_backward._gradient_kernel",
+    "label_attention._attend_kernel",
+    "label_attention._weight_kernel",
+    "label_attention_backward._score_gradient_kernel",
+    "label_attention_backward._query_gradient_kernel",
+    "label_attention_backward._key_gradient_kernel",
+)
+# What a table's rows are compiled for.
+_OF_TABLE = {
+    "sscl": {"_sweep_kernel"},
+    "sscl_backward": {"_gradient_kernel"},
+    "label_attention": {"_attend_kernel", "_weight_kernel"},
+    "label_attention_backward": {"_score_gradient_kernel"},
+    "label_attention_product": {"_query_gradient_kernel", "_key_gradient_kernel"},
+}
 _TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -196,7 +213,26 @@ def record(arch: str, dtype: torch.dtype) -> list[Any]:
         logits = group_classifier.group_classifier(h, weight, meta(c, dtype=dtype))
         group_classifier.group_classifier_backward(logits, h, weight, True, True)
         bank.bank_update(meta(b, c, e), h, logits, meta(b, c), 0.8, False)
+        _record_label_attention(meta, dtype)
     return launches
+
+
+def _record_label_attention(meta: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    """The published head: 80 labels, 196 positions, width 2048, 4 heads. Folded with shared queries, positions and
+    dropout, then plain with padding and weights."""
+    from sadcl.kernels.label_attention import label_attention
+    from sadcl.kernels.label_attention_backward import label_attention_backward
+
+    b, c, length, heads, d = 32, 80, 196, 4, 512
+    memory, pos = meta(b, length, 1, heads * d, dtype=dtype), meta(b, length, heads * d, dtype=dtype)
+    query, seed = meta(1, c, heads, heads * d, dtype=dtype), meta(1, dtype=torch.int64)
+    folded = (query, memory, None, pos, None, seed)
+    key, value = (meta(b, length, heads, d, dtype=dtype) for _ in range(2))
+    plain = (meta(b, c, heads, d, dtype=dtype), key, value, None, meta(b, length, dtype=torch.bool), None)
+    for inputs, dropout, need_weights in ((folded, 0.1, False), (plain, 0.0, True)):
+        context, mass, weights, lse = label_attention(*inputs, d**-0.5, dropout, need_weights)
+        label_attention_backward(context, None, weights if need_weights else None, *inputs, context, mass, weights,
+                                 lse, d**-0.5, dropout, [True, True, need_weights])  # fmt: skip
 
 
 def cases(arch: str, everything: bool) -> Iterator[tuple[str, Any]]:
@@ -226,7 +262,7 @@ def cases(arch: str, everything: bool) -> Iterator[tuple[str, Any]]:
                 for tile in _tiles.candidates(op, PARTS[arch], kind)[1:]:
                     with mock.patch.object(_tiles, "candidates", lambda *_, tile=tile: (tile,)):
                         for launch in record(arch, dtype):
-                            if launch.name == {"sscl": "_sweep_kernel", "sscl_backward": "_gradient_kernel"}[op]:
+                            if launch.name in _OF_TABLE[op]:
                                 yield operands, launch
 
 
