@@ -7,6 +7,7 @@ score of 1 / 0.07 is already off by 5e-7. Oracle: :func:`sadcl.reference.pscl.ps
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,23 +56,39 @@ def _cpp(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tens
     return outputs
 
 
-def _unit(x: Tensor, norm: Tensor) -> Tensor:
-    return torch.where(norm[..., None] == 0, 0.0, x.to(norm.dtype) / norm[..., None])
+# Images at a time, so that float64 copies of them stay in a CPU's cache (2 MB); elsewhere launches cost more.
+_CHUNK = {"cpu": 1 << 18}
+
+
+def _chunks(features: Tensor) -> Iterator[slice]:
+    b, c, d = features.shape
+    step = max(1, _CHUNK.get(features.device.type, 1 << 24) // (c * d))
+    return (slice(start, start + step) for start in range(0, b, step))
+
+
+def _safe(norm: Tensor) -> Tensor:
+    """To divide by: a zero vector stays one."""
+    return torch.where(norm == 0, 1.0, norm)
 
 
 def _torch(features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool) -> Outputs:
-    wide = norm_dtype(features.device)
-    norm_x = torch.linalg.vector_norm(features.to(wide), dim=-1)
-    norm_p = torch.linalg.vector_norm(prototypes.to(wide), dim=-1)
-    score = (_unit(features, norm_x) * _unit(prototypes, norm_p)).sum(dim=-1) / temperature
+    class_loss, score, norm_x, norm_p, lse = _allocate(features, prototypes)
+    wide = norm_p.dtype
+    torch.linalg.vector_norm(prototypes.to(wide), dim=-1, out=norm_p)
+    unit = prototypes.to(wide) / _safe(norm_p)[:, None]
+    for part in _chunks(features):
+        x = features[part].to(wide)
+        norm_x[part] = torch.linalg.vector_norm(x, dim=-1)
+        score[part] = torch.linalg.vecdot(x, unit) / _safe(norm_x[part])
+    score /= temperature
     positive, valid = target == 1, target != -1
-    lse = torch.stack([_logsumexp(score, valid), _logsumexp(score, positive)])
+    lse[0], lse[1] = _logsumexp(score, valid), _logsumexp(score, positive)
     has_positive = positive.any(dim=0)
-    class_loss = torch.where(has_positive, lse[0] - lse[1], 0.0)
+    class_loss.copy_(torch.where(has_positive, lse[0] - lse[1], 0.0))
     if released:
         highest = score.masked_fill(~valid, float("-inf")).amax(dim=0)
-        class_loss = torch.where(~has_positive & valid.any(dim=0), lse[0] - highest, class_loss)
-    return class_loss.to(accumulation_dtype(features.dtype)), score.contiguous(), norm_x.contiguous(), norm_p, lse
+        class_loss.copy_(torch.where(~has_positive & valid.any(dim=0), lse[0] - highest, class_loss))
+    return class_loss, score, norm_x, norm_p, lse
 
 
 def _logsumexp(score: Tensor, chosen: Tensor) -> Tensor:
@@ -137,21 +154,20 @@ def _backward_torch(
         grad_score = torch.where(has_positive, grad_score, 0.0)
     grad_score = grad_score * grad_class
     grad_temperature = -(grad_score * torch.where(valid, score, 0.0)).sum() / temperature
-    z, u = _unit(features, norm_x), _unit(prototypes, norm_p)
-    grad_cosine = (grad_score / temperature)[..., None]
-    cosine = (score * temperature)[..., None]
-    grad_features = _over(grad_cosine * torch.where(valid[..., None], u - cosine * z, 0.0), norm_x)
-    grad_prototypes = _over((grad_cosine * torch.where(valid[..., None], z - cosine * u, 0.0)).sum(dim=0), norm_p)
-    return (
-        grad_features.to(features.dtype).contiguous(),
-        grad_prototypes.to(prototypes.dtype).contiguous(),
-        grad_temperature.to(temperature.dtype),
-    )
-
-
-def _over(gradient: Tensor, norm: Tensor) -> Tensor:
-    """Divide by the norm; a zero vector has gradient 0."""
-    return torch.where(norm[..., None] == 0, 0.0, gradient.to(norm.dtype) / norm[..., None])
+    wide = norm_p.dtype
+    unit = prototypes.to(wide) / _safe(norm_p)[:, None]
+    grad_cosine = torch.where(valid, grad_score / temperature, 0.0)[..., None]
+    cosine = torch.where(valid, score * temperature, 0.0)[..., None]
+    has_length, grad_unit = (norm_x > 0)[..., None], torch.zeros_like(unit)
+    grad_features = features.new_empty(features.shape)
+    for part in _chunks(features):
+        length = _safe(norm_x[part])[..., None]
+        z = torch.where(valid[part][..., None], features[part].to(wide), 0.0).div_(length)
+        # dL/dz through the normalisations: (u - cos z) / |x| and (z - cos u) / |p|, 0 for zero vectors
+        grad_unit += (grad_cosine[part] * (z - cosine[part] * unit)).sum(dim=0)
+        grad_features[part] = has_length[part] * grad_cosine[part] * (unit - cosine[part] * z) / length
+    grad_prototypes = torch.where(norm_p[:, None] == 0, 0.0, grad_unit / _safe(norm_p)[:, None])
+    return grad_features, grad_prototypes.to(prototypes.dtype), grad_temperature.to(temperature.dtype)
 
 
 _IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("pscl", "pscl"), "torch": _torch}
