@@ -127,7 +127,8 @@ class Bench:
 
     def close(self) -> None:
         """Remove the feature maps (about 64 KB an image)."""
-        shutil.rmtree(self.features, ignore_errors=True)
+        if self.frozen:
+            shutil.rmtree(self.features, ignore_errors=True)
 
     def _step1(self, rate: float) -> nn.Module:
         """SARL after step 1, trained when the first trial asks for it; all arms have the same rate there."""
