@@ -85,7 +85,7 @@ class PartConfig:
 
 
 def _finetuned() -> PartConfig:
-    """Small, since an image costs 40 times a cached map; one candidate an arm, with the weights the frozen part chose."""
+    """Small: an image costs 40 times a cached map. One candidate an arm, with the weights the frozen part chose."""
     return PartConfig(
         arms=["linear", "sarl", "all-paper"],
         seeds=list(range(21, 26)),
