@@ -125,7 +125,64 @@ SSCL_BACKWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "interpret": SSCL["interpret"],
 }
-TABLES = {"sscl": SSCL, "sscl_backward": SSCL_BACKWARD}
+# Label attention, forward and score gradients. 64 rows: 320 (4 heads of 80 labels, folded) are 5 blocks without a
+# remainder, and B=32 makes 160 items, more than one a processor. The same tile serves scores (keys across) and context
+# (width across). 4 warps spill 16 to 860 bytes beside the positions' loads and dropout, 8 warps none.
+LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": {
+        "half": (Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3)),
+        "single": (Tile(64, 64, 16, 8, 2),),
+        "tf32": (Tile(64, 64, 16, 8, 3),),
+        "double": (Tile(32, 32, 16, 4, 2),),
+    },
+    "sm_90": {
+        "half": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
+        "single": (Tile(64, 64, 16, 8, 2),),
+        "tf32": (Tile(64, 64, 32, 8, 3),),
+        "double": (Tile(32, 32, 16, 4, 2),),
+    },
+    "sm_100": {
+        "half": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
+        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 32 bytes
+        "tf32": (Tile(64, 64, 32, 8, 3),),
+        "double": (Tile(32, 32, 16, 4, 2),),
+    },
+    "gfx942": {
+        "half": (Tile(64, 64, 64, 4, 2),),
+        "single": (Tile(64, 64, 16, 4, 2),),
+        "tf32": (Tile(64, 64, 16, 4, 2),),
+        "double": (Tile(32, 32, 16, 4, 1),),
+    },
+    "small": {
+        "half": (Tile(64, 64, 32, 8, 2),),
+        "single": (Tile(64, 64, 16, 8, 2),),
+        "tf32": (Tile(64, 64, 16, 8, 2),),
+        "double": (Tile(32, 32, 16, 4, 1),),
+    },
+    "interpret": {kind: (Tile(16, 16, 32, 4, 2),) for kind in ("half", "single", "tf32", "double")},
+}
+# Products of the backward, [rows or keys, width]: no epilogue to share registers with, so 4 warps do.
+LABEL_ATTENTION_PRODUCT: dict[str, dict[str, tuple[Tile, ...]]] = {
+    **LABEL_ATTENTION,
+    "sm_80": {
+        **LABEL_ATTENTION["sm_80"],
+        "half": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
+        "single": (Tile(64, 32, 16, 8, 2), Tile(64, 32, 32, 8, 2)),  # 64 x 64 spills 16 bytes
+    },
+    "sm_90": {**LABEL_ATTENTION["sm_90"], "half": (Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 8, 3))},
+    "sm_100": {
+        **LABEL_ATTENTION["sm_100"],
+        "half": (Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 8, 3)),
+        "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2)),
+    },
+}
+TABLES = {
+    "sscl": SSCL,
+    "sscl_backward": SSCL_BACKWARD,
+    "label_attention": LABEL_ATTENTION,
+    "label_attention_backward": LABEL_ATTENTION,
+    "label_attention_product": LABEL_ATTENTION_PRODUCT,
+}
 
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")

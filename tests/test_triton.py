@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sadcl.ops import asl, bank, compact, group_classifier, pscl, sscl  # noqa: F401  (registers the ops)
+from sadcl.ops import asl, bank, compact, group_classifier, label_attention, pscl, sscl  # noqa: F401  (registers the ops)
 
 TESTS = Path(__file__).parent
 OP = torch.ops.sadcl
@@ -49,7 +49,19 @@ def calls_in(path: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["compact", "asl", "pscl", "sscl", "sscl_backward", "group_classifier", "bank", "_rows", "_launch"],
+    [
+        "compact",
+        "asl",
+        "pscl",
+        "sscl",
+        "sscl_backward",
+        "label_attention",
+        "label_attention_backward",
+        "group_classifier",
+        "bank",
+        "_rows",
+        "_launch",
+    ],
 )
 def test_launchers_never_wait_for_the_device(name: str) -> None:
     path = TESTS.parent / "kernels" / f"{name}.py"
@@ -72,8 +84,33 @@ def arguments(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, tor
         "logits": torch.empty(b, c, dtype=dtype, device=device),
         "tau": torch.empty((), device=device),
         "bias": torch.empty(c, device=device),
+        "memory": torch.empty(b, 7, d, dtype=dtype, device=device),
+        "padded": torch.empty(b, 7, dtype=torch.bool, device=device),
+        "seed": torch.empty(1, dtype=torch.int64, device=device),
         "slots": torch.empty(b, c, d, device=device),
     }
+
+
+def run_label_attention(
+    memory: torch.Tensor, padded: torch.Tensor, seed: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The folded form with positions and dropout, the plain one with weights."""
+    b, length, e = memory.shape
+    memory = memory.to(dtype)
+    outputs: list[torch.Tensor] = []
+    for query, keys, values, pos in (
+        (memory.new_empty(1, 5, 2, e), memory[:, :, None], None, memory),
+        (memory.new_empty(b, 5, 2, e // 2), *[memory.view(b, length, 2, -1)] * 2, None),
+    ):
+        need = values is not None
+        inputs = (query, keys, values, pos, padded, None if need else seed)
+        forward = OP.label_attention_core(*inputs, 0.25, 0.0 if need else 0.1, need, "triton")
+        outputs += forward
+        outputs += OP.label_attention_core_backward(
+            forward[0], forward[1], forward[2] if need else None, *inputs, *forward, 0.25, 0.0 if need else 0.1,
+            [True, True, need], "triton",
+        )  # fmt: skip
+    return outputs
 
 
 def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
@@ -94,6 +131,7 @@ def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dty
     logits = OP.group_classifier(h, weight, a["bias"], "triton")
     outputs += [logits, *OP.group_classifier_backward(logits, h, weight, True, True, "triton")]
     OP.bank_update(a["slots"], h, logits, a["labels"], 0.8, False, "triton")
+    outputs += run_label_attention(a["memory"], a["padded"], a["seed"], x.dtype)
     return [(tuple(x.shape), x.dtype, x.device.type) for x in outputs]
 
 
@@ -112,13 +150,22 @@ def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
     classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
     images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")[0]
     logits = OP.group_classifier(a["features"][:, 1], a["prototypes"], a["bias"], "triton")
-    return samples.sum() + classes.sum() + images.sum() + logits.sum()
+    e = a["memory"].shape[-1]
+    weights = a["prototypes"].new_empty(3 * e, e), a["bias"].new_empty(3 * e), a["prototypes"].new_empty(e, e), None
+    attended = [
+        label_attention.label_attention(
+            a["prototypes"], a["memory"], *weights, 2, memory_pos=a["memory"][0], key_padding_mask=a["padded"],
+            dropout=0.1, form=form, backend="triton",
+        )[0].sum()
+        for form in label_attention.FORMS
+    ]  # fmt: skip
+    return samples.sum() + classes.sum() + images.sum() + logits.sum() + attended[0] + attended[1]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autograd_traces_on_meta_tensors(compiled: bool) -> None:
     a = arguments("meta", torch.float32)
-    leaves = [a[name].requires_grad_() for name in ("features", "prototypes", "logits", "tau", "bias")]
+    leaves = [a[name].requires_grad_() for name in ("features", "prototypes", "logits", "tau", "bias", "memory")]
     function = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
     grads = torch.autograd.grad(function(a), leaves)
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]

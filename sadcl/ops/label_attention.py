@@ -8,8 +8,10 @@ projections to the label side::
 
 Folded queries that the batch shares are made once a batch. The forward saves what the backward would otherwise
 compute again: the weights ``[B, L, heads * C]`` (heads C / E of the memory's size), projected queries, the form's keys
-and values, the context. Backend ``torch`` is no op but plain ATen (:mod:`sadcl.ops.label_attention_portable`), for
-other devices, export and second derivatives. Oracle: :func:`sadcl.reference.label_attention.label_attention`.
+and values, the context. Backend ``triton`` keeps torch's projections and fuses what lies between them
+(:mod:`sadcl.ops.label_attention_core`). Backend ``torch`` is no op but plain ATen
+(:mod:`sadcl.ops.label_attention_portable`), for other devices, export and second derivatives.
+Oracle: :func:`sadcl.reference.label_attention.label_attention`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from .._backends import resolve
 from .._checks import accumulation_dtype, check_floating, check_same_device, check_size, check_tensor
 from ..reference.label_attention import label_attention as _reference
+from . import label_attention_core as core
 from . import label_attention_portable as portable
 from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
 
@@ -147,7 +150,7 @@ def _backward_cpp(
 
 
 _IMPLEMENTATIONS = {"cpp": _cpp}
-IMPLEMENTED = (*implemented(_IMPLEMENTATIONS), "torch")
+IMPLEMENTED = (*implemented(_IMPLEMENTATIONS), "triton", "torch")
 
 register(
     "label_attention",
@@ -356,7 +359,9 @@ def label_attention(
     if form is None:
         form = choose_form(batch, query.shape[-2], length, width, num_heads, query.dim() == 2)
     arguments = (query, memory, projections, memory_pos, key_padding_mask, dropout, need_weights, form)
-    return portable.attend(*arguments) if chosen == "torch" else _fused(*arguments, chosen)
+    if chosen == "torch":
+        return portable.attend(*arguments)
+    return core.attend(*arguments, chosen) if chosen == "triton" else _fused(*arguments, chosen)
 
 
 def _check_inputs(

@@ -24,6 +24,11 @@ class Projections:
         bias = None if self.in_bias is None else self.in_bias.chunk(3)[index]
         return self.in_weight.chunk(3)[index], bias
 
+    def to(self, dtype: torch.dtype) -> Projections:
+        """The same projections in another dtype."""
+        biases = [None if bias is None else bias.to(dtype) for bias in (self.in_bias, self.out_bias)]
+        return Projections(self.in_weight.to(dtype), biases[0], self.out_weight.to(dtype), biases[1], self.num_heads)
+
     def out(self, context: Tensor) -> Tensor:
         """Output projection of ``[B, C, E]``."""
         return F.linear(context, self.out_weight, self.out_bias)
