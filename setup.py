@@ -67,7 +67,7 @@ if X86:
     ]
 # `make sanitize` builds with these and runs the op tests: address errors and undefined behaviour end the process.
 SANITIZE = (
-    ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2"]
     if os.environ.get("SADCL_SANITIZE") == "1"
     else []
 )
