@@ -49,15 +49,16 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "amp"), [(0, "bf16"), (1, "off")])
 def test_interrupted_in_the_middle_of_an_epoch_continues_bit_for_bit(
     pictures: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
+    amp: str,
 ) -> None:
     """Every option at once; 2 optimizer steps an epoch, stopped after the first of the second epoch of either step."""
-    options = {**EVERYTHING, "checkpoint_every": 1, "data__workers": workers}
+    options = {**EVERYTHING, "checkpoint_every": 1, "data__workers": workers, "amp": amp}
     whole = train(tiny(pictures, tmp_path / "whole", **options), say=quiet)
     config = tiny(pictures, tmp_path / "parts", **options)
     save = Run._save_last
@@ -82,7 +83,7 @@ def test_interrupted_in_the_middle_of_an_epoch_continues_bit_for_bit(
 
 
 def test_last_holds_everything(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
-    train(tiny(pictures, tmp_path, **EVERYTHING), say=quiet)
+    train(tiny(pictures, tmp_path, **{**EVERYTHING, "amp": "off"}), say=quiet)
     last = load_checkpoint(tmp_path / "last.pt")
     assert {"config", "classes", "preprocessing", "thresholds", "history", "best", "model", "training"} <= set(last)
     assert {"head.memory_bank.slots", "head.prototypes"} <= set(last["model"])
@@ -114,6 +115,7 @@ def test_early_stop_keeps_the_best_epoch(
     monkeypatch.setattr(Run, "_evaluate", scripted([0.2, 0.5, 0.3, 0.4, 0.9]))
     said: list[str] = []
     metrics = train(config, say=said.append)
+    assert "best epoch, chosen on these validation images" in metrics["protocol"]
     assert len(metrics["history"]) == 4 and any("stopping early" in line for line in said)
     kept, last = load_checkpoint(tmp_path / "step1.pt"), load_checkpoint(tmp_path / "last.pt")
     assert kept["epoch"] == 2 and last["epoch"] == 4 and last["best"] == {"mAP": 0.5, "epoch": 2}

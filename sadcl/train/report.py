@@ -40,7 +40,7 @@ def summary(run: Run, reports: dict[str, MultilabelReport]) -> dict[str, Any]:
     return {
         "mAP": reports[final].mAP,
         "of": final,
-        "protocol": f"{reports[final].protocol}; {run.images.protocol}; last epoch, not chosen on validation",
+        "protocol": f"{reports[final].protocol}; {run.images.protocol}; {_chosen(run, final)}",
         "data": run.images.title,
         "stages": {name: report.as_dict() for name, report in reports.items()},
         "classes": list(run.images.classes),
@@ -58,6 +58,16 @@ def summary(run: Run, reports: dict[str, MultilabelReport]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _chosen(run: Run, stage: str) -> str:
+    """Whether validation had a say in which weights are reported."""
+    step, ema = run.config.step1 if stage == "step1" else run.config.step2, run.config.ema
+    if step.select == "best":
+        return "best epoch, chosen on these validation images"
+    if ema.decay and ema.keep == "better":
+        return "last epoch; trained or averaged weights, chosen on these validation images"
+    return "last epoch, not chosen on validation"
 
 
 def table(run: Run, reports: dict[str, MultilabelReport]) -> str:
