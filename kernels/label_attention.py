@@ -284,7 +284,8 @@ def label_attention(
     rows = h * c // groups
     acc = accumulation_dtype(query.dtype)
     context = query.new_empty((b, c, h, d))
-    mass, lse = query.new_empty((2, b, h, c), dtype=acc)
+    mass = query.new_empty((b, h, c), dtype=acc)
+    lse = torch.empty_like(mass)
     weights = query.new_empty((b, h, c, length) if need_weights else (0,), dtype=acc)
     values = keys if values is None else values
     if padded is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sadcl.kernels import _launch, label_attention_backward
 from torch import Tensor
+from torch.library import opcheck
 
 from sadcl.ops.label_attention import FORMS, label_attention
 from sadcl.reference.label_attention import label_attention as oracle
@@ -223,4 +224,10 @@ def test_autocast_and_second_derivative(form: str) -> None:
 
 def test_the_published_head_width() -> None:
     """512: several steps of the width in every loop."""
-    within_budget(make(1, 2, 17, 1, 512), 1, "plain", None)
+    within_budget(make(1, 2, 5, 1, 512), 1, "plain", None)
+
+
+def test_registration() -> None:
+    query, keys = torch.randn(1, 2, 2, 4, requires_grad=True), torch.randn(1, 3, 1, 4, requires_grad=True)
+    arguments = (query, keys, None, None, None, None, 0.5, 0.0, False, "triton")
+    opcheck(torch.ops.sadcl.label_attention_core.default, arguments)
