@@ -274,7 +274,8 @@ def write_report(results: list[Result], everything: bool) -> None:
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Made by `{command}` with Triton {triton.__version__} at the COCO shape (B=32, V=2, C=80, D=1024, E=2048, L=196, 4 heads).",
+        f"Made by `{command}` with Triton {triton.__version__} at the COCO shape (B=32, V=2, C=80, D=1024,",
+        "E=2048, L=196, 4 heads).",
         "Compiled, not executed: nobody has timed these kernels. Registers are of a thread (AMD: vector registers of",
         "a lane), spills are bytes to memory (AMD: scratch memory), `fit` is how many programs a multiprocessor holds",
         "at once, `wide` counts 128-bit global loads and stores in the text. fp32 `ieee` products are FFMA on NVIDIA",
