@@ -104,8 +104,8 @@ def through(tensors: list[Tensor], heads: int, **options: object) -> tuple[Tenso
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shared", [True, False])
 def test_weights_and_their_gradient(form: str, shared: bool) -> None:
-    leaves = [t.requires_grad_() for t in make(3, 3, 17, 2, 8, shared, torch.float64)]
-    mask = padding(3, 17)
+    leaves = [t.requires_grad_() for t in make(3, 3, 13, 2, 8, shared, torch.float64)]
+    mask = padding(3, 13)
     with _launch.recording() as recorded:
         got = through(leaves, 2, key_padding_mask=mask, need_weights=True, form=form)
     assert [launch.name for launch in recorded] == [*FORWARD, "_weight_kernel"]
@@ -123,9 +123,9 @@ def test_weights_and_their_gradient(form: str, shared: bool) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_dropout_is_the_same_in_the_backward_and_in_both_forms(shared: bool) -> None:
-    leaves = [t.requires_grad_() for t in make(3, 3, 17, 2, 8, shared, torch.float64)]
+    leaves = [t.requires_grad_() for t in make(3, 3, 13, 2, 8, shared, torch.float64)]
     *inputs, pos = leaves
-    mask = padding(3, 17)
+    mask = padding(3, 13)
     applied: dict[str, Tensor] = {}
     for form in FORMS:
         torch.manual_seed(3)
