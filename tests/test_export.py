@@ -20,7 +20,7 @@ import sadcl.export  # noqa: E402
 from sadcl import SADCL  # noqa: E402
 from sadcl.cli import main  # noqa: E402
 from sadcl.export import ExportError, export_model, plain_operators  # noqa: E402
-from sadcl.train.checkpoint import load_checkpoint  # noqa: E402
+from sadcl.train.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from sadcl.train.evaluate import restore_model  # noqa: E402
 
 
@@ -132,7 +132,7 @@ def test_unknown_kind_and_missing_pictures(trained: Path, tmp_path: Path, capsys
         export_model(tiny(), tmp_path / "model", "coreml")
     content = load_checkpoint(trained / "run" / "step2.pt")
     content["config"]["data"]["val_csv"] = str(tmp_path / "gone.csv")
-    torch.save(content, tmp_path / "moved.pt")
+    save_checkpoint(tmp_path / "moved.pt", content)
     arguments = ["export", str(tmp_path / "moved.pt"), "--format", "torch-export"]
     assert main(arguments) == 2
     assert "name some with --images" in capsys.readouterr().err
