@@ -8,6 +8,7 @@ where).
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -71,8 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SADCL_TRACEBACK"):
             raise
-        print(f"sadcl {name}: error: {error}", file=sys.stderr)
+        print(f"sadcl {name}: error{_process()}: {error}", file=sys.stderr)
         return 2
+
+
+def _process() -> str:
+    """Which process this is, if torchrun started several."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return "" if count == "1" else f" (process {os.environ.get('RANK')} of {count})"
 
 
 def _train(arguments: list[str]) -> int:
@@ -164,9 +171,7 @@ def _bench(arguments: list[str]) -> int:
     if not os.path.isfile(os.path.join("benchmarks", "device.py")):
         raise ValueError("benchmarks are not installed with the package: run this in a checkout's folder")
     sys.path.insert(0, os.getcwd())
-    from benchmarks.device import main as bench
-
-    return bench(arguments)
+    return int(importlib.import_module("benchmarks.device").main(arguments))
 
 
 def _fetch(arguments: list[str]) -> int:

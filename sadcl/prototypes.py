@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,20 @@ class PrototypeSums:
             self._sums += sums
             self._counts += counts
 
+    def merge(self, other: PrototypeSums) -> None:
+        """Add what another one has summed."""
+        if other._sums is None or other._counts is None:
+            return
+        if self._sums is None or self._counts is None:
+            self._sums, self._counts = other._sums.clone(), other._counts.clone()
+        else:
+            self._sums += other._sums.to(self._sums)
+            self._counts += other._counts.to(self._counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle tensors of the CPU: what travels between processes."""
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
     def finish(self, generator: torch.Generator | None = None) -> Tensor:
         """The prototypes ``[C, E]``, float32.
 
@@ -95,6 +110,7 @@ def build_prototypes(
     threshold: float = 0.85,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
+    gather: Callable[[PrototypeSums], Iterable[PrototypeSums]] | None = None,
 ) -> Tensor:
     """Mean label feature of each class's confidently and correctly recognised positives.
 
@@ -106,6 +122,8 @@ def build_prototypes(
         threshold: probability that a positive must exceed.
         device: where to run the model; by default where its parameters are.
         generator: for classes without a positive.
+        gather: given this process's sums, returns those of all processes (its own too), each with its part of the
+            batches; then all get the same prototypes.
 
     Returns:
         ``[C, E]`` float32, for :meth:`sadcl.SADCLHead.init_contrastive`.
@@ -134,4 +152,8 @@ def build_prototypes(
                 sums.add(output.label_features, output.logits, labels)
     finally:
         model.train(was_training)
+    if gather is not None:
+        parts, sums = gather(sums), PrototypeSums(threshold)
+        for part in parts:
+            sums.merge(part)
     return sums.finish(generator)

@@ -14,6 +14,7 @@ from sadcl.head import SADCLOutput
 from sadcl.losses import AsymmetricLoss, DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
+from sadcl.train import distributed
 from sadcl.train.config import EmaConfig, LossConfig, StepConfig
 from sadcl.train.ema import make_ema
 from sadcl.train.optim import make_optimizer, make_schedule
@@ -35,13 +36,14 @@ __all__ = [
 # Called as forward(batch, contrastive=...): the whole model, or its head on cached feature maps.
 Forward = Callable[..., SADCLOutput]
 PREFETCH = 4  # batches a worker prepares in advance
+RANK_SEED = 1_000_003  # between the dropout seeds of two processes
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite; going on would destroy the weights.
 
     Attributes:
-        batch: images, labels and loss parts of the batch, on the CPU.
+        batch: images, labels and loss parts of the batch, on the CPU; empty if it is another process's.
     """
 
     def __init__(self, message: str, batch: dict[str, Any]) -> None:
@@ -95,9 +97,15 @@ class Stage:
         whole = min(self.accumulate * size, count - first)
         return min(size, count - batch * size) / whole
 
+    def will_step(self) -> bool:
+        """Whether the next batch is the last one of its optimizer step."""
+        return self._is_last(self.batches.batch + 1)
+
     def ends_step(self) -> bool:
         """Whether the batch that was just finished is the last one of its optimizer step."""
-        done = self.batches.batch
+        return self._is_last(self.batches.batch)
+
+    def _is_last(self, done: int) -> bool:
         return done % self.accumulate == 0 or done == len(self.batches)
 
     def step(self, model: nn.Module) -> None:
@@ -151,10 +159,14 @@ def make_stage(
     amp: str = "off",
     ema: EmaConfig | None = None,
 ) -> Stage:
-    """Optimizer, schedule, seeded shuffle and what else a step of the method needs; seeds dropout."""
+    """Optimizer, schedule, seeded shuffle and what else a step of the method needs; seeds dropout.
+
+    Among several processes ``batch_size`` and ``workers`` are those of one; they share the images and drop out apart.
+    """
     device = device or next(model.parameters()).device
-    torch.manual_seed(seed)  # dropout
-    batches = ShuffledBatches(len(images), batch_size, seed)  # type: ignore[arg-type]
+    torch.manual_seed(seed + RANK_SEED * distributed.rank())  # dropout
+    count: int = len(images)  # type: ignore[arg-type]
+    batches = ShuffledBatches(count, batch_size, seed, distributed.rank(), distributed.world())
     loader = DataLoader(
         images,
         batch_sampler=batches,
@@ -216,7 +228,8 @@ def train_epoch(
 
     Args:
         model: what is trained.
-        forward: the model itself, or its head on cached feature maps.
+        forward: the model itself, or its head on cached feature maps; wrapped by ``distributed.parallel`` among several
+            processes.
         stage: optimizer, schedule, loader; afterwards ``stage.speed`` says where the time went.
         loss: all three losses; without ``contrastive`` only its classification part is used.
         contrastive: step 2 (True) or step 1 (False).
@@ -237,7 +250,10 @@ def train_epoch(
     for images, labels in stage.loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         clock.lap("data")
-        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast is not None):
+        with (
+            torch.autocast(device.type, stage.autocast, enabled=stage.autocast is not None),
+            distributed.synchronised(forward, now=stage.will_step()),
+        ):
             output = forward(images, contrastive=contrastive)
         output = _in_float32(output)
         clock.lap("forward")
@@ -249,7 +265,10 @@ def train_epoch(
         stage.scaler.scale(parts["total"] * stage.share()).backward()
         clock.lap("backward")
         numbers = values.get()
-        if not all(abs(value) < float("inf") for value in numbers.values()):  # NaN fails this too
+        finite = all(abs(value) < float("inf") for value in numbers.values())  # NaN fails this too
+        if not distributed.everyone(finite):
+            if finite:
+                raise NonFiniteLoss("the loss of another process is not finite", {})
             said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
             batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": numbers}
             raise NonFiniteLoss(f"the loss is not finite: {said}", batch)
@@ -263,8 +282,11 @@ def train_epoch(
             on_step(numbers)
     seconds = clock.seconds()
     whole = sum(seconds.values())
-    stage.speed = {"images_per_second": seen / whole, **{name: value / whole for name, value in seconds.items()}}
-    means = {name: value / stage.batches.count for name, value in stage.sums.items()}
+    rate = distributed.world() * seen / whole
+    stage.speed = {"images_per_second": rate, **{name: value / whole for name, value in seconds.items()}}
+    sums = distributed.gather(stage.sums)
+    images_used = stage.batches.count * len(sums)
+    means = {name: sum(part[name] for part in sums) / images_used for name in stage.sums}
     stage.sums = {}
     stage.batches.finish_epoch()
     return means
@@ -327,7 +349,11 @@ def predict_all(
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Scores of several models in one pass over the batches: the trained weights and their average."""
+    """Scores of several models in one pass over the batches: the trained weights and their average.
+
+    Among several processes, a loader whose batch sampler is a ``distributed.BatchShard`` gives each its part; all end
+    up with all scores.
+    """
     were_training = [model.training for model, _, _ in models]
     for model, _, _ in models:
         model.eval()
@@ -337,5 +363,8 @@ def predict_all(
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 output = forward(images, contrastive=False)
             seen.update(output.logits.float().sigmoid(), labels)
-    for (model, _, _), training in zip(models, were_training, strict=True):
+    shard = getattr(batches, "batch_sampler", None)
+    for (model, _, seen), training in zip(models, were_training, strict=True):
         model.train(training)
+        if isinstance(shard, distributed.BatchShard):
+            distributed.gather_scores(seen, shard)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, Sampler
 
-__all__ = ["ShuffledBatches", "rng_state", "set_rng_state"]
+__all__ = ["ShuffledBatches", "rng_state", "seed_everything", "set_rng_state"]
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -19,14 +19,23 @@ class ShuffledBatches(Sampler[list[int]]):
 
     Batches that were already used are skipped as numbers: no picture is decoded for them.
 
+    Several processes deal one shuffle out among them. Each takes as many images, so up to ``world - 1`` images,
+    others in every epoch, wait for the next one.
+
     Args:
         count: number of images.
-        batch_size: images a batch; the last batch of an epoch may be smaller.
+        batch_size: images a batch of one process; the last batch of an epoch may be smaller.
         seed: of the order.
+        rank: which of the processes this one is.
+        world: number of processes.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size = count, batch_size
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if count < world:
+            raise ValueError(f"{count} training images: expected at least one for each of {world} processes")
+        self.images, self.batch_size = count, batch_size
+        self.rank, self.world = rank, world
+        self.count = count // world  # images of this process in an epoch
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch = 0  # the epoch that runs, or the next one
         self.batch = 0  # batches of it that training has finished with
@@ -41,8 +50,9 @@ class ShuffledBatches(Sampler[list[int]]):
         self.generator.set_state(self._epoch_start)
         # The number DataLoader draws for its workers. Drawn here, so that the order is the same with any workers.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        shuffled = RandomSampler(range(self.count), generator=self.generator)
-        yield from islice(BatchSampler(shuffled, self.batch_size, drop_last=False), self.batch, None)
+        shuffled = list(RandomSampler(range(self.images), generator=self.generator))
+        mine = shuffled[self.rank : self.count * self.world : self.world]
+        yield from islice(BatchSampler(mine, self.batch_size, drop_last=False), self.batch, None)
 
     def finish_epoch(self) -> None:
         """Go on to the next epoch; call it when the last batch has been used."""
@@ -57,6 +67,13 @@ class ShuffledBatches(Sampler[list[int]]):
         """Continue from :meth:`state_dict`."""
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._epoch_start = state["generator"]
+
+
+def seed_everything(seed: int) -> None:
+    """Start the random generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def rng_state() -> dict[str, Any]:

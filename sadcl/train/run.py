@@ -14,14 +14,17 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sadcl.data.images import ImageFileError
 from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
 from sadcl.prototypes import build_prototypes
-from sadcl.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from sadcl.train import distributed
+from sadcl.train.checkpoint import load_checkpoint, remove_drafts, save_checkpoint, write_atomically
 from sadcl.train.config import StepConfig, TrainConfig, augments
 from sadcl.train.data import Images, Pairs, PreprocessedDataset, as_features, load_images, load_validation
 from sadcl.train.evaluate import restore_model
+from sadcl.train.lock import locked
 from sadcl.train.log import RunLog
 from sadcl.train.loop import (
     Forward,
@@ -34,7 +37,8 @@ from sadcl.train.loop import (
     predict_all,
     train_epoch,
 )
-from sadcl.train.state import content, dump_batch, read_last
+from sadcl.train.order import seed_everything
+from sadcl.train.state import content, dump_batch, others_state, read_last, restore_stage
 from sadcl.train.thresholds import tune_thresholds
 from sadcl.train.timing import SECTIONS
 from sadcl.train.transfer import init_from
@@ -75,17 +79,17 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> None:
-        self.config, self.say = config, say
+        self.config, self.say = config, say if distributed.is_main() else _unsaid
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.run_device()
         self.autocast = autocast_dtype(config.amp, self.device)
-        torch.manual_seed(config.seed)
+        seed_everything(config.seed)
         self.images: Images = load_images(config.data, config.seed)
-        say(f"data: {self.images.title}; {len(self.images.classes)} labels\n{self.images.summary()}")
+        self.say(f"data: {self.images.title}; {len(self.images.classes)} labels\n{self.images.summary()}")
         model = build_model(config, len(self.images.classes))
         if config.model.init_from:
-            say(init_from(model, config, self.images.classes))
+            self.say(init_from(model, config, self.images.classes))
         self.model = self._placed(model)
         self.loss: DualContrastiveLoss = make_loss(config.loss).to(self.device)
         self.history: list[dict[str, Any]] = []
@@ -106,14 +110,15 @@ class Run:
         if self.config.model.train_backbone:
             preprocessed = partial(PreprocessedDataset, preprocessing=self.model.preprocessing)
             return preprocessed(self.images.train), preprocessed(self.images.val), self.model
-        train, val = as_features(
-            self.images,
-            self.model,
-            self.config,
-            Path(self.config.data.feature_cache or self.folder / "features"),
-            self.device,
-            lambda name: partial(tqdm, desc=name, unit="batch", leave=False),
-        )
+        with distributed.main_first():
+            train, val = as_features(
+                self.images,
+                self.model,
+                self.config,
+                Path(self.config.data.feature_cache or self.folder / "features"),
+                self.device,
+                lambda name: partial(tqdm, desc=name, unit="batch", leave=False, disable=not distributed.is_main()),
+            )
         return train, val, self.model.head
 
     def _augmented(self, step: StepConfig, seed: int) -> tuple[Pairs, Callable[[int], None]]:
@@ -131,20 +136,22 @@ class Run:
     def run(self, resume: bool = False) -> dict[str, MultilabelReport]:
         """All stages in order; returns the report of each at its end."""
         state = self._resume_state() if resume else None
-        if not resume:
-            for name in ("last", *STAGES):  # of an older run: nothing of it may be taken for this one's
-                (self.folder / f"{name}.pt").unlink(missing_ok=True)
-        write_atomically(self.folder / "config.yaml", lambda file: file.write(self.config.as_yaml().encode()))
         self.step = 0 if state is None else state.get("step", 0)
-        self.log = RunLog(self.folder, resume_step=None if state is None else self.step)
-        self.log.write("run" if state is None else "resume", self.step, config=self.config.as_dict())
+        if distributed.is_main():
+            if not resume:
+                for name in ("last", *STAGES):  # of an older run: nothing of it may be taken for this one's
+                    (self.folder / f"{name}.pt").unlink(missing_ok=True)
+            write_atomically(self.folder / "config.yaml", lambda file: file.write(self.config.as_yaml().encode()))
+            self.log = RunLog(self.folder, resume_step=None if state is None else self.step)
+            self.log.write("run" if state is None else "resume", self.step, config=self.config.as_dict())
         reports = {}
         for name in STAGES:
             step = self.config.step1 if name == "step1" else self.config.step2
             if step.epochs == 0 or (name == "control" and not self.config.control):
                 continue
             reports[name] = self._stage(name, step, state)
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         return reports
 
     def _stage(self, name: str, step: StepConfig, state: dict[str, Any] | None) -> MultilabelReport:
@@ -170,8 +177,7 @@ class Run:
         self.best, self.thresholds = None, None
         if resuming:
             assert state is not None
-            self.model.load_state_dict(state["model"])
-            stage.load_state_dict(state["training"])
+            restore_stage(state, self.model, stage)
             self.best = state["best"]
         report = self._epochs(name, step, stage, set_epoch)
         if step.select == "best":
@@ -190,7 +196,15 @@ class Run:
         offset = 0 if name == "step1" else self.config.step1.epochs
         report = None
         steps = stage.steps_per_epoch
-        with tqdm(total=step.epochs * steps, initial=stage.steps, desc=TITLES[name], unit="step", leave=False) as bar:
+        forward = distributed.parallel(self.forward, self.device)
+        with tqdm(
+            total=step.epochs * steps,
+            initial=stage.steps,
+            desc=TITLES[name],
+            unit="step",
+            leave=False,
+            disable=not distributed.is_main(),
+        ) as bar:
 
             def on_step(parts: dict[str, float]) -> None:
                 bar.set_postfix(loss=f"{parts['total']:.1f}", refresh=False)
@@ -204,14 +218,14 @@ class Run:
                 epoch = stage.batches.epoch + 1
                 began = time.perf_counter()
                 set_epoch(stage.batches.epoch)
-                losses = self._train_epoch(name, stage, on_step)
+                losses = self._train_epoch(name, stage, forward, on_step)
                 row: dict[str, Any] = {"stage": name, "epoch": offset + epoch, "losses": losses}
                 report, self.kept = self._evaluate(stage, row)
                 row["speed"] = stage.speed
                 self.history.append(row)
                 seconds = time.perf_counter() - began
-                assert self.log is not None
-                self.log.write("epoch", self.step, **row, seconds=round(seconds, 3))
+                if self.log is not None:
+                    self.log.write("epoch", self.step, **row, seconds=round(seconds, 3))
                 if self.best is None or report.mAP > self.best["mAP"]:
                     self.best = {"mAP": report.mAP, "epoch": epoch}
                     if step.select == "best":
@@ -222,11 +236,13 @@ class Run:
             self.say(f"{TITLES[name]}: no better mAP in {step.patience} epochs, stopping early")
         return report
 
-    def _train_epoch(self, name: str, stage: Stage, on_step: Callable[[dict[str, float]], None]) -> dict[str, float]:
+    def _train_epoch(
+        self, name: str, stage: Stage, forward: Forward, on_step: Callable[[dict[str, float]], None]
+    ) -> dict[str, float]:
         try:
             return train_epoch(
                 self.model,
-                self.forward,
+                forward,
                 stage,
                 self.loss,
                 contrastive=name == "step2",
@@ -234,7 +250,10 @@ class Run:
                 on_step=on_step,
             )
         except NonFiniteLoss as error:
-            raise dump_batch(self.folder, error, name, stage) from None
+            raise (dump_batch(self.folder, error, name, stage) if error.batch else error) from None
+        except ImageFileError as error:
+            reason = str(error).removeprefix(f"{error.path}: ")
+            raise ImageFileError(error.path, f"{reason}; once it is mended, --resume goes on") from error
 
     def _impatient(self, step: StepConfig, epochs: int) -> bool:
         """Whether ``epochs`` epochs are enough: the best one was ``patience`` ago."""
@@ -248,8 +267,8 @@ class Run:
         models = {"model": self.model} if stage.ema is None else {"model": self.model, "ema": stage.ema.module}
         seen = {name: MultilabelAccumulator() for name in models}
         runs = [(model, self.forward_of(model), seen[name]) for name, model in models.items()]
-        predict_all(runs, self.val_batches(), self.device, self.autocast)
-        reports = {name: accumulator.compute() for name, accumulator in seen.items()}
+        predict_all(runs, self.shard(self.val_set), self.device, self.autocast)
+        reports = distributed.share({name: accumulator.compute() for name, accumulator in seen.items()})
         keep = self.config.ema.keep if stage.ema is not None else "model"
         if keep == "better":
             keep = "ema" if reports["ema"].mAP >= reports["model"].mAP else "model"
@@ -265,7 +284,7 @@ class Run:
         self.model = self._placed(restore_model(content))
         self.forward = self.forward_of(self.model)
         self.thresholds = content["thresholds"]
-        return evaluate(self.model, self.forward, self.val_batches(), self.device, autocast=self.autocast)
+        return evaluate(self.model, self.forward, self.shard(self.val_set), self.device, autocast=self.autocast)
 
     def evaluate_at(self, name: str, size: int) -> MultilabelReport:
         """Measure the model that a stage ended with on validation pictures of another size.
@@ -276,7 +295,7 @@ class Run:
         data = replace(self.config.data, image_size=size)
         images = load_validation(data, self.config.seed, self.images.classes)[0]
         preprocessing = replace(model.preprocessing, size=(size, size))
-        batches = DataLoader(PreprocessedDataset(images, preprocessing), EVAL_BATCH // 4, num_workers=data.workers)
+        batches = self.shard(PreprocessedDataset(images, preprocessing), EVAL_BATCH // 4, data.workers)
         return evaluate(model, model, batches, self.device, autocast=self.autocast)
 
     def _start_from_step1(self, contrastive: bool, prototypes: bool) -> None:
@@ -289,8 +308,8 @@ class Run:
         mean_features = None
         if prototypes:
             module = self.model if self.config.model.train_backbone else self.model.head
-            batches = DataLoader(self.train_set, EVAL_BATCH, num_workers=self._workers())
-            mean_features = build_prototypes(module, batches, device=self.device)
+            batches = self.shard(self.train_set)
+            mean_features = build_prototypes(module, batches, device=self.device, gather=distributed.gather)
         self.model.head.init_contrastive(mean_features, self.config.batch_size)
 
     # -- small helpers --
@@ -303,6 +322,12 @@ class Run:
 
     def val_batches(self) -> DataLoader[Any]:
         return DataLoader(self.val_set, EVAL_BATCH, num_workers=self._workers())
+
+    def shard(self, images: Pairs, batch_size: int = EVAL_BATCH, workers: int | None = None) -> DataLoader[Any]:
+        """This process's batches of a pass over ``images`` in order."""
+        count: int = len(images)  # type: ignore[arg-type]
+        batches = distributed.BatchShard(count, batch_size)
+        return DataLoader(images, batch_sampler=batches, num_workers=self._workers() if workers is None else workers)
 
     def _resume_state(self) -> dict[str, Any] | None:
         """What to continue from, and a word about it."""
@@ -319,12 +344,17 @@ class Run:
     def _finish(self, name: str, epoch: int, model: SADCL) -> None:
         """Keep a stage's model, with thresholds tuned on the validation scores it was just measured on."""
         self.thresholds = tune_thresholds(self.seen.scores, self.seen.labels).tolist()
-        save_checkpoint(self.folder / f"{name}.pt", content(self, model, name, epoch))
+        if distributed.is_main():
+            save_checkpoint(self.folder / f"{name}.pt", content(self, model, name, epoch))
         self.thresholds = None
+        distributed.wait()
 
     def _save_last(self, name: str, stage: Stage) -> None:
         """Write the checkpoint that a resume begins from."""
-        save_checkpoint(self.folder / "last.pt", content(self, self.model, name, stage.batches.epoch, stage))
+        others = others_state(self.model, stage)
+        if distributed.is_main():
+            kept = content(self, self.model, name, stage.batches.epoch, stage, others)
+            save_checkpoint(self.folder / "last.pt", kept)
 
 
 def _epoch_lines(name: str, epoch: str, row: dict[str, Any], seconds: float) -> str:
@@ -343,6 +373,8 @@ def _epoch_lines(name: str, epoch: str, row: dict[str, Any], seconds: float) -> 
 def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
     """Run a config to its end and write ``metrics.json`` and the pictures.
 
+    Started by torchrun, the processes train together; the main one writes and speaks.
+
     Args:
         config: what to run.
         resume: continue the run in ``config.output``.
@@ -350,7 +382,22 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
 
     Returns:
         What ``metrics.json`` holds.
+
+    Raises:
+        FolderInUse: another process runs in ``config.output``.
     """
+    folder = Path(config.output)
+    with distributed.joined():
+        if not distributed.is_main():
+            distributed.wait()  # the folder is ours
+            return _train(config, resume, say)
+        with locked(folder):
+            remove_drafts(folder)
+            distributed.wait()
+            return _train(config, resume, say)
+
+
+def _train(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> dict[str, Any]:
     from sadcl.train.report import draw, summary, table
 
     began = time.perf_counter()
@@ -360,6 +407,8 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
     if config.eval_image_size:
         sized = {name: run.evaluate_at(name, config.eval_image_size) for name in reports}
         metrics[f"at_{config.eval_image_size}"] = {name: report.as_dict() for name, report in sized.items()}
+    if not distributed.is_main():
+        return metrics
     write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     say(table(run, reports))
     if config.eval_image_size:
@@ -373,3 +422,7 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
     ):
         say(f"  {path}")
     return metrics
+
+
+def _unsaid(line: str) -> None:
+    """What the other processes say."""

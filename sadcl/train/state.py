@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sadcl.train import distributed
 from sadcl.train.checkpoint import CheckpointError, load_checkpoint, write_atomically
 from sadcl.train.config import config_from_dict
 from sadcl.train.loop import NonFiniteLoss, Stage
+from sadcl.train.order import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from sadcl.model import SADCL
     from sadcl.train.run import Run
 
-__all__ = ["content", "dump_batch", "read_last"]
+__all__ = ["content", "dump_batch", "others_state", "read_last", "restore_stage"]
 
 # Keys that a resumed run may change: they say where things are and what is drawn, not what is computed.
 FREE = ("output", "plots", "checkpoint_every", "data.workers", "data.feature_cache", "data.root")
 
 
-def content(run: Run, model: SADCL, stage: str, epoch: int, training: Stage | None = None) -> dict[str, Any]:
+def content(
+    run: Run,
+    model: SADCL,
+    stage: str,
+    epoch: int,
+    training: Stage | None = None,
+    others: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """A checkpoint: all that evaluation, prediction and, with ``training``, a resume need.
 
     Args:
@@ -31,6 +41,7 @@ def content(run: Run, model: SADCL, stage: str, epoch: int, training: Stage | No
         stage: step1, control or step2.
         epoch: finished epochs of the stage.
         training: optimizer, schedule, average, position in the order of images, random generators.
+        others: with training, what :func:`others_state` says.
     """
     kept = {
         "config": run.config.as_dict(),
@@ -47,14 +58,38 @@ def content(run: Run, model: SADCL, stage: str, epoch: int, training: Stage | No
         "thresholds": run.thresholds,
         "history": run.history,
     }
-    return kept if training is None else {**kept, "training": training.state_dict()}
+    return kept if training is None else {**kept, "training": training.state_dict(), "others": list(others)}
+
+
+def others_state(model: SADCL, stage: Stage) -> list[dict[str, Any]]:
+    """What each process but the main one has of its own, for the checkpoint: every process has to ask.
+
+    The rest is the same in all of them. In a single process: nothing.
+    """
+    bank = model.head.memory_bank
+    own = {"rng": rng_state(), "sums": dict(stage.sums), "bank": None if bank is None else bank.slots.cpu()}
+    return distributed.gather(own)[1:]
+
+
+def restore_stage(state: dict[str, Any], model: SADCL, stage: Stage) -> None:
+    """Put a stage back to where a checkpoint of :func:`content` was made: the weights, and all that trains them."""
+    model.load_state_dict(state["model"])
+    stage.load_state_dict(state["training"])
+    if distributed.is_main():
+        return
+    own = state["others"][distributed.rank() - 1]
+    for module in (model, None if stage.ema is None else stage.ema.module):
+        if own["bank"] is not None and module is not None:
+            module.head.memory_bank.slots.copy_(own["bank"])
+    stage.sums = dict(own["sums"])
+    set_rng_state(own["rng"])
 
 
 def read_last(run: Run) -> dict[str, Any] | None:
     """What ``last.pt`` holds, if it is this run's; None if there is nothing yet.
 
     Raises:
-        CheckpointError: it is of a run with another config or other labels.
+        CheckpointError: it is of a run with another config, other labels or another number of processes.
     """
     path = run.folder / "last.pt"
     if not path.is_file():
@@ -69,6 +104,12 @@ def read_last(run: Run) -> dict[str, Any] | None:
             )
     if tuple(state["classes"]) != run.images.classes:
         raise CheckpointError(f"{path}: was started on other labels ({state['title']})")
+    processes = 1 + len(state.get("others", []))
+    if processes != distributed.world():
+        raise CheckpointError(
+            f"{path}: was started with {processes} processes, not {distributed.world()}, which would be another run: "
+            "each has its own part of the images and its own memory bank"
+        )
     return state
 
 
@@ -77,7 +118,8 @@ def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) 
     images, labels = error.batch["images"], error.batch["labels"]
     position = training.batches
     where = {"stage": stage, "epoch": position.epoch + 1, "batch": position.batch + 1, "step": training.steps}
-    path = folder / "nonfinite.pt"
+    own = f".{distributed.rank()}" if distributed.rank() else ""
+    path = folder / f"nonfinite{own}.pt"
     write_atomically(path, lambda file: torch.save({**error.batch, **where}, file))
     rate = max(group["lr"] for group in training.optimizer.param_groups)
     bad = int((~images.isfinite().flatten(1).all(1)).sum())
