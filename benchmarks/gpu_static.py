@@ -1,12 +1,13 @@
 """What the compilers say of every Triton kernel, on any machine.
 
-``python -m benchmarks.gpu_static`` compiles the default tiles, ``--all`` every tile of the tables, for
-sm_80, sm_90, sm_100 and gfx942.
+``python -m benchmarks.gpu_static`` compiles the default tiles for sm_80, sm_90, sm_100 and gfx942 and writes
+docs/gpu_static.md; ``--all`` every tile of the tables with every kind of operand, for the parts with little shared
+memory too, and writes the summary docs/gpu_static_all.md. ``--log FILE`` keeps results, so that a run can be resumed.
 
 The launchers run on meta tensors of a published shape while ``sadcl.kernels._launch.recording`` writes down what they
 would launch; each launch is compiled as the runtime would specialise it, and nothing is executed.
 
-The report (docs/gpu_static.md) holds registers and spills (``ptxas -v`` of the Triton wheel; the assembly text on AMD),
+The report holds registers and spills (``ptxas -v`` of the Triton wheel; the assembly text on AMD),
 shared memory, how many programs fit on a processor, matrix instructions and 128-bit accesses to global memory. The exit
 status is 1 if a kernel spills to memory, does not fit, or lacks a matrix instruction where the part has one.
 """
@@ -14,20 +15,23 @@ status is 1 if a kernel spills to memory, does not fit, or lacks a matrix instru
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-REPORT = Path(__file__).resolve().parent.parent / "docs" / "gpu_static.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SMALL = ("sm_75", "sm_86", "sm_89")  # little shared memory
 PRODUCTS = (
     "sscl._sweep_kernel",
     "sscl._pair_maximum_kernel",
@@ -62,7 +66,14 @@ _WIDE = re.compile(
     r"|(?:global|buffer|flat)_(?:load|store)_dwordx4"
 )
 # Registers of a multiprocessor, warps that it holds, shared memory of all its programs.
-_LIMITS = {"sm_80": (65536, 64, 164 << 10), "sm_90": (65536, 64, 228 << 10), "sm_100": (65536, 64, 228 << 10)}
+_LIMITS = {
+    "sm_75": (65536, 32, 64 << 10),
+    "sm_80": (65536, 64, 164 << 10),
+    "sm_86": (65536, 48, 100 << 10),
+    "sm_89": (65536, 48, 100 << 10),
+    "sm_90": (65536, 64, 228 << 10),
+    "sm_100": (65536, 64, 228 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,13 @@ def programs_on_a_processor(arch: str, registers: int, shared: int, warps: int) 
         return min(4 * waves // warps, (64 << 10) // max(shared, 1))
     all_registers, all_warps, all_shared = _LIMITS[arch]
     of_a_warp = 256 * -(-registers * 32 // 256)
-    return min(all_registers // (of_a_warp * warps), all_warps // warps, all_shared // (shared + 1024))
+    reserved = 0 if arch == "sm_75" else 1024  # by the driver, of every program's shared memory
+    return min(all_registers // (of_a_warp * warps), all_warps // warps, all_shared // max(shared + reserved, 1))
+
+
+def has_matrix_units(arch: str, operands: str) -> bool:
+    """Whether products of these operands must use them: sm_75's are not in Triton, ``ieee`` and float64 are plain."""
+    return arch.startswith("gfx") or (arch != "sm_75" and operands.split(" ")[-1] not in ("ieee", "fp64"))
 
 
 def examine(launch: Any, arch: str, operands: str) -> Result:
@@ -181,7 +198,7 @@ def examine(launch: Any, arch: str, operands: str) -> Result:
         faults.append(f"spills {spilled} bytes")
     if shared > PARTS[arch].shared_bytes:
         faults.append(f"needs {shared} bytes of shared memory")
-    if kernel in PRODUCTS and not matrix and (amd or operands not in ("fp32 ieee",)):
+    if kernel in PRODUCTS and not matrix and has_matrix_units(arch, operands):
         faults.append("has no matrix instruction")
     sizes = [f"{name[6:].lower()}={launch.constants[name]}" for name in launch.constants if name.startswith("BLOCK_")]
     options = f"{' '.join(sizes)} warps={launch.num_warps} stages={launch.num_stages}"
@@ -235,19 +252,23 @@ def _record_label_attention(meta: Callable[..., torch.Tensor], dtype: torch.dtyp
                                  lse, d**-0.5, dropout, [True, True, need_weights])  # fmt: skip
 
 
+def operands_of(arch: str, everything: bool) -> dict[str, tuple[torch.dtype, str]]:
+    """Operand names of a part, with dtype and precision. sm_75 has no bfloat16 and no tf32, AMD's tf32x3 is ieee."""
+    half = {"fp16": (torch.float16, "ieee")}
+    brain = {} if arch == "sm_75" else {"bf16": (torch.bfloat16, "ieee")}
+    found = (brain or half) | {"fp32 ieee": (torch.float32, "ieee")}
+    if not everything:
+        return found
+    names = () if arch == "sm_75" else ("tf32",) if arch.startswith("gfx") else ("tf32", "tf32x3")
+    return found | half | {f"fp32 {name}": (torch.float32, name) for name in names} | {"fp64": (torch.float64, "ieee")}
+
+
 def cases(arch: str, everything: bool) -> Iterator[tuple[str, Any]]:
     """Operands and launches to compile for a part."""
     from sadcl.kernels import _rows, _tiles
     from sadcl.kernels._launch import PARTS
 
-    plain = [("bf16", torch.bfloat16, "ieee"), ("fp32 ieee", torch.float32, "ieee")]
-    more = [
-        ("fp16", torch.float16, "ieee"),
-        ("fp32 tf32", torch.float32, "tf32"),
-        ("fp32 tf32x3", torch.float32, "tf32x3"),
-        ("fp64", torch.float64, "ieee"),
-    ]
-    for operands, dtype, precision in plain + more * everything:
+    for operands, (dtype, precision) in operands_of(arch, everything).items():
         with mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": precision}):
             for launch in record(arch, dtype):
                 yield operands, launch
@@ -266,16 +287,15 @@ def cases(arch: str, everything: bool) -> Iterator[tuple[str, Any]]:
                                 yield operands, launch
 
 
-def write_report(results: list[Result], everything: bool) -> None:
+def write_report(results: list[Result]) -> None:
     """Write docs/gpu_static.md."""
     import triton
 
-    command = "python -m benchmarks.gpu_static" + " --all" * everything
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Made by `{command}` with Triton {triton.__version__} at the COCO shape (B=32, V=2, C=80, D=1024,",
-        "E=2048, L=196, 4 heads).",
+        f"Made by `python -m benchmarks.gpu_static` with Triton {triton.__version__} at the COCO shape (B=32, V=2,",
+        "C=80, D=1024, E=2048, L=196, 4 heads). What `--all` compiles: [gpu_static_all.md](gpu_static_all.md).",
         "Compiled, not executed: nobody has timed these kernels. Registers are of a thread (AMD: vector registers of",
         "a lane), spills are bytes to memory (AMD: scratch memory), `fit` is how many programs a multiprocessor holds",
         "at once, `wide` counts 128-bit global loads and stores in the text. fp32 `ieee` products are FFMA on NVIDIA",
@@ -286,33 +306,89 @@ def write_report(results: list[Result], everything: bool) -> None:
         *(result.row() for result in results),
         "",
     ]
-    REPORT.write_text("\n".join(lines))
+    (DOCS / "gpu_static.md").write_text("\n".join(lines))
+
+
+def write_summary(results: list[Result]) -> None:
+    """Write docs/gpu_static_all.md: a line for each part and kind of operand, and what is at fault."""
+    import triton
+    from sadcl.kernels._launch import PARTS
+
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.arch, result.operands), []).append(result)
+    rows = []
+    for (arch, operands), group in groups.items():
+        products = [r for r in group if r.kernel in PRODUCTS]
+        matrix = f"{sum(bool(r.matrix) for r in products)} of {len(products)}" if products else "-"
+        worst = [max(getattr(r, name) for r in group) for name in ("registers", "spilled", "shared")]
+        fewest = min(r.programs for r in group)
+        cells = (arch, operands, len(group), *worst, PARTS[arch].shared_bytes, fewest, matrix)
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    lines = [
+        "# Every shipped tile, compiled ahead of time",
+        "",
+        f"Made by `python -m benchmarks.gpu_static --all` with Triton {triton.__version__}: {len(results)} kernels: every",
+        "row of the tile tables, every kind of operand, the gathering form of SSCL. Compiled, not executed.",
+        "`registers`, `spills` and `shared` are the largest of the group, `limit` is the part's shared memory, `fit` the",
+        "fewest programs on a multiprocessor, `matrix` how many kernels with products use matrix instructions (Triton has",
+        "none for sm_75; fp32 `ieee` and fp64 are plain on NVIDIA parts).",
+        "",
+        "| part | operands | kernels | registers | spills | shared | limit | fit | matrix |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    faults = [f"- {line}" for line in faults_of(results)]
+    lines += ["At fault:", "", *faults, ""] if faults else ["No kernel spills, and all fit.", ""]
+    (DOCS / "gpu_static_all.md").write_text("\n".join(lines))
+
+
+def faults_of(results: list[Result]) -> list[str]:
+    """A line for each fault."""
+    return [f"{r.arch} {r.operands} {r.kernel} {r.options}: {fault}" for r in results for fault in r.faults]
+
+
+def fingerprint(launch: Any, arch: str) -> str:
+    """What a compilation depends on."""
+    import triton
+
+    parts = (arch, launch.kernel.cache_key, triton.__version__, launch.num_warps, launch.num_stages)
+    return hashlib.sha256(repr((parts, signature_of(launch))).encode()).hexdigest()
 
 
 def main() -> int:
     """Compile, report, and say whether anything is at fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every shipped tile, tf32, float64 and the gathering form")
-    parser.add_argument(
-        "--arch", choices=ARCHES, action="append", help="one part (repeatable); then no report is written"
-    )
+    parser.add_argument("--all", action="store_true", help="every part, tile, operand, and the gathering form")
+    parser.add_argument("--arch", choices=ARCHES + SMALL, action="append", help="one part (repeatable); no report")
+    parser.add_argument("--check", action="store_true", help="write no report")
+    parser.add_argument("--log", type=Path, help="file of results: what it holds is not compiled again")
     arguments = parser.parse_args()
-    results: dict[tuple[str, ...], Result] = {}
-    for arch in arguments.arch or ARCHES:
+    known: dict[str, Result] = {}
+    if arguments.log and arguments.log.exists():
+        for line in arguments.log.read_text().splitlines():
+            entry = json.loads(line)
+            known[entry.pop("fingerprint")] = Result(**{**entry, "faults": tuple(entry["faults"])})
+    results: dict[str, Result] = {}
+    for arch in arguments.arch or (ARCHES + SMALL if arguments.all else ARCHES):
         for operands, launch in cases(arch, arguments.all):
-            kernel = f"{launch.kernel.__module__}.{launch.name}"
-            free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))
-            key = (arch, "any" if free else operands, kernel, str(launch.constants), str(launch.num_stages))
-            if key not in results:
-                results[key] = result = examine(launch, arch, key[1])
-                print(result.row(), *result.faults, flush=True)
-    if not arguments.arch:
-        write_report(list(results.values()), arguments.all)
-    at_fault = [
-        f"{r.arch} {r.operands} {r.kernel} {r.options}: {fault}" for r in results.values() for fault in r.faults
-    ]
-    print(f"{len(results)} kernels compiled, {len(at_fault)} faults", *at_fault, sep="\n")
-    return 1 if at_fault else 0
+            key = fingerprint(launch, arch)
+            if key in results:
+                continue
+            if key not in known:
+                free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))
+                known[key] = examine(launch, arch, "any" if free else operands)
+                print(known[key].row(), *known[key].faults, flush=True)
+                if arguments.log:
+                    with arguments.log.open("a") as log:
+                        log.write(json.dumps({"fingerprint": key, **asdict(known[key])}) + "\n")
+            results[key] = known[key]
+    if not arguments.arch and not arguments.check:
+        (write_summary if arguments.all else write_report)(list(results.values()))
+    faults = faults_of(list(results.values()))
+    print(f"{len(results)} kernels compiled, {len(faults)} faults", *faults, sep="\n")
+    return 1 if faults else 0
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:

@@ -44,7 +44,7 @@ class Tile:
 
 
 # Families of parts that share a table: those with little shared memory, and those that are one generation.
-_FAMILY = {"sm_75": "small", "sm_86": "small", "sm_87": "sm_80", "sm_89": "small", "sm_120": "small", "sm_121": "small",
+_FAMILY = {"sm_86": "small", "sm_87": "sm_80", "sm_89": "small", "sm_120": "small", "sm_121": "small",
            "sm_103": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}  # fmt: skip
 
 # Forward. A tile of 128 x 128 with a width step of 64 reads 32 KB for 2 MFLOP: 64 FLOP a byte from L2. Its float32
@@ -80,10 +80,16 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "small": {
-        # 64 KB (sm_75) to 99 KB: two stages of 64 x 64 x 64 are 32 KB.
+        # 99 KB: two stages of 64 x 64 x 64 are 32 KB.
         "half": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 32, 4, 3)),
         "single": (Tile(64, 64, 16, 8, 2),),
         "tf32": (Tile(64, 64, 16, 8, 2),),
+        "double": (Tile(32, 32, 16, 4, 1),),
+    },
+    "sm_75": {
+        # No matrix instructions in Triton (nor tf32): products are FMA, as float32's; a step of 64 spills 9,776 bytes.
+        "half": (Tile(64, 64, 16, 8, 2),),
+        "single": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     # The least that dot takes, so that small tests cross tile borders.
@@ -123,6 +129,11 @@ SSCL_BACKWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
         "tf32": (Tile(64, 64, 16, 8, 2, 8),),
         "double": (Tile(32, 32, 16, 4, 1, 8),),
     },
+    "sm_75": {
+        "half": (Tile(64, 64, 16, 8, 2, 8),),
+        "single": (Tile(64, 64, 16, 8, 2, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8),),
+    },
     "interpret": SSCL["interpret"],
 }
 # Label attention, forward and score gradients. 64 rows: 320 (4 heads of 80 labels, folded) are 5 blocks without a
@@ -157,6 +168,11 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
         "half": (Tile(64, 64, 32, 8, 2),),
         "single": (Tile(64, 64, 16, 8, 2),),
         "tf32": (Tile(64, 64, 16, 8, 2),),
+        "double": (Tile(32, 32, 16, 4, 1),),
+    },
+    "sm_75": {
+        "half": (Tile(64, 64, 16, 8, 2),),
+        "single": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "interpret": {kind: (Tile(16, 16, 32, 4, 2),) for kind in ("half", "single", "tf32", "double")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ KINDS = ("half", "single", "tf32", "double")
 def test_every_part_has_tiles_whose_operands_fit(op: str, arch: str) -> None:
     part = _launch.PARTS[arch]
     for kind, size in zip(KINDS, (2, 4, 4, 8), strict=True):
+        if arch == "sm_75" and kind == "tf32":  # refused by name, see test_precision_is_a_documented_choice
+            continue
         for tile in _tiles.candidates(op, part, kind):
             stages = max(tile.num_stages - 1, 1)  # the last stage's operands are in flight, not in shared memory
             assert (tile.block_m + tile.block_n) * tile.block_d * size * stages <= part.shared_bytes
@@ -45,6 +48,44 @@ def test_precision_is_a_documented_choice(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SADCL_TRITON_PRECISION", "half")
     with pytest.raises(ValueError, match="SADCL_TRITON_PRECISION"):
         _tiles.precision(torch.float32, h100)
+
+
+@pytest.mark.parametrize(
+    "capability, shared_kb, dtype, expected",
+    [
+        ((8, 0), 163, torch.bfloat16, _tiles.SSCL["sm_80"]["half"]),
+        ((8, 6), 99, torch.bfloat16, _tiles.SSCL["small"]["half"]),  # smaller tiles, not a fault at the launch
+        ((8, 9), 99, torch.float32, _tiles.SSCL["small"]["single"]),
+        ((7, 5), 64, torch.float16, _tiles.SSCL["sm_75"]["half"]),
+        ((7, 5), 64, torch.bfloat16, "bfloat16 needs sm_80 or later, this GPU is sm_75; use float16"),
+        ((7, 0), 96, torch.float16, "Some GPU is sm_70, older than the sm_75 that Triton needs"),
+        ((6, 1), 48, torch.float32, "Some GPU is sm_61, older than the sm_75 that Triton needs"),
+    ],
+    ids=str,
+)
+def test_the_choice_follows_the_properties_of_the_device(
+    capability: tuple[int, int], shared_kb: int, dtype: torch.dtype, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old parts and small shared memory: a smaller tile, or the reason; properties as torch would give them."""
+    properties = SimpleNamespace(
+        major=capability[0], minor=capability[1], shared_memory_per_block_optin=shared_kb << 10,
+        multi_processor_count=40, name="Some GPU",
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_launch, "_probe", _launch._probe.__wrapped__)
+
+    def choose() -> tuple[_tiles.Tile, ...]:
+        part = _launch.part_of(torch.device("cuda", 0))
+        _launch.require_dtype(part, dtype)
+        assert part.shared_bytes == shared_kb << 10
+        return _tiles.candidates("sscl", part, _tiles.kind_of(dtype, _tiles.precision(dtype, part)))
+
+    if isinstance(expected, str):
+        with pytest.raises(RuntimeError, match=expected):
+            choose()
+    else:
+        assert choose() == expected
 
 
 def test_bfloat16_on_a_part_without_it_is_named() -> None:
