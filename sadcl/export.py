@@ -37,6 +37,7 @@ from sadcl.predict import find_pictures
 __all__ = ["FORMATS", "ExportError", "export_checkpoint", "export_model", "main", "plain_operators"]
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
+WEIGHTS = "safetensors"  # not a program: the model alone
 OUTPUTS = ("logits", "probabilities")
 TOLERANCE = 1e-4
 REAL_IMAGES = 8
@@ -304,6 +305,19 @@ def _validation_pictures(content: Mapping[str, Any]) -> Tensor:
         raise ExportError(f"no validation pictures to compare on ({error}); name some with --images") from error
 
 
+def _export_weights(checkpoint: str, output: str | None) -> int:
+    from sadcl.train.checkpoint import load_checkpoint, save_weights
+
+    content = load_checkpoint(checkpoint)
+    path = Path(output or Path(checkpoint).with_suffix(f".{WEIGHTS}"))
+    if path.suffix != f".{WEIGHTS}":
+        raise ValueError(f"--output {path}: expected a name that ends in .{WEIGHTS}")
+    save_weights(path, content)
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    print(f"{path} ({size}): the weights, with the names of {len(content['classes'])} classes")
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """``sadcl export``."""
     parser = argparse.ArgumentParser(
@@ -313,7 +327,13 @@ def main(arguments: Sequence[str]) -> int:
         "it is written; what describes it is written beside it as JSON.",
     )
     parser.add_argument("checkpoint", help="a .pt file written by sadcl train")
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument(
+        "--format",
+        choices=[*FORMATS, WEIGHTS],
+        default="onnx",
+        help="what to write (default: onnx); safetensors: no program, but the weights alone with class names, "
+        "preprocessing, thresholds and config, for sadcl eval, predict and export",
+    )
     parser.add_argument("--output", help="the program's path (default: beside the checkpoint, under its name)")
     parser.add_argument(
         "--images",
@@ -321,6 +341,8 @@ def main(arguments: Sequence[str]) -> int:
         help="pictures (files or folders) to compare on; default: validation pictures of the checkpoint's own data",
     )
     options = parser.parse_args(arguments)
+    if options.format == WEIGHTS:
+        return _export_weights(options.checkpoint, options.output)
     output = options.output or Path(options.checkpoint).with_suffix(FORMATS[options.format])
     pictures = None
     if options.images is not None:

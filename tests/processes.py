@@ -6,6 +6,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,8 +25,22 @@ CONTEXT.set_forkserver_preload(["sadcl.train.run", "sadcl.train.report", "sadcl.
 Kill = tuple[str, int, str]  # dotted name of a function, which of its calls, "before" or "after"
 
 
-def start(config: TrainConfig, *options: str, kill: Kill | None = None, processes: int = 1) -> list[ForkServerProcess]:
-    """Start `sadcl train` with a config; with several processes as torchrun would."""
+def start(
+    config: TrainConfig,
+    *options: str,
+    kill: Kill | None = None,
+    largest_file: int | None = None,
+    processes: int = 1,
+) -> list[ForkServerProcess]:
+    """Start `sadcl train` with a config; with several processes as torchrun would.
+
+    Args:
+        config: what to run.
+        options: of the command line, besides the config.
+        kill: when to die.
+        largest_file: bytes that a file may have.
+        processes: how many.
+    """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     given = folder.with_name(f"{folder.name}.yaml")
@@ -37,7 +52,7 @@ def start(config: TrainConfig, *options: str, kill: Kill | None = None, processe
         environment = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         said = folder.with_name(f"{folder.name}.{rank}.txt")
         said.unlink(missing_ok=True)
-        started.append(CONTEXT.Process(target=_child, args=(arguments, environment, str(said), kill)))
+        started.append(CONTEXT.Process(target=_child, args=(arguments, environment, str(said), kill, largest_file)))
         started[-1].start()
     return started
 
@@ -85,7 +100,9 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if type(a) is type(b) and a == b else [where]
 
 
-def _child(arguments: list[str], environment: dict[str, str], said: str, kill: Kill | None) -> None:
+def _child(
+    arguments: list[str], environment: dict[str, str], said: str, kill: Kill | None, largest_file: int | None
+) -> None:
     """The life of a process: its own output file, one thread, perhaps a sudden end."""
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -94,6 +111,8 @@ def _child(arguments: list[str], environment: dict[str, str], said: str, kill: K
     torch.set_num_threads(1)
     if kill is not None:
         _arm(*kill)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from sadcl.cli import main
 
     sys.exit(main(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -73,6 +74,18 @@ def cached_features(
     return FeatureDataset(features, torch.from_numpy(np.load(labels_file)))
 
 
+def _reserve(path: Path) -> None:
+    """Claim the disk space of a sparse file: written through a map, a full disk would end the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    size = f"{path.stat().st_size / 1e6:.0f} MB"
+                    raise OSError(error.errno, f"no room for {size} of feature maps", str(path.parent)) from error
+
+
 def _extract_all(
     images: Dataset[tuple[Tensor, Tensor]],
     extract: Callable[[Tensor], Tensor],
@@ -96,6 +109,7 @@ def _extract_all(
             if table is None:
                 shape = (count, *maps.shape[1:])
                 table = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
+                _reserve(unfinished)
             table[done : done + len(maps)] = maps
             labels.append(batch_labels)
             done += len(maps)

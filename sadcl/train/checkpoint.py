@@ -51,7 +51,7 @@ class CannotWrite(OSError):
         self.errno = cause.errno
 
 
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+def write_atomically(path: Path, write: Callable[..., Any]) -> None:
     """Call ``write(file)`` on a draft beside ``path`` and move it there once it is on disk.
 
     Killed at any moment, ``path`` holds either the old content or the new one, whole.
@@ -207,5 +207,5 @@ def _digest(text: str, model: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(model.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -78,9 +78,10 @@ def restore_stage(state: dict[str, Any], model: SADCL, stage: Stage) -> None:
     if distributed.is_main():
         return
     own = state["others"][distributed.rank() - 1]
-    for module in (model, None if stage.ema is None else stage.ema.module):
-        if own["bank"] is not None and module is not None:
-            module.head.memory_bank.slots.copy_(own["bank"])
+    models = [model] if stage.ema is None else [model, stage.ema.module]
+    for bank in (one.head.memory_bank for one in models):
+        if bank is not None:
+            bank.slots.copy_(own["bank"])
     stage.sums = dict(own["sums"])
     set_rng_state(own["rng"])
 
