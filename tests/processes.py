@@ -11,12 +11,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sadcl.cli import main
 from sadcl.train.config import TrainConfig
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -31,6 +33,7 @@ def start(
     kill: Kill | None = None,
     largest_file: int | None = None,
     processes: int = 1,
+    function: Callable[..., int] = main,
 ) -> list[ForkServerProcess]:
     """Start `sadcl train` with a config; with several processes as torchrun would.
 
@@ -40,19 +43,37 @@ def start(
         kill: when to die.
         largest_file: bytes that a file may have.
         processes: how many.
+        function: called with the command line instead of sadcl's.
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     given = folder.with_name(f"{folder.name}.yaml")
     given.write_text(config.as_yaml())
     arguments = ["train", "--config", str(given), *options]
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return _start(processes, folder, kill, largest_file, function, arguments)
+
+
+def group(function: Callable[..., int | None], folder: Path, *arguments: Any, processes: int = 2) -> list[int | None]:
+    """Call ``function(folder, *arguments)`` in several processes, as torchrun would; exit codes."""
+    return finish(_start(processes, folder / "group", None, None, function, folder, *arguments))
+
+
+def _start(
+    processes: int,
+    folder: Path,
+    kill: Kill | None,
+    largest_file: int | None,
+    function: Callable[..., int | None],
+    *arguments: Any,
+) -> list[ForkServerProcess]:
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     started = []
     for rank in range(processes):
-        environment = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         said = folder.with_name(f"{folder.name}.{rank}.txt")
         said.unlink(missing_ok=True)
-        started.append(CONTEXT.Process(target=_child, args=(arguments, environment, str(said), kill, largest_file)))
+        life = (environment, said, kill, largest_file, function, *arguments)
+        started.append(CONTEXT.Process(target=_child, args=life))
         started[-1].start()
     return started
 
@@ -101,7 +122,12 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def _child(
-    arguments: list[str], environment: dict[str, str], said: str, kill: Kill | None, largest_file: int | None
+    environment: dict[str, str],
+    said: Path,
+    kill: Kill | None,
+    largest_file: int | None,
+    function: Callable[..., int | None],
+    *arguments: Any,
 ) -> None:
     """The life of a process: its own output file, one thread, perhaps a sudden end."""
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -113,9 +139,7 @@ def _child(
         _arm(*kill)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    from sadcl.cli import main
-
-    sys.exit(main(arguments))
+    sys.exit(function(*arguments))
 
 
 def _arm(name: str, count: int, when: str) -> None:
