@@ -89,7 +89,8 @@ def _train(arguments: list[str]) -> int:
     if asked.dry_run:
         from sadcl.train.plan import plan
 
-        print(plan(asked.config))
+        if os.environ.get("RANK", "0") == "0":
+            print(plan(asked.config))
         return 0
     from sadcl.train.run import train
 

@@ -249,5 +249,6 @@ def test_torchrun(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
     assert set(metrics["stages"]) == set(metrics["at_96"]) == {"step1", "step2"}
     assert done.stderr.count("epoch 1/1") + done.stdout.count("epoch 1/1") == 2  # once a step

@@ -51,8 +51,11 @@ class RunLog:
             values: numbers, strings, lists, dicts of them.
         """
         row = {"kind": kind, "step": int(step), "time": round(time.time(), 3), **_finite(values)}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self._board is not None:
             for name, value in _numbers(values, kind):
                 self._board.add_scalar(name, value, step)

@@ -160,7 +160,8 @@ def _saved_bytes(config: TrainConfig, model: SADCL, width: int) -> int:
 
 
 def _stage_lines(config: TrainConfig, name: str, step: StepConfig, images: int, model: SADCL) -> list[str]:
-    batches = -(-images // config.batch_size)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # started by torchrun
+    batches = -(-(images // processes) // config.batch_size)
     per_epoch = -(-batches // step.accumulate)
     optimizer = make_optimizer(model, step)
     schedule = make_schedule(optimizer, step, per_epoch)
@@ -174,10 +175,11 @@ def _stage_lines(config: TrainConfig, name: str, step: StepConfig, images: int, 
     loss: DualContrastiveLoss = make_loss(config.loss)
     weights = (loss.classification_weight, loss.sample_weight, loss.prototype_weight)
     used = "ASL" if name != "step2" else "{:g} ASL + {:g} SSCL + {:g} PSCL".format(*weights)
+    together = f" x {processes} processes" if processes > 1 else ""
     accumulated = f" x {step.accumulate} accumulated" if step.accumulate > 1 else ""
     lines = [
         f"  {used}; formulation {config.loss.formulation}" if name == "step2" else f"  {used}",
-        f"  batch {config.batch_size}{accumulated}: {per_epoch:,} optimizer steps an epoch, "
+        f"  batch {config.batch_size}{together}{accumulated}: {per_epoch:,} optimizer steps an epoch, "
         f"{per_epoch * step.epochs:,} in {step.epochs} epochs",
         f"  {step.optimizer}, weight decay {step.weight_decay:g}, clip {step.clip or 'none'}; "
         + ", ".join(

@@ -86,6 +86,8 @@ class Run:
         self.autocast = autocast_dtype(config.amp, self.device)
         seed_everything(config.seed)
         self.images: Images = load_images(config.data, config.seed)
+        if (count := distributed.world()) > 1:
+            self.say(f"{count} processes, each with {config.batch_size} images a step")
         self.say(f"data: {self.images.title}; {len(self.images.classes)} labels\n{self.images.summary()}")
         model = build_model(config, len(self.images.classes))
         if config.model.init_from:
@@ -407,6 +409,8 @@ def _train(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> dic
     if config.eval_image_size:
         sized = {name: run.evaluate_at(name, config.eval_image_size) for name in reports}
         metrics[f"at_{config.eval_image_size}"] = {name: report.as_dict() for name, report in sized.items()}
+    if distributed.world() > 1:
+        metrics["processes"] = distributed.world()
     if not distributed.is_main():
         return metrics
     write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
