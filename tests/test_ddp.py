@@ -242,7 +242,9 @@ def _one_loss_is_nan(arguments: list[str]) -> int:
 
 
 def test_torchrun(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
-    config = tiny(pictures, tmp_path / "run", step1__epochs=1, step2__epochs=1, control="false", eval_image_size=96)
+    """The command as it is in the documentation, with a backbone that is trained."""
+    recipe = {"step1__epochs": 1, "step2__epochs": 1, "control": "false", "eval_image_size": 96}
+    config = tiny(pictures, tmp_path / "run", **recipe, model__train_backbone="true")
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [*torchrun, "-m", "sadcl.train", "--config", str(tmp_path / "c.yaml")]
