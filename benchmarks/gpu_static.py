@@ -152,7 +152,8 @@ def nvidia_usage(ptx: str) -> tuple[int, int]:
         source.write_text(ptx)
         for tool in ("ptxas-blackwell", "ptxas"):  # the first knows newer PTX; older wheels have the second alone
             if (tools / tool).exists():
-                command = [tools / tool, "-v", f"--gpu-name={target[1]}", source, "-o", Path(folder, "kernel.cubin")]
+                options = ["-v", f"--gpu-name={target[1]}", "-o", str(Path(folder, "kernel.cubin"))]
+                command = [str(tools / tool), *options, str(source)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode == 0:
                     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
@@ -179,7 +180,7 @@ def programs_on_a_processor(arch: str, registers: int, shared: int, warps: int) 
 
 def has_matrix_units(arch: str, operands: str) -> bool:
     """Whether products of these operands must use them: sm_75's are not in Triton, ``ieee`` and float64 are plain."""
-    return arch.startswith("gfx") or (arch != "sm_75" and operands.split(" ")[-1] not in ("ieee", "fp64"))
+    return arch.startswith("gfx") or (arch != "sm_75" and not operands.startswith(("fp32 ieee", "fp64")))
 
 
 def examine(launch: Any, arch: str, operands: str) -> Result:
@@ -200,6 +201,8 @@ def examine(launch: Any, arch: str, operands: str) -> Result:
         faults.append(f"needs {shared} bytes of shared memory")
     if kernel in PRODUCTS and not matrix and has_matrix_units(arch, operands):
         faults.append("has no matrix instruction")
+    if matrix and not amd and operands.startswith("fp32 ieee"):
+        faults.append("rounds ieee operands to tf32")
     sizes = [f"{name[6:].lower()}={launch.constants[name]}" for name in launch.constants if name.startswith("BLOCK_")]
     options = f"{' '.join(sizes)} warps={launch.num_warps} stages={launch.num_stages}"
     programs = programs_on_a_processor(arch, registers, shared, launch.num_warps)
@@ -328,11 +331,11 @@ def write_summary(results: list[Result]) -> None:
     lines = [
         "# Every shipped tile, compiled ahead of time",
         "",
-        f"Made by `python -m benchmarks.gpu_static --all` with Triton {triton.__version__}: {len(results)} kernels: every",
-        "row of the tile tables, every kind of operand, the gathering form of SSCL. Compiled, not executed.",
-        "`registers`, `spills` and `shared` are the largest of the group, `limit` is the part's shared memory, `fit` the",
-        "fewest programs on a multiprocessor, `matrix` how many kernels with products use matrix instructions (Triton has",
-        "none for sm_75; fp32 `ieee` and fp64 are plain on NVIDIA parts).",
+        f"Made by `python -m benchmarks.gpu_static --all` with Triton {triton.__version__}: {len(results)} kernels, of",
+        "every row of the tile tables, every kind of operand, and the gathering form of SSCL. Compiled, not executed.",
+        "`registers`, `spills` and `shared` are the largest of the group, `limit` is the part's shared memory, `fit`",
+        "the fewest programs on a multiprocessor, `matrix` how many kernels with products use matrix instructions",
+        "(Triton has none for sm_75; fp32 `ieee` and fp64 are plain on NVIDIA parts).",
         "",
         "| part | operands | kernels | registers | spills | shared | limit | fit | matrix |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -368,8 +371,8 @@ def main() -> int:
     known: dict[str, Result] = {}
     if arguments.log and arguments.log.exists():
         for line in arguments.log.read_text().splitlines():
-            entry = json.loads(line)
-            known[entry.pop("fingerprint")] = Result(**{**entry, "faults": tuple(entry["faults"])})
+            key, entry = json.loads(line)
+            known[key] = Result(**{**entry, "faults": tuple(entry["faults"])})
     results: dict[str, Result] = {}
     for arch in arguments.arch or (ARCHES + SMALL if arguments.all else ARCHES):
         for operands, launch in cases(arch, arguments.all):
@@ -382,7 +385,7 @@ def main() -> int:
                 print(known[key].row(), *known[key].faults, flush=True)
                 if arguments.log:
                     with arguments.log.open("a") as log:
-                        log.write(json.dumps({"fingerprint": key, **asdict(known[key])}) + "\n")
+                        log.write(json.dumps([key, asdict(known[key])]) + "\n")
             results[key] = known[key]
     if not arguments.arch and not arguments.check:
         (write_summary if arguments.all else write_report)(list(results.values()))

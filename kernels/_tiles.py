@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import triton
 
 from sadcl._checks import check_choice
 
@@ -82,14 +83,14 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
     "small": {
         # 99 KB: two stages of 64 x 64 x 64 are 32 KB.
         "half": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 32, 4, 3)),
-        "single": (Tile(64, 64, 16, 8, 2),),
+        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes (sm_75: 72)
         "tf32": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "sm_75": {
         # No matrix instructions in Triton (nor tf32): products are FMA, as float32's; a step of 64 spills 9,776 bytes.
         "half": (Tile(64, 64, 16, 8, 2),),
-        "single": (Tile(64, 64, 16, 8, 2),),
+        "single": (Tile(64, 32, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     # The least that dot takes, so that small tests cross tile borders.
@@ -165,14 +166,14 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "small": {
-        "half": (Tile(64, 64, 32, 8, 2),),
-        "single": (Tile(64, 64, 16, 8, 2),),
+        "half": (Tile(64, 32, 32, 8, 2),),  # 64 x 64 spills 36 bytes
+        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes
         "tf32": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "sm_75": {
         "half": (Tile(64, 64, 16, 8, 2),),
-        "single": (Tile(64, 64, 16, 8, 2),),
+        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "interpret": {kind: (Tile(16, 16, 32, 4, 2),) for kind in ("half", "single", "tf32", "double")},
@@ -202,6 +203,10 @@ TABLES = {
 
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Triton 3.6 and 3.7 give some float32 products to sm_100's tensor cores, as tf32, although `ieee` is asked. Those take
+# 64 rows or more.
+_EXACT = Tile(32, 32, 16, 4, 2, 8)
 
 
 def precision(dtype: torch.dtype, part: Part) -> str:
@@ -236,6 +241,8 @@ def candidates(op: str, part: Part, kind: str) -> tuple[Tile, ...]:
         family = "small" if part.shared_bytes < 128 << 10 else "sm_90" if part.arch.startswith("sm_9") else "sm_80"
         if part.arch.startswith("gfx"):
             family = "gfx942"
+    if kind == "single" and family == "sm_100" and _TRITON < (3, 8):
+        return (_EXACT,)
     return table[family][kind]
 
 

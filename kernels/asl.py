@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sadcl import _checks
 from sadcl._checks import accumulation_dtype
 
 from ._device import atanh_series, narrow, widen
@@ -143,7 +143,7 @@ def asl(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss ``[B]`` or ``[B, C]`` and derivative ``[B, C]`` (empty without ``save``), see :mod:`sadcl.ops.asl`."""
-    if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
+    if _checks.reads_values(labels):
         from sadcl.ops.asl import check_soft_labels
 
         check_soft_labels(labels)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: on a CPU always, on a GPU, where the host would wait, with ``SADCL_CHECK=1``."""
+    return tensor.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1"
 
 
 def check_tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sadcl.ops import asl, bank, compact, group_classifier, label_attention, pscl, sscl  # noqa: F401  (registers the ops)
+from sadcl.head import SADCLHead
+from sadcl.ops import asl, bank, compact, group_classifier, label_attention, pscl, sscl  # noqa: F401 (all register)
 
 TESTS = Path(__file__).parent
 OP = torch.ops.sadcl
@@ -35,10 +36,11 @@ _SYNCS = {"item", "tolist", "nonzero", "cpu", "numpy", "synchronize", "unique", 
 _HOST_CONVERSIONS = {"int", "float", "bool"}
 
 
-def calls_in(path: Path) -> list[tuple[int, str]]:
-    """The calls in a file, but for conversions of a literal (``float("-inf")``)."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def calls_in(path: Path, skipped: tuple[str, ...] = ()) -> list[tuple[int, str]]:
+    """The calls in a file, but for conversions of a literal (``float("-inf")``) and in functions for other backends."""
+    tree, found = ast.parse(path.read_text()), []
+    tree.body = [node for node in tree.body if not any(word in getattr(node, "name", "") for word in skipped)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and not all(
             isinstance(argument, ast.Constant) for argument in node.args or [node]
         ):
@@ -47,22 +49,10 @@ def calls_in(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "compact",
-        "asl",
-        "pscl",
-        "sscl",
-        "sscl_backward",
-        "label_attention",
-        "label_attention_backward",
-        "group_classifier",
-        "bank",
-        "_rows",
-        "_launch",
-    ],
-)
+LAUNCHERS = sorted({path.stem for path in (TESTS.parent / "kernels").glob("*.py")} - {"__init__", "_device", "_tiles"})
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_never_wait_for_the_device(name: str) -> None:
     path = TESTS.parent / "kernels" / f"{name}.py"
     bad = [(line, call) for line, call in calls_in(path) if call in _SYNCS]
@@ -70,6 +60,56 @@ def test_launchers_never_wait_for_the_device(name: str) -> None:
     bad += [(line, call) for line, call in calls_in(path) if call in _HOST_CONVERSIONS and name != "asl"]
     assert not bad, f"{path.name}: {bad}"
     assert "atomic" not in path.read_text().replace("no atomics", "").replace("no float atomics", "")
+
+
+@pytest.mark.parametrize("name", ["label_attention_core", "group_classifier", "bank", "pscl", "sscl", "asl", "compact"])
+def test_the_ops_around_them_do_not_either(name: str) -> None:
+    """The check of values, which waits, is another test's."""
+    path = TESTS.parent / "sadcl" / "ops" / f"{name}.py"
+    bad = [(line, call) for line, call in calls_in(path, ("cpp", "torch", "check_", "_bounded")) if call in _SYNCS]
+    assert not bad, f"{path.name}: {bad}"
+
+
+@needs_triton
+@pytest.mark.parametrize("asked", [False, True])
+def test_label_values_on_a_device_are_read_only_when_asked(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors stand for a GPU's: they are not on a CPU, and nothing can be read from them."""
+    from sadcl.kernels import _launch
+    from sadcl.kernels import asl as asl_kernel
+    from sadcl.kernels import compact as compact_kernel
+
+    monkeypatch.setenv("SADCL_CHECK", "1" if asked else "0")
+    read: list[str] = []
+    monkeypatch.setattr(compact, "check_label_values", lambda labels: read.append("compact"))
+    monkeypatch.setattr(asl, "check_soft_labels", lambda labels: read.append("asl"))
+    labels = torch.empty(4, 5, device="meta")
+    with _launch.recording(_launch.PARTS["sm_90"]) as launches:
+        pairs, _, target = compact_kernel.compact(labels)
+        asl_kernel.asl(labels, labels, None, 4.0, 1.0, 0.05, 1e-8, False, True, True)
+    assert read == (["compact", "asl"] if asked else [])
+    assert [launch.name for launch in launches] == ["_compact_small_kernel", "_asl_kernel"]
+    # More pairs than a bound: five here.
+    bounded = compact._bounded(lambda labels: (pairs, torch.tensor([0, 2, 5]), target))
+    if asked:
+        with pytest.raises(ValueError, match="capacity: the labels have 5 active pairs, more than 4"):
+            bounded(labels, 4)
+    else:
+        assert bounded(labels, 4)[0].shape == (4,)
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_head_traces_on_meta_tensors(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SADCL_BACKEND", "triton")
+    with torch.device("meta"):
+        head = SADCLHead(8, 3, num_heads=2, ffn_dim=8, decoder_layers=1, proj_dim=4, feature_size=(2, 3))
+        x = torch.empty(2, 8, 2, 3)
+    function = torch.compile(head, fullgraph=True, backend="aot_eager") if compiled else head
+    out = function(x)
+    parameters = list(head.parameters())
+    grads = torch.autograd.grad(sum(part.square().mean() for part in out[:5]), parameters)
+    assert [grad.shape for grad in grads] == [parameter.shape for parameter in parameters]
+    assert out.logits.shape == (2, 3) and out.logits.device.type == "meta"
 
 
 def arguments(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

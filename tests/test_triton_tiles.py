@@ -37,6 +37,17 @@ def test_unknown_parts_take_a_table_that_fits() -> None:
     assert _tiles.candidates("sscl", _launch.Part("gfx1100", 96, 64 << 10), "half") == _tiles.SSCL["gfx942"]["half"]
 
 
+@pytest.mark.parametrize("op", _tiles.TABLES)
+def test_older_triton_keeps_exact_products_off_the_tensor_cores_of_sm_100(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, part, exact in (((3, 7), "sm_100", True), ((3, 8), "sm_100", False), ((3, 6), "sm_90", False)):
+        monkeypatch.setattr(_tiles, "_TRITON", version)
+        rows = _tiles.candidates(op, _launch.PARTS[part], "single")
+        assert (rows == (_tiles._EXACT,)) == exact
+        assert _tiles._EXACT not in _tiles.candidates(op, _launch.PARTS[part], "half")
+
+
 def test_precision_is_a_documented_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     h100, t4, amd = (_launch.PARTS[arch] for arch in ("sm_90", "sm_75", "gfx942"))
     assert _tiles.precision(torch.float32, h100) == "ieee"

@@ -7,7 +7,6 @@ Oracle: :func:`sadcl.reference.asl.asl`.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .. import _checks
 from .._checks import accumulation_dtype
 from ._library import (
     array,
@@ -97,7 +97,7 @@ def _torch(
     sum_classes: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
+    if _checks.reads_values(labels):
         check_soft_labels(labels)
     x = logits.to(accumulation_dtype(logits.dtype))
     y = labels.to(x.dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ._library import DTYPE_CODES, array, extension, implemented, register, triton_kernel
 
 
@@ -53,7 +53,7 @@ def _cpp(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1":
+    if _checks.reads_values(labels):
         check_label_values(labels)
     b, c = labels.shape
     target = labels.to(torch.int8).contiguous()
@@ -95,7 +95,7 @@ def _bounded(implementation: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) 
         pairs, class_ptr, target = implementation(labels)
         if capacity >= labels.numel():
             return pairs, class_ptr, target
-        if (labels.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1") and class_ptr[-1] > capacity:
+        if _checks.reads_values(labels) and class_ptr[-1] > capacity:
             raise ValueError(f"capacity: the labels have {class_ptr[-1].item()} active pairs, more than {capacity}")
         return pairs[:capacity], class_ptr, target
 

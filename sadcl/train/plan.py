@@ -152,7 +152,7 @@ def _saved_bytes(config: TrainConfig, model: SADCL, width: int) -> int:
     shape = (model.backbone.channels, *model.backbone.feature_size) if frozen else (3, size, size)
     batch = torch.empty((config.batch_size, *shape), device="meta")
     model.train()
-    backend = patch.dict(os.environ, SADCL_BACKEND="torch")  # the operators that the meta device knows
+    backend = patch.dict(os.environ, SADCL_BACKEND="")  # as on a GPU: a backend for CPUs takes no meta tensors
     with backend, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         (model.head if frozen else model)(batch, contrastive=True)
     sizes = [(t.untyped_storage().nbytes(), t.is_floating_point()) for key, t in kept.items() if key not in own]

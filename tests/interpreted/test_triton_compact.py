@@ -7,8 +7,9 @@ import torch
 from sadcl.kernels import _launch
 from sadcl.kernels import compact as kernel
 
-from sadcl.functional import compact_labels
-from sadcl.testing import RAGGED, layouts, make_labels, poisoned_allocations
+from sadcl import _checks
+from sadcl.functional import compact_labels, sample_contrastive_loss
+from sadcl.testing import RAGGED, layouts, make_features, make_labels, poisoned_allocations, value_and_grads
 
 
 @pytest.mark.parametrize("launches", [1, 3])
@@ -40,3 +41,22 @@ def test_dtypes_and_layouts() -> None:
 def test_wrong_values_are_named() -> None:
     with pytest.raises(ValueError, match=r"got values 0\.5"):
         compact_labels(torch.tensor([[0.5, 1.0]]), "triton")
+
+
+def test_overflow_of_a_bound_where_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without ``SADCL_CHECK=1``: the flag is set, the loss is NaN; a bound that holds changes nothing."""
+    labels, features = make_labels(4, 3, labels_per_image=1.5), make_features(4, 1, 3, 16)
+    count = int(labels.sum())
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
+
+    def run(capacity: int) -> tuple[bool, tuple[torch.Tensor, ...]]:
+        active = compact_labels(labels, "triton", capacity=capacity)
+        assert active.pairs.shape == (min(capacity, labels.numel()),)
+        loss = lambda x: sample_contrastive_loss(x, labels, active=active, backend="triton")  # noqa: E731
+        return bool(active.overflowed), value_and_grads(loss, features)
+
+    full = run(labels.numel())
+    overflowed, results = run(count)
+    assert not overflowed and all(torch.equal(a, b) for a, b in zip(results, full[1], strict=True))
+    overflowed, (loss, _) = run(count - 1)
+    assert overflowed and loss.isnan()
