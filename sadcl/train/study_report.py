@@ -54,7 +54,8 @@ class PartResult:
         name: frozen or finetuned.
         chosen: each arm's choice.
         values: arm -> seed -> figures (mAP, CF1, OF1 and more).
-        against_control: every other arm against SARL continued.
+        against_control: every other arm against SARL continued, in mAP.
+        cf1_against_control: the same in CF1 (threshold 0.5), which nothing was chosen on.
         formulations: each paper arm against the released one with the same losses.
     """
 
@@ -62,6 +63,7 @@ class PartResult:
     chosen: dict[str, Choice]
     values: dict[str, dict[int, dict[str, float]]]
     against_control: list[Comparison]
+    cf1_against_control: list[Comparison]
     formulations: list[Comparison]
 
 
@@ -116,16 +118,25 @@ def collect(study: Study, name: str) -> PartResult | None:
     values = {arm: found for arm, found in values.items() if found}
     if not values:
         return None
-    figures = {arm: {seed: result["mAP"] for seed, result in found.items()} for arm, found in values.items()}
-    pairs = [(arm, CONTROL) for arm in figures if arm != CONTROL and CONTROL in figures]
-    against = [found for arm, other in pairs if (found := compare(arm, other, figures[arm], figures[other]))]
-    both = [(arm, arm.replace("-paper", "-released")) for arm in figures if arm.endswith("-paper")]
-    formulations = [
-        found
-        for paper, released in both
-        if released in figures and (found := compare(paper, released, figures[paper], figures[released]))
-    ]
-    return PartResult(name, study.chosen(name), values, against, formulations)
+    pairs = [(arm, CONTROL) for arm in values if arm != CONTROL]
+    both = [(arm, arm.replace("-paper", "-released")) for arm in values if arm.endswith("-paper")]
+    return PartResult(
+        name,
+        study.chosen(name),
+        values,
+        _compare_all(values, pairs, "mAP"),
+        _compare_all(values, pairs, "CF1"),
+        _compare_all(values, both, "mAP"),
+    )
+
+
+def _compare_all(
+    values: dict[str, dict[int, dict[str, float]]], pairs: Sequence[tuple[str, str]], figure: str
+) -> list[Comparison]:
+    """The pairs of arms that have a common seed."""
+    numbers = {arm: {seed: result[figure] for seed, result in found.items()} for arm, found in values.items()}
+    compared = (compare(arm, other, numbers[arm], numbers[other]) for arm, other in pairs if other in numbers)
+    return [comparison for comparison in compared if comparison is not None]
 
 
 def write_report(study: Study) -> dict[str, Any]:
@@ -177,21 +188,22 @@ def _part_lines(study: Study, result: PartResult) -> list[str]:
     lines = [f"## {TITLES[result.name]}", ""]
     lines += [
         f"{part.train_images} training and {part.val_images} validation pictures, {part.step1.epochs} + "
-        f"{part.step2.epochs} epochs for every arm. Validation mAP after the last epoch, mean and standard deviation "
-        f"over the seeds; difference from the control on the same seed, mean and {LEVEL:.0%} interval (paired t).",
+        f"{part.step2.epochs} epochs for every arm. Validation mAP and CF1 after the last epoch, mean and standard "
+        "deviation over the seeds; difference from the control on the same seed, mean and "
+        f"{LEVEL:.0%} interval (paired t).",
         "",
-        "| arm | mAP | CF1 | difference in mAP | interval | seeds above | p (Holm) | |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    adjusted = dict(
-        zip((c.arm for c in result.against_control), holm([c.p for c in result.against_control]), strict=True)
-    )
-    rows = {comparison.arm: comparison for comparison in result.against_control}
-    for arm, found in result.values.items():
-        figures = [f"{_mean_spread([one[name] for one in found.values()])}" for name in ("mAP", "CF1")]
-        rest = ["", "", "", "", ""] if arm not in rows else _cells(rows[arm], adjusted[arm])
-        lines.append(f"| {' | '.join([ARMS[arm].title, *figures, *rest])} |")
-    lines.append("")
+    for figure, comparisons in (("mAP", result.against_control), ("CF1", result.cf1_against_control)):
+        lines += [
+            f"| arm | {figure} | difference | interval | seeds above | p (Holm) | |",
+            "|---|---:|---:|---:|---:|---:|---|",
+        ]
+        adjusted = holm([comparison.p for comparison in comparisons])
+        cells = {one.arm: _cells(one, p) for one, p in zip(comparisons, adjusted, strict=True)}
+        for arm, found in result.values.items():
+            mean = _mean_spread([one[figure] for one in found.values()])
+            lines.append(f"| {' | '.join([ARMS[arm].title, mean, *cells.get(arm, [''] * 5)])} |")
+        lines.append("")
     if result.formulations:
         lines += ["Paper's equations minus released formulation, each with its own weights:", ""]
         lines += [
@@ -210,12 +222,18 @@ def _part_lines(study: Study, result: PartResult) -> list[str]:
 def _cells(comparison: Comparison, adjusted: float) -> list[str]:
     above = sum(difference > 0 for difference in comparison.differences)
     count = len(comparison.seeds)
-    interval = "-" if math.isnan(comparison.low) else f"{comparison.low:+.4f} to {comparison.high:+.4f}"
+    interval = "-" if math.isnan(comparison.low) else f"{_signed(comparison.low)} to {_signed(comparison.high)}"
     verdict = "too few seeds" if math.isnan(adjusted) else "no difference shown"
     if adjusted < 1 - LEVEL:
         verdict = "better" if comparison.mean > 0 else "worse"
-    p = "-" if math.isnan(adjusted) else f"{adjusted:.3f}"
-    return [f"{comparison.mean:+.4f}", interval, f"{above} of {count}", p, verdict]
+    p = "-" if math.isnan(adjusted) else "< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}"
+    return [_signed(comparison.mean), interval, f"{above} of {count}", p, verdict]
+
+
+def _signed(value: float) -> str:
+    """With its sign, unless it rounds to 0."""
+    text = f"{value:+.4f}"
+    return "0.0000" if float(text) == 0 else text
 
 
 def _seed_table(result: PartResult) -> list[str]:
@@ -228,9 +246,11 @@ def _seed_table(result: PartResult) -> list[str]:
 
 
 def _choice_table(study: Study, result: PartResult) -> list[str]:
+    """Arms with one candidate have their choice from the config, and their line says so."""
     seeds = getattr(study.config, result.name).weight_seeds
+    tried = f" on the weight seeds {', '.join(map(str, seeds))}" if seeds else ""
     lines = [
-        f"Tried on the weight seeds {', '.join(map(str, seeds))} (mean mAP); the chosen one in bold:",
+        f"What was tried{tried}, with the mean mAP; the chosen one in bold:",
         "",
         "| arm | learning rates | weights (SSCL / PSCL) | mAP |",
         "|---|---|---|---:|",
@@ -239,7 +259,7 @@ def _choice_table(study: Study, result: PartResult) -> list[str]:
         rows = study.tried(result.name, arm)
         for choice, value in rows:
             bold = "**" if choice == result.chosen.get(arm) else ""
-            measured = "the only one" if len(rows) == 1 else "-" if value is None else f"{value:.4f}"
+            measured = "given" if len(rows) == 1 else "-" if value is None else f"{value:.4f}"
             weights = f"{choice.sample_weight:g} / {choice.prototype_weight:g}" if ARMS[arm].contrastive else ""
             rates = f"{choice.rate1:.2g}, {choice.rate2:.2g}"
             lines.append(f"| {ARMS[arm].title} | {rates} | {weights} | {bold}{measured}{bold} |")
@@ -282,6 +302,7 @@ def _as_json(result: PartResult) -> dict[str, Any]:
         "chosen": {arm: asdict(choice) for arm, choice in result.chosen.items()},
         "values": result.values,
         "against_control": [_finite(asdict(comparison)) for comparison in result.against_control],
+        "cf1_against_control": [_finite(asdict(comparison)) for comparison in result.cf1_against_control],
         "paper_minus_released": [_finite(asdict(comparison)) for comparison in result.formulations],
     }
 
