@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sadcl.ops.label_attention import backward_macs, choose_form, forward_macs
+
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 ELEMENT = 2  # bytes of a bfloat16
 
@@ -39,6 +41,9 @@ class Problem:
     labels: float
     v: int = 2
     d: int = 1024
+    e: int = 2048
+    length: int = 196
+    heads: int = 4
 
     @property
     def active(self) -> int:
@@ -103,6 +108,50 @@ def asl(p: Problem) -> Work:
     return Work(bytes=p.b * p.c * (ELEMENT + 4 + 4) + p.b * p.c * (4 + ELEMENT))
 
 
+def label_attention(p: Problem) -> Work:
+    """The whole block in the form with fewer operations, projections included. Memory, weights (``4 E^2``) and queries
+    in, context out; in between the projected or folded tensors out and in, and the panel of scores stays in L2."""
+    form = _form(p)
+    flops = 2.0 * forward_macs(form, p.b, p.c, p.length, p.e, p.heads, True)
+    return Work(flops, 0, (_block(p) + _between(p, form)) * ELEMENT)
+
+
+def label_attention_backward(p: Problem) -> Work:
+    """Every product has two gradients of its size, the scores are made again. What the forward read and kept, in;
+    gradients of memory, weights and queries out."""
+    form = _form(p)
+    flops = 2.0 * backward_macs(form, p.b, p.c, p.length, p.e, p.heads, True)
+    scores = 2.0 * p.b * p.c * p.length * p.e * (p.heads if form == "folded" else 1)
+    return Work(flops + scores, 0, (2 * _block(p) + 2 * _between(p, form)) * ELEMENT)
+
+
+def _form(p: Problem) -> str:
+    return choose_form(p.b, p.c, p.length, p.e, p.heads, True)
+
+
+def _block(p: Problem) -> int:
+    """Elements that enter or leave the block: memory, weights, shared queries, context."""
+    return p.b * p.length * p.e + 4 * p.e**2 + p.c * p.e + p.b * p.c * p.e
+
+
+def _between(p: Problem, form: str) -> int:
+    """Elements between the projections and the fused part, written once and read once."""
+    if form == "plain":
+        return 2 * (p.c * p.e + 2 * p.b * p.length * p.e + p.b * p.c * p.e)
+    return 2 * (p.heads * p.c * p.e + p.b * p.heads * p.c * p.e) + p.b * p.length * p.e
+
+
+def classifier(p: Problem) -> Work:
+    """Label features and weights in, logits out; backward reads both and writes both gradients."""
+    elements = p.b * p.c * p.e + p.c * p.e
+    return Work(bytes=3 * elements * ELEMENT + 2 * p.b * p.c * ELEMENT)
+
+
+def bank(p: Problem) -> Work:
+    """Labels and scores in; the features of active pairs (at most: those above the threshold) in, their slots out."""
+    return Work(bytes=p.b * p.c * (4 + ELEMENT) + p.b * p.labels * p.e * (ELEMENT + 4))
+
+
 def dense(p: Problem) -> Work:
     """SSCL without compaction: every row against every row, the float32 matrix written and read once per pass."""
     return Work(6 * p.rows**2 * p.d, 0, 4 * p.rows**2 * 4 + 4 * p.rows * p.d * ELEMENT)
@@ -115,6 +164,10 @@ OPS: dict[str, Callable[[Problem], Work]] = {
     "pscl": pscl,
     "pscl backward": pscl_backward,
     "asl, both passes": asl,
+    "label attention": label_attention,
+    "label attention backward": label_attention_backward,
+    "classifier, both passes": classifier,
+    "bank": bank,
     "sscl dense, both passes": dense,
 }
 # Labels an image: COCO's and Visual Genome's averages; for OpenImages's classes a round assumption.
@@ -130,13 +183,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def held_by(count: Callable[[Problem], Work], p: Problem) -> float:
+    """Bytes that an op's tensors, or the dense form's matrix, take at once."""
+    if count is dense:
+        return float(p.rows**2 * 4)
+    if count in (compact, asl):
+        return 0.0
+    if count in (label_attention, label_attention_backward):
+        return float((_block(p) + _between(p, _form(p))) * ELEMENT)
+    if count is classifier:
+        return float(2 * p.b * p.c * p.e * ELEMENT)
+    if count is bank:
+        return float(p.b * p.c * p.e * (ELEMENT + 4))
+    return float(p.rows * p.d * ELEMENT * 2)
+
+
 def report() -> str:
     """The text of docs/roofline.md."""
     lines = [
         "# Roofline on paper",
         "",
         "**Predicted, not measured**: made by `python -m benchmarks.roofline` from counts and data-sheet rates",
-        "(bfloat16 features, V=2, D=1024). A bound is the time that no version can beat; below about 10 us a launch",
+        "(bfloat16, V=2, D=1024; attention of width E=2048, 4 heads, 196 positions, with its projections, in the",
+        "form with fewer operations). A bound is the time that no version can beat; below about 10 us a launch",
         "costs more than the bound. `n/a`: the tensors that the op needs do not fit the part's memory. The dense form",
         "is SSCL over all `B V C` rows with the inactive ones masked, without compaction.",
         "",
@@ -148,9 +217,7 @@ def report() -> str:
             problem = Problem(name, batch, classes, labels)
             for op, count in OPS.items():
                 work = count(problem)
-                held = problem.rows**2 * 4 if count is dense else problem.rows * problem.d * ELEMENT * 2
-                if count in (compact, asl):
-                    held = 0
+                held = held_by(count, problem)
                 cells = []
                 for part in PARTS:
                     seconds, unit = work.seconds(part)
