@@ -81,8 +81,8 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "small": {
-        # 99 KB: two stages of 64 x 64 x 64 are 32 KB.
-        "half": (Tile(64, 64, 64, 4, 2), Tile(64, 64, 32, 4, 3)),
+        # A width step of 64 spills 720 bytes where rows are gathered.
+        "half": (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 3)),
         "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes (sm_75: 72)
         "tf32": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
@@ -126,7 +126,7 @@ SSCL_BACKWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "small": {
         "half": (Tile(64, 64, 64, 4, 2, 8), Tile(64, 64, 32, 4, 2, 8)),
-        "single": (Tile(64, 64, 16, 8, 2, 8),),
+        "single": (Tile(64, 64, 16, 8, 2, 8),),  # gathered rows spill 48 bytes; 64 x 32 spills 52 of staged ones
         "tf32": (Tile(64, 64, 16, 8, 2, 8),),
         "double": (Tile(32, 32, 16, 4, 1, 8),),
     },
@@ -167,7 +167,7 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "small": {
         "half": (Tile(64, 32, 32, 8, 2),),  # 64 x 64 spills 36 bytes
-        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes
+        "single": (Tile(32, 64, 16, 8, 2),),  # 64 x 64 spills 16 bytes, 64 x 32 44
         "tf32": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
