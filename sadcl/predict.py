@@ -16,8 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from sadcl.data.csv_list import image_tensor
-from sadcl.data.images import ImageFileError
+from sadcl.data.images import ImageFileError, image_tensor
 from sadcl.model import SADCL
 
 __all__ = [

@@ -93,3 +93,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert main(["train", "--config", str(folder / "config.yaml"), "--output", str(folder / "run")]) == 0
     return folder
+
+
+def coloured_squares(folder: Path, count: int, train: int) -> Path:
+    """Pictures of one to three coloured squares; ``train.csv`` names the first ``train``, ``val.csv`` the rest."""
+    from PIL import Image
+
+    colors = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230)}
+    generator = torch.Generator().manual_seed(1)
+    lines = []
+    for number in range(count):
+        names = [name for name in colors if torch.rand((), generator=generator) < 0.5] or ["red"]
+        image = Image.new("RGB", (64, 64), (110, 110, 110))
+        for name in names:
+            left, top = torch.randint(0, 40, (2,), generator=generator).tolist()
+            image.paste(colors[name], (left, top, left + 22, top + 22))
+        image.save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{';'.join(names)}\n")
+    (folder / "train.csv").write_text("".join(lines[:train]))
+    (folder / "val.csv").write_text("".join(lines[train:]))
+    return folder

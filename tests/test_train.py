@@ -19,6 +19,7 @@ import torch
 for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml"):
     pytest.importorskip(needed)
 
+from conftest import coloured_squares  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sadcl.train.checkpoint import (  # noqa: E402
@@ -32,26 +33,11 @@ from sadcl.train.evaluate import evaluate_checkpoint, restore_model  # noqa: E40
 from sadcl.train.loop import NonFiniteLoss, Stage  # noqa: E402
 from sadcl.train.run import Run, train  # noqa: E402
 
-COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230)}
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 pictures of one to three coloured squares, and the lists that name them."""
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(1)
-    lines = []
-    for number in range(36):
-        names = [name for name in COLORS if torch.rand((), generator=generator) < 0.5] or ["red"]
-        image = Image.new("RGB", (64, 64), (110, 110, 110))
-        for name in names:
-            left, top = torch.randint(0, 40, (2,), generator=generator).tolist()
-            image.paste(COLORS[name], (left, top, left + 22, top + 22))
-        image.save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{';'.join(names)}\n")
-    (folder / "train.csv").write_text("".join(lines[:24]))
-    (folder / "val.csv").write_text("".join(lines[24:]))
-    return folder
+    return coloured_squares(tmp_path_factory.mktemp("pictures"), 36, train=24)
 
 
 def tiny(pictures: Path, output: Path, **changes: Any) -> TrainConfig:

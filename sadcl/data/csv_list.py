@@ -6,10 +6,10 @@ import csv
 import os
 from collections.abc import Iterator
 
-from sadcl.data.images import ImageFileError, image_tensor
+from sadcl.data.images import ImageFileError
 from sadcl.data.listing import NamedListing, read_lines
 
-__all__ = ["CsvDataset", "image_tensor"]
+__all__ = ["CsvDataset"]
 
 
 class CsvDataset(NamedListing):
