@@ -7,16 +7,14 @@ Row ``i = p V + v`` belongs to pair ``p``. A staging kernel, the first launch of
 ``z [rows, width]``    x times scale, in x's dtype: a power of two brings |x| into [1, 2), which loses no bit
 
 so that ``z_i . z_j`` leaves the tensor cores exact but for the accumulation: normalisation multiplies the product.
-``z`` costs as much memory as the features at most. Where that would be over :data:`STAGE_BYTES`, nothing is copied:
-``offset [rows]`` holds where each row starts in the features, and tiles are scaled as they are read (slower: operands
-pass through registers).
+``z`` costs as much memory as the features at most, or as the caller's bound on the pairs allows. There is no form that
+reads tiles from the features themselves: its operands pass through registers, which spilled on sm_75, sm_86 and sm_90.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +24,6 @@ from sadcl._checks import accumulation_dtype
 from ._device import narrow, power_of_two_scale, reciprocal, widen
 from ._launch import INTERPRET, capped, ceil_div, launch, part_of
 
-STAGE_BYTES = 1 << 28
 _BLOCK_ROWS = 16 if INTERPRET else 4
 
 
@@ -43,18 +40,10 @@ def overflowed(count_ptr, V, rows_cap):
 
 
 @triton.jit
-def load_rows(z_ptr, offset_ptr, stat_ptr, rows, mask, offs_d, width, stride, rows_cap, GATHER: tl.constexpr):
-    """Tile ``[rows, width]`` of scaled rows, 0 where masked. ``stride``: (between rows, within a row)."""
-    stride_row, stride_d = stride
-    mask_all = mask[:, None] & (offs_d < width)[None, :]
-    if GATHER:
-        start = tl.load(offset_ptr + rows, mask=mask, other=0)
-        scale = tl.load(stat_ptr + rows_cap + rows, mask=mask, other=0)
-        x = tl.load(z_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask_all, other=0)
-        return narrow(widen(x, scale.dtype) * scale[:, None], z_ptr.dtype.element_ty)
-    else:
-        start = rows.to(tl.int64) * stride_row
-        return tl.load(z_ptr + start[:, None] + offs_d[None, :], mask=mask_all, other=0)
+def load_rows(z_ptr, rows, mask, offs_d, width):
+    """Tile ``[rows, width]`` of scaled rows, 0 where masked."""
+    place = z_ptr + (rows.to(tl.int64) * width)[:, None] + offs_d[None, :]
+    return tl.load(place, mask=mask[:, None] & (offs_d < width)[None, :], other=0)
 
 
 @triton.jit
@@ -81,7 +70,6 @@ def _segment_of(class_ptr_ptr, p, K, STEPS):
 def _stage(
     x_ptr,
     z_ptr,
-    offset_ptr,
     stat_ptr,
     segment_ptr,
     class_ptr_ptr,
@@ -92,7 +80,6 @@ def _stage(
     sizes,
     strides,
     NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Write the row's entries of the tables above; ``norm`` is its float64 norm."""
@@ -112,22 +99,19 @@ def _stage(
     tl.store(segment_ptr + rows, first * V, mask=mask)
     tl.store(segment_ptr + rows_cap + rows, last * V, mask=mask)
     tl.store(segment_ptr + 2 * rows_cap + rows, ((b * tl.cast(V, tl.int64) + v) * C + c).to(tl.int32), mask=mask)
-    if GATHER:
-        tl.store(offset_ptr + rows, start, mask=mask)
-    else:
-        for first_d in range(0, width, BLOCK_D):
-            offs_d = first_d + tl.arange(0, BLOCK_D)
-            x = tl.load(
-                x_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * strides[3],
-                mask=mask[:, None] & (offs_d < D)[None, :],
-                other=0,
-            )  # [BLOCK_R, BLOCK_D]
-            z = narrow(widen(x, ACC) * scale[:, None], z_ptr.dtype.element_ty)
-            tl.store(
-                z_ptr + rows.to(tl.int64)[:, None] * width + offs_d[None, :],
-                z,
-                mask=mask[:, None] & (offs_d < width)[None, :],
-            )
+    for first_d in range(0, width, BLOCK_D):
+        offs_d = first_d + tl.arange(0, BLOCK_D)
+        x = tl.load(
+            x_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * strides[3],
+            mask=mask[:, None] & (offs_d < D)[None, :],
+            other=0,
+        )  # [BLOCK_R, BLOCK_D]
+        z = narrow(widen(x, ACC) * scale[:, None], z_ptr.dtype.element_ty)
+        tl.store(
+            z_ptr + rows.to(tl.int64)[:, None] * width + offs_d[None, :],
+            z,
+            mask=mask[:, None] & (offs_d < width)[None, :],
+        )
 
 
 @triton.jit
@@ -136,7 +120,6 @@ def _stage_forward_kernel(
     pairs_ptr,
     class_ptr_ptr,
     z_ptr,
-    offset_ptr,
     stat_ptr,
     segment_ptr,
     norm_ptr,
@@ -146,7 +129,6 @@ def _stage_forward_kernel(
     sizes,
     strides,
     NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -176,7 +158,6 @@ def _stage_forward_kernel(
         _stage(
             x_ptr,
             z_ptr,
-            offset_ptr,
             stat_ptr,
             segment_ptr,
             class_ptr_ptr,
@@ -187,7 +168,6 @@ def _stage_forward_kernel(
             sizes,
             strides,
             NORMALIZE,
-            GATHER,
             BLOCK_D,
         )
     STEP: tl.constexpr = 1024
@@ -207,7 +187,6 @@ def _stage_backward_kernel(
     pairs_ptr,
     class_ptr_ptr,
     z_ptr,
-    offset_ptr,
     stat_ptr,
     segment_ptr,
     norm_ptr,
@@ -217,7 +196,6 @@ def _stage_backward_kernel(
     sizes,
     strides,
     NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -234,7 +212,6 @@ def _stage_backward_kernel(
         _stage(
             x_ptr,
             z_ptr,
-            offset_ptr,
             stat_ptr,
             segment_ptr,
             class_ptr_ptr,
@@ -245,7 +222,6 @@ def _stage_backward_kernel(
             sizes,
             strides,
             NORMALIZE,
-            GATHER,
             BLOCK_D,
         )
         lse = tl.load(lse_ptr + rows, mask=mask, other=0)
@@ -263,24 +239,17 @@ def _stage_backward_kernel(
 class Rows:
     """What the kernels after the staging one read."""
 
-    z: Tensor  # [rows, width], or the features themselves when gathering
-    offset: Tensor | None  # int64 [rows] when gathering
+    z: Tensor  # [rows, width]
     stat: Tensor  # acc [4, rows]
     segment: Tensor  # int32 [3, rows]
     count: Tensor  # int32 [1], active pairs
     capacity: int  # rows that there is room for
     width: int
-    stride: tuple[int, int]
 
     @property
-    def gather(self) -> bool:
-        """Whether tiles come straight from the features."""
-        return self.offset is not None
-
-    @property
-    def tables(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The kernels' arguments, in one tuple."""
-        return self.z, self.offset, self.stat, self.segment, self.count
+        return self.z, self.stat, self.segment, self.count
 
 
 def stage_forward(
@@ -290,9 +259,9 @@ def stage_forward(
     rows, sizes = _allocate(features, pairs, class_ptr)
     programs = capped(part_of(features.device), ceil_div(max(rows.capacity, 1), _BLOCK_ROWS), 8)
     launch(_stage_forward_kernel, programs,
-           (features, pairs, class_ptr, rows.z, rows.offset, rows.stat, rows.segment, norm, lse, row_loss,
+           (features, pairs, class_ptr, rows.z, rows.stat, rows.segment, norm, lse, row_loss,
             row_loss.numel(), sizes, features.stride()),
-           NORMALIZE=normalize, GATHER=rows.gather, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
+           NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
     return rows
 
 
@@ -304,9 +273,9 @@ def stage_backward(
     programs = capped(part_of(features.device), ceil_div(max(rows.capacity, 1), _BLOCK_ROWS), 8)
     peak = rows.stat.new_empty(programs)
     launch(_stage_backward_kernel, programs,
-           (features, pairs, class_ptr, rows.z, rows.offset, rows.stat, rows.segment, norm, lse, grad_rows, peak, sizes,
+           (features, pairs, class_ptr, rows.z, rows.stat, rows.segment, norm, lse, grad_rows, peak, sizes,
             (*features.stride(), *grad_rows.stride())),
-           NORMALIZE=normalize, GATHER=rows.gather, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
+           NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
     return rows, peak
 
 
@@ -319,15 +288,12 @@ def _allocate(features: Tensor, pairs: Tensor, class_ptr: Tensor) -> tuple[Rows,
     k, capacity = class_ptr.shape[0] - 1, pairs.shape[0] * v
     # Whole 16-element groups, so that every row of z starts at an address that 128-bit loads take.
     width = ceil_div(d, 16) * 16
-    gather = capacity * width * features.element_size() > STAGE_BYTES
     rows = Rows(
-        z=features if gather else features.new_empty((capacity, width)),
-        offset=pairs.new_empty(capacity, dtype=torch.int64) if gather else None,
+        z=features.new_empty((capacity, width)),
         stat=features.new_empty((4, capacity), dtype=accumulation_dtype(features.dtype)),
         segment=pairs.new_empty((3, capacity)),
         count=class_ptr[-1:],
         capacity=capacity,
-        width=d if gather else width,
-        stride=(0, features.stride(3)) if gather else (width, 1),
+        width=width,
     )
     return rows, (v, c, d, width, k, k.bit_length(), capacity)

@@ -41,26 +41,21 @@ def partition(n, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 @triton.jit
 def product(
     z_ptr,
-    offset_ptr,
-    stat_ptr,
     rows,
     mask_r,
     cols,
     mask_c,
     width,
-    stride,
-    rows_cap,
+    ACC: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Tile ``[rows, cols]`` of products of scaled rows."""
-    ACC: tl.constexpr = stat_ptr.dtype.element_ty
     tile = tl.zeros([rows.shape[0], cols.shape[0]], ACC)
     for start in range(0, width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        a = load_rows(z_ptr, offset_ptr, stat_ptr, rows, mask_r, offs_d, width, stride, rows_cap, GATHER)
-        b = load_rows(z_ptr, offset_ptr, stat_ptr, cols, mask_c, offs_d, width, stride, rows_cap, GATHER)
+        a = load_rows(z_ptr, rows, mask_r, offs_d, width)
+        b = load_rows(z_ptr, cols, mask_c, offs_d, width)
         tile = tl.dot(operand(a), tl.trans(operand(b)), tile, input_precision=PRECISION, out_dtype=ACC)
     return tile
 
@@ -73,16 +68,14 @@ def _sweep_kernel(
     V,
     width,
     rows_cap,
-    stride,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Per row and split: maximum, sum of exponentials (both in base 2) and the sum over its positives."""
-    z_ptr, offset_ptr, stat_ptr, segment_ptr, count_ptr = tables
+    z_ptr, stat_ptr, segment_ptr, count_ptr = tables
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     n = count_rows(count_ptr, V, rows_cap)
     row_blocks, splits, per_split = partition(n, SLOTS, BLOCK_M, BLOCK_N)
@@ -103,21 +96,7 @@ def _sweep_kernel(
             cols = start + tl.arange(0, BLOCK_N)
             mask_c = cols < n
             over_c = tl.load(stat_ptr + cols, mask=mask_c, other=0)  # [BLOCK_N]
-            s = product(
-                z_ptr,
-                offset_ptr,
-                stat_ptr,
-                rows,
-                mask_r,
-                cols,
-                mask_c,
-                width,
-                stride,
-                rows_cap,
-                BLOCK_D,
-                GATHER,
-                PRECISION,
-            )
+            s = product(z_ptr, rows, mask_r, cols, mask_c, width, ACC, BLOCK_D, PRECISION)
             s = s * over_r[:, None] * over_c[None, :]
             other = mask_c[None, :] & (cols[None, :] != rows[:, None])
             same = other & (cols[None, :] >= first[:, None]) & (cols[None, :] < last[:, None])
@@ -217,11 +196,9 @@ def _pair_maximum_kernel(
     C,
     width,
     rows_cap,
-    stride,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The mean over a row's positives of R: the largest score of any class that the two images share.
@@ -230,7 +207,7 @@ def _pair_maximum_kernel(
     classes, and multiplies where both sides have any. Nothing (B V)^2 is stored. A class that is missing on either side
     counts as 0, so R >= 0 unless all C are shared.
     """
-    z_ptr, offset_ptr, stat_ptr, segment_ptr, count_ptr = tables
+    z_ptr, stat_ptr, segment_ptr, count_ptr = tables
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     n = count_rows(count_ptr, V, rows_cap)
     over_tau = 1.0 / tl.load(temperature_ptr).to(ACC)
@@ -265,21 +242,7 @@ def _pair_maximum_kernel(
                             in_r, in_c = pair_r >= 0, pair_c >= 0
                             row_k = tl.where(in_r, pair_r * V + rows % V, 0)
                             col_k = tl.where(in_c, pair_c * V + cols % V, 0)
-                            s = product(
-                                z_ptr,
-                                offset_ptr,
-                                stat_ptr,
-                                row_k,
-                                in_r,
-                                col_k,
-                                in_c,
-                                width,
-                                stride,
-                                rows_cap,
-                                BLOCK_D,
-                                GATHER,
-                                PRECISION,
-                            )
+                            s = product(z_ptr, row_k, in_r, col_k, in_c, width, ACC, BLOCK_D, PRECISION)
                             over_r = tl.load(stat_ptr + row_k, mask=in_r, other=0) * over_tau
                             over_c = tl.load(stat_ptr + col_k, mask=in_c, other=0)
                             both = in_r[:, None] & in_c[None, :]
@@ -320,8 +283,8 @@ def sscl(
         partial = rows.stat.new_empty(3 * max(slots, row_blocks) * block_m)
         items = min(max(slots, row_blocks), row_blocks * ceil_div(capacity, block_n))
         launch(_sweep_kernel, capped(part, items, 2),
-               (rows.tables, temperature, partial, v, rows.width, capacity, rows.stride),
-               SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d, GATHER=rows.gather,
+               (rows.tables, temperature, partial, v, rows.width, capacity),
+               SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d,
                PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages)  # fmt: skip
         launch(_combine_kernel, capped(part, ceil_div(capacity, 64), 4),
                (rows.segment, rows.count, partial, pair_maximum, lse, row_loss, v, c, capacity),
@@ -343,11 +306,10 @@ def _pair_maximum(rows: Rows, pairs: Tensor, temperature: Tensor, v: int, c: int
     launch(
         _pair_maximum_kernel,
         capped(part, ceil_div(rows.capacity, 16), 8),
-        (rows.tables, pairs, index, temperature, out, v, c, rows.width, rows.capacity, rows.stride),
+        (rows.tables, pairs, index, temperature, out, v, c, rows.width, rows.capacity),
         BLOCK=16,
         BLOCK_C=32,
         BLOCK_D=64 if half else 16,
-        GATHER=rows.gather,
         PRECISION=precision,
         num_warps=4,
         num_stages=3 if half else 2,  # float32: a third stage, or a width step of 32, spills 8 to 52 bytes

@@ -41,7 +41,6 @@ def _weight_scale(peak_ptr, z_ptr, PEAKS: tl.constexpr, BLOCK_P: tl.constexpr):
 @triton.jit
 def _weights(
     z_ptr,
-    offset_ptr,
     stat_ptr,
     segment_ptr,
     rows,
@@ -51,19 +50,15 @@ def _weights(
     over_tau,
     alpha,
     width,
-    stride,
     rows_cap,
     BLOCK_D: tl.constexpr,
-    GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Tile of ``alpha W_ij / (|x_j| scale_j)``, so that it multiplies the scaled rows."""
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     over_c = tl.load(stat_ptr + cols, mask=mask_c, other=0)
     over_r = tl.load(stat_ptr + rows, mask=mask_r, other=0)
-    s = product(
-        z_ptr, offset_ptr, stat_ptr, rows, mask_r, cols, mask_c, width, stride, rows_cap, BLOCK_D, GATHER, PRECISION
-    )
+    s = product(z_ptr, rows, mask_r, cols, mask_c, width, ACC, BLOCK_D, PRECISION)
     s = s * (over_r * over_tau)[:, None] * over_c[None, :]
     m_r = tl.load(stat_ptr + 2 * rows_cap + rows, mask=mask_r, other=0)
     m_c = tl.load(stat_ptr + 2 * rows_cap + cols, mask=mask_c, other=0)
@@ -92,17 +87,15 @@ def _finish(
     radial_ptr,
     D,
     width,
-    stride,
     rows_cap,
     NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """From the sums of W z to the gradient of x: add the splits, take the tangential part, divide by the norm.
 
     ``parts_ptr`` holds, per row, where its first part starts.
     """
-    z_ptr, offset_ptr, stat_ptr, segment_ptr, _ = tables
+    z_ptr, stat_ptr, segment_ptr, _ = tables
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     over = tl.load(stat_ptr + rows, mask=mask, other=0)[:, None]
     scale = tl.load(stat_ptr + rows_cap + rows, mask=mask, other=0)[:, None]
@@ -114,7 +107,7 @@ def _finish(
         g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
         for part in range(n_parts):
             g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
-        z = load_rows(z_ptr, offset_ptr, stat_ptr, rows, mask, offs_d, width, stride, rows_cap, GATHER)
+        z = load_rows(z_ptr, rows, mask, offs_d, width)
         radial += tl.sum(g * (operand(z).to(ACC) * over), axis=1)
     radial *= factor
     tl.store(radial_ptr + rows, radial, mask=mask)
@@ -126,7 +119,7 @@ def _finish(
             g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
         g *= factor
         if NORMALIZE:
-            z = load_rows(z_ptr, offset_ptr, stat_ptr, rows, mask, offs_d, width, stride, rows_cap, GATHER)
+            z = load_rows(z_ptr, rows, mask, offs_d, width)
             # 1 / |x| by its two factors: the product may leave the range.
             g = (g - operand(z).to(ACC) * over * radial[:, None]) * over * scale
         tl.store(grad_ptr + slot[:, None] * D + offs_d[None, :], narrow(g, grad_ptr.dtype.element_ty), mask=inside)
@@ -144,7 +137,6 @@ def _gradient_kernel(
     D,
     width,
     rows_cap,
-    stride,
     SLOTS: tl.constexpr,
     PEAKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -154,11 +146,10 @@ def _gradient_kernel(
     PANEL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Items of (row block, column split): sums of W z, finished here where the columns are not split."""
-    z_ptr, offset_ptr, stat_ptr, segment_ptr, count_ptr = tables
+    z_ptr, stat_ptr, segment_ptr, count_ptr = tables
     weight_ptr, sum_ptr = scratch  # [programs, BLOCK_M, PANEL * BLOCK_N] and [SLOTS, BLOCK_M, width]
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = PANEL * BLOCK_N
@@ -185,7 +176,6 @@ def _gradient_kernel(
                 cols = start + offs_n
                 weight = _weights(
                     z_ptr,
-                    offset_ptr,
                     stat_ptr,
                     segment_ptr,
                     rows,
@@ -195,10 +185,8 @@ def _gradient_kernel(
                     over_tau,
                     alpha,
                     width,
-                    stride,
                     rows_cap,
                     BLOCK_D,
-                    GATHER,
                     PRECISION,
                 )
                 tl.store(
@@ -215,9 +203,7 @@ def _gradient_kernel(
                     weight = tl.load(
                         weight_rows[:, None] + (cols - first)[None, :], mask=(cols < end)[None, :], other=0
                     )
-                    z = load_rows(
-                        z_ptr, offset_ptr, stat_ptr, cols, cols < end, offs_w, width, stride, rows_cap, GATHER
-                    )
+                    z = load_rows(z_ptr, cols, cols < end, offs_w, width)
                     total = tl.dot(operand(weight), operand(z), total, input_precision=PRECISION, out_dtype=ACC)
                 if first > begin:
                     total += tl.load(sum_rows[:, None] + offs_w[None, :], mask=inside, other=0)
@@ -239,10 +225,8 @@ def _gradient_kernel(
                     radial_ptr,
                     D,
                     width,
-                    stride,
                     rows_cap,
                     NORMALIZE,
-                    GATHER,
                     BLOCK_N,
                 )
             tl.debug_barrier()
@@ -260,7 +244,6 @@ def _combine_kernel(
     D,
     width,
     rows_cap,
-    stride,
     SLOTS: tl.constexpr,
     PEAKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -269,10 +252,9 @@ def _combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
 ):
     """Add the column splits, where there were any, and finish the rows."""
-    z_ptr, _, stat_ptr, _, count_ptr = tables
+    z_ptr, stat_ptr, _, count_ptr = tables
     ACC: tl.constexpr = stat_ptr.dtype.element_ty
     n = count_rows(count_ptr, V, rows_cap)
     row_blocks, splits, _ = partition(n, SLOTS, BLOCK_M, BLOCK_N)
@@ -294,10 +276,8 @@ def _combine_kernel(
                 radial_ptr,
                 D,
                 width,
-                stride,
                 rows_cap,
                 NORMALIZE,
-                GATHER,
                 BLOCK_D,
             )
 
@@ -370,13 +350,11 @@ def _sweep(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NORMALIZE": normalize,
-        "GATHER": rows.gather,
     }
     launch(_gradient_kernel, slots,
-           (rows.tables, peak, temperature, (weight, sums), grad_features, radial, v, d, rows.width, rows.capacity,
-            rows.stride),
+           (rows.tables, peak, temperature, (weight, sums), grad_features, radial, v, d, rows.width, rows.capacity),
            BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision,
            num_warps=tile.num_warps, num_stages=tile.num_stages, **common)  # fmt: skip
     launch(_combine_kernel, capped(part, ceil_div(rows.capacity, _FINISH_ROWS)),
-           (rows.tables, peak, temperature, sums, grad_features, radial, v, d, rows.width, rows.capacity, rows.stride),
+           (rows.tables, peak, temperature, sums, grad_features, radial, v, d, rows.width, rows.capacity),
            BLOCK_R=_FINISH_ROWS, BLOCK_D=128, **common)  # fmt: skip
