@@ -2,26 +2,33 @@
 
 ``python -m benchmarks.gpu_static`` compiles the default tiles for sm_80, sm_90, sm_100 and gfx942 and writes
 docs/gpu_static.md; ``--all`` every tile of the tables with every kind of operand, for the parts with little shared
-memory too, and writes the summary docs/gpu_static_all.md. ``--log FILE`` keeps results, so that a run can be resumed.
+memory too, and writes the summary docs/gpu_static_all.md. ``--check`` writes nothing. ``--log FILE`` keeps results, so
+that a run can be resumed.
 
 The launchers run on meta tensors of a published shape while ``sadcl.kernels._launch.recording`` writes down what they
-would launch; each launch is compiled as the runtime would specialise it, and nothing is executed.
+would launch; each launch is compiled as the runtime would specialise it, in a pool of processes, and nothing is
+executed.
 
-The report holds registers and spills (``ptxas -v`` of the Triton wheel; the assembly text on AMD),
-shared memory, how many programs fit on a processor, matrix instructions and 128-bit accesses to global memory. The exit
-status is 1 if a kernel spills to memory, does not fit, or lacks a matrix instruction where the part has one.
+The report holds registers and spills (``cuobjdump`` of the Triton wheel on the very binary that Triton would load; the
+assembly text on AMD), shared memory, how many programs fit on a processor, matrix instructions and 128-bit accesses to
+global memory. The exit status is 1 if a kernel spills to memory, does not fit, or lacks a matrix instruction where the
+part has one.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +84,33 @@ _LIMITS = {
 
 
 @dataclass(frozen=True)
+class Job:
+    """One kernel to compile for one part: plain data, so that another process can."""
+
+    arch: str
+    operands: str
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel's function."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def fingerprint(self) -> str:
+        """What a compilation depends on."""
+        import triton
+
+        sizes = (self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
+        return hashlib.sha256(repr((self.arch, self.kernel.cache_key, triton.__version__, sizes)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Result:
     """One kernel compiled for one part."""
 
@@ -98,8 +132,8 @@ class Result:
         return "| " + " | ".join(map(str, (*cells, self.programs, self.matrix or "-", self.wide))) + " |"
 
 
-def signature_of(launch: Any) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """A launch's argument types, constants and alignments, as the runtime would specialise them."""
+def job_of(launch: Any, arch: str, operands: str) -> Job:
+    """A launch with its argument types, constants and alignments, as the runtime would specialise them."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -124,41 +158,36 @@ def signature_of(launch: Any) -> tuple[dict[str, Any], dict[tuple[int, ...], Any
     for name, value in launch.constants.items():
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value
-    return signature, constants, attributes
+    return Job(arch, operands, launch.kernel.__module__, launch.name, signature, constants, attributes,
+               launch.num_warps, launch.num_stages)  # fmt: skip
 
 
-def compile_launch(launch: Any, arch: str) -> Any:
-    """Compile one recorded launch for ``arch``."""
+def compile_job(job: Job) -> Any:
+    """Compile a job with Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    signature, constants, attributes = signature_of(launch)
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=target, options=options)
+    amd = job.arch.startswith("gfx")
+    target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)
+    source = ASTSource(job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attributes)
+    return triton.compile(source, target=target, options={"num_warps": job.num_warps, "num_stages": job.num_stages})
 
 
-def nvidia_usage(ptx: str) -> tuple[int, int]:
-    """Registers a thread and bytes spilled (stores and loads), by the wheel's assembler."""
+def nvidia_usage(binary: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack: what is spilled to memory, or kept there."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    target = re.search(r"\.target\s+(\w+)", ptx)
-    assert target is not None
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        for tool in ("ptxas-blackwell", "ptxas"):  # the first knows newer PTX; older wheels have the second alone
-            if (tools / tool).exists():
-                options = ["-v", f"--gpu-name={target[1]}", "-o", str(Path(folder, "kernel.cubin"))]
-                command = [str(tools / tool), *options, str(source)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
-                    return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), spilled
-    raise RuntimeError(f"ptxas: {done.stderr}")
+        source = Path(folder, "kernel.cubin")
+        source.write_bytes(binary)
+        done = subprocess.run([str(tool), "--dump-resource-usage", str(source)], capture_output=True, text=True)
+    used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    if len(used) != 1:
+        raise RuntimeError(f"cuobjdump: {done.stdout}{done.stderr}")
+    registers, stack, local = map(int, used[0])
+    return registers, stack + local
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:
@@ -183,15 +212,16 @@ def has_matrix_units(arch: str, operands: str) -> bool:
     return arch.startswith("gfx") or (arch != "sm_75" and not operands.startswith(("fp32 ieee", "fp64")))
 
 
-def examine(launch: Any, arch: str, operands: str) -> Result:
-    """Compile one launch and read off what it needs."""
+def examine(job: Job) -> Result:
+    """Compile one job and read off what it needs."""
     from sadcl.kernels._launch import PARTS
 
-    kernel = f"{launch.kernel.__module__.rsplit('.', 1)[1]}.{launch.name}"
-    compiled = compile_launch(launch, arch)
+    arch, operands = job.arch, job.operands
+    kernel = f"{job.module.rsplit('.', 1)[1]}.{job.name}"
+    compiled = compile_job(job)
     amd = arch.startswith("gfx")
     text = compiled.asm["amdgcn" if amd else "ptx"]
-    registers, spilled = amd_usage(text) if amd else nvidia_usage(text)
+    registers, spilled = amd_usage(text) if amd else nvidia_usage(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     matrix = ", ".join(sorted(set(_MATRIX.findall(text))))
     faults = []
@@ -203,9 +233,11 @@ def examine(launch: Any, arch: str, operands: str) -> Result:
         faults.append("has no matrix instruction")
     if matrix and not amd and operands.startswith("fp32 ieee"):
         faults.append("rounds ieee operands to tf32")
-    sizes = [f"{name[6:].lower()}={launch.constants[name]}" for name in launch.constants if name.startswith("BLOCK_")]
-    options = f"{' '.join(sizes)} warps={launch.num_warps} stages={launch.num_stages}"
-    programs = programs_on_a_processor(arch, registers, shared, launch.num_warps)
+    names = job.kernel.arg_names
+    sizes = [f"{names[path[0]][6:].lower()}={job.constants[path]}" for path in sorted(job.constants)
+             if len(path) == 1 and names[path[0]].startswith("BLOCK_")]  # fmt: skip
+    options = " ".join([*sizes, f"warps={job.num_warps}", f"stages={job.num_stages}"])
+    programs = programs_on_a_processor(arch, registers, shared, job.num_warps)
     wide = len(_WIDE.findall(text))
     return Result(arch, operands, kernel, options, registers, spilled, shared, programs, matrix, wide, tuple(faults))
 
@@ -266,28 +298,22 @@ def operands_of(arch: str, everything: bool) -> dict[str, tuple[torch.dtype, str
     return found | half | {f"fp32 {name}": (torch.float32, name) for name in names} | {"fp64": (torch.float64, "ieee")}
 
 
-def cases(arch: str, everything: bool) -> Iterator[tuple[str, Any]]:
-    """Operands and launches to compile for a part."""
-    from sadcl.kernels import _rows, _tiles
+def jobs_of(arch: str, everything: bool) -> Iterator[Job]:
+    """What to compile for a part."""
+    from sadcl.kernels import _tiles
     from sadcl.kernels._launch import PARTS
 
     for operands, (dtype, precision) in operands_of(arch, everything).items():
         with mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": precision}):
-            for launch in record(arch, dtype):
-                yield operands, launch
-            if not everything:
-                continue
-            with mock.patch.object(_rows, "STAGE_BYTES", 0):
-                for launch in record(arch, dtype):
-                    if launch.constants.get("GATHER"):
-                        yield f"{operands} gathered", launch
+            launches = record(arch, dtype)
             kind = _tiles.kind_of(dtype, precision)
-            for op in _tiles.TABLES:
+            for op in _tiles.TABLES if everything else ():
                 for tile in _tiles.candidates(op, PARTS[arch], kind)[1:]:
                     with mock.patch.object(_tiles, "candidates", lambda *_, tile=tile: (tile,)):
-                        for launch in record(arch, dtype):
-                            if launch.name in _OF_TABLE[op]:
-                                yield operands, launch
+                        launches += [launch for launch in record(arch, dtype) if launch.name in _OF_TABLE[op]]
+        for launch in launches:
+            free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))
+            yield job_of(launch, arch, "any" if free else operands)
 
 
 def write_report(results: list[Result]) -> None:
@@ -332,7 +358,7 @@ def write_summary(results: list[Result]) -> None:
         "# Every shipped tile, compiled ahead of time",
         "",
         f"Made by `python -m benchmarks.gpu_static --all` with Triton {triton.__version__}: {len(results)} kernels, of",
-        "every row of the tile tables, every kind of operand, and the gathering form of SSCL. Compiled, not executed.",
+        "every row of the tile tables and every kind of operand. Compiled, not executed.",
         "`registers`, `spills` and `shared` are the largest of the group, `limit` is the part's shared memory, `fit`",
         "the fewest programs on a multiprocessor, `matrix` how many kernels with products use matrix instructions",
         "(Triton has none for sm_75; fp32 `ieee` and fp64 are plain on NVIDIA parts).",
@@ -352,22 +378,21 @@ def faults_of(results: list[Result]) -> list[str]:
     return [f"{r.arch} {r.operands} {r.kernel} {r.options}: {fault}" for r in results for fault in r.faults]
 
 
-def fingerprint(launch: Any, arch: str) -> str:
-    """What a compilation depends on."""
-    import triton
-
-    parts = (arch, launch.kernel.cache_key, triton.__version__, launch.num_warps, launch.num_stages)
-    return hashlib.sha256(repr((parts, signature_of(launch))).encode()).hexdigest()
+def examine_all(jobs: dict[str, Job], workers: int) -> Iterator[tuple[str, Result]]:
+    """Results by fingerprint, in the jobs' order."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from zip(jobs, pool.map(examine, jobs.values()), strict=True)
 
 
 def main() -> int:
     """Compile, report, and say whether anything is at fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every part, tile, operand, and the gathering form")
+    parser.add_argument("--all", action="store_true", help="every part, tile and operand")
     parser.add_argument(
         "--arch", choices=ARCHES + SMALL, action="append", help="one part (repeatable); no report without --all"
     )
     parser.add_argument("--check", action="store_true", help="write no report")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a processor)")
     parser.add_argument("--log", type=Path, help="file of results: what it holds is not compiled again")
     arguments = parser.parse_args()
     known: dict[str, Result] = {}
@@ -375,20 +400,17 @@ def main() -> int:
         for line in arguments.log.read_text().splitlines():
             key, entry = json.loads(line)
             known[key] = Result(**{**entry, "faults": tuple(entry["faults"])})
-    results: dict[str, Result] = {}
+    jobs: dict[str, Job] = {}
     for arch in arguments.arch or (ARCHES + SMALL if arguments.all else ARCHES):
-        for operands, launch in cases(arch, arguments.all):
-            key = fingerprint(launch, arch)
-            if key in results:
-                continue
-            if key not in known:
-                free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))
-                known[key] = examine(launch, arch, "any" if free else operands)
-                print(known[key].row(), *known[key].faults, flush=True)
-                if arguments.log:
-                    with arguments.log.open("a") as log:
-                        log.write(json.dumps([key, asdict(known[key])]) + "\n")
-            results[key] = known[key]
+        for job in jobs_of(arch, arguments.all):
+            jobs.setdefault(job.fingerprint(), job)
+    for key, result in examine_all({key: job for key, job in jobs.items() if key not in known}, arguments.jobs):
+        known[key] = result
+        print(result.row(), *result.faults, flush=True)
+        if arguments.log:
+            with arguments.log.open("a") as log:
+                log.write(json.dumps([key, asdict(result)]) + "\n")
+    results = {key: known[key] for key in jobs}
     if not arguments.check and (arguments.all or not arguments.arch):
         (write_summary if arguments.all else write_report)(list(results.values()))
     faults = faults_of(list(results.values()))
