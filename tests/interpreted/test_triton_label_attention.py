@@ -222,9 +222,18 @@ def test_autocast_and_second_derivative(form: str) -> None:
         grad.sum().backward()
 
 
-def test_the_published_head_width() -> None:
-    """512: several steps of the width in every loop."""
-    within_budget(make(1, 2, 5, 1, 512), 1, "plain", None)
+@pytest.mark.parametrize(
+    "shape, form",
+    [
+        ((1, 2, 5, 1, 512), "plain"),  # the head width: several steps of the width in every loop
+        ((1, 2, 3, 4, 512), "folded"),  # the folded width, 2,048
+        ((1, 3, 1296, 1, 16), "plain"),  # an input of 576 pixels
+        ((1, 3, 1296, 2, 8), "folded"),
+    ],
+    ids=str,
+)
+def test_the_published_sizes(shape: tuple[int, ...], form: str) -> None:
+    within_budget(make(*shape), shape[3], form, None)
 
 
 def test_registration() -> None:
