@@ -96,6 +96,7 @@ class Job:
     attributes: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
     @property
     def kernel(self) -> Any:
@@ -106,8 +107,10 @@ class Job:
         """What a compilation depends on."""
         import triton
 
-        sizes = (self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
-        return hashlib.sha256(repr((self.arch, self.kernel.cache_key, triton.__version__, sizes)).encode()).hexdigest()
+        options = (self.num_warps, self.num_stages, self.max_registers)
+        types = (self.signature, self.constants, self.attributes)
+        parts = (self.arch, self.kernel.cache_key, triton.__version__, options, types)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def job_of(launch: Any, arch: str, operands: str) -> Job:
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value
     return Job(arch, operands, launch.kernel.__module__, launch.name, signature, constants, attributes,
-               launch.num_warps, launch.num_stages)  # fmt: skip
+               launch.num_warps, launch.num_stages, launch.registers)  # fmt: skip
 
 
 def compile_job(job: Job) -> Any:
@@ -171,7 +174,10 @@ def compile_job(job: Job) -> Any:
     amd = job.arch.startswith("gfx")
     target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)
     source = ASTSource(job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attributes)
-    return triton.compile(source, target=target, options={"num_warps": job.num_warps, "num_stages": job.num_stages})
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    if job.max_registers is not None and not amd:
+        options["maxnreg"] = job.max_registers
+    return triton.compile(source, target=target, options=options)
 
 
 def nvidia_usage(binary: bytes) -> tuple[int, int]:

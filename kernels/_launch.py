@@ -55,6 +55,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -86,18 +87,31 @@ def recording(part: Part | None = None) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, programs: int, args: tuple[Any, ...], *, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    programs: int,
+    args: tuple[Any, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    registers: int | None = None,
+    **constants: Any,
 ) -> None:
-    """Run ``programs`` programs of ``kernel`` on the device of its first argument."""
+    """Run ``programs`` programs of ``kernel`` on the device of its first argument.
+
+    ``registers`` bounds what a thread takes on an NVIDIA part. Without a bound, ptxas aims at one more program on a
+    multiprocessor, and spills a few bytes to get there.
+    """
     if programs == 0:
         return
     for recorder in _recorders:
-        recorder.launches.append(Launch(kernel, programs, args, constants, num_warps, num_stages))
+        recorder.launches.append(Launch(kernel, programs, args, constants, num_warps, num_stages, registers))
     if any(recorder.part is not None for recorder in _recorders):
         return
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
     device = first.device
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if registers is not None and device.type == "cuda" and not torch.version.hip:
+        constants = {**constants, "maxnreg": registers}
     with guard:
         kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
 

@@ -297,7 +297,7 @@ def label_attention(
 
     def run(tile: _tiles.Tile) -> None:
         tiling = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
-                  "num_warps": tile.num_warps, "num_stages": tile.num_stages}  # fmt: skip
+                  **tile.options}  # fmt: skip
         row_blocks = ceil_div(rows, tile.block_m)
         programs = capped(part, b * groups * row_blocks, 2)
         step = max(tile.block_n, tile.block_d)

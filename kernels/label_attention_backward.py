@@ -400,4 +400,4 @@ class _Problem:
     def tiling(self, tile: _tiles.Tile) -> dict[str, Any]:
         """A launch's constants and options."""
         return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
-                "PRECISION": self.precision, "num_warps": tile.num_warps, "num_stages": tile.num_stages}  # fmt: skip
+                "PRECISION": self.precision, **tile.options}  # fmt: skip

@@ -285,7 +285,7 @@ def sscl(
         launch(_sweep_kernel, capped(part, items, 2),
                (rows.tables, temperature, partial, v, rows.width, capacity),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d,
-               PRECISION=precision, num_warps=tile.num_warps, num_stages=tile.num_stages)  # fmt: skip
+               PRECISION=precision, **tile.options)  # fmt: skip
         launch(_combine_kernel, capped(part, ceil_div(capacity, 64), 4),
                (rows.segment, rows.count, partial, pair_maximum, lse, row_loss, v, c, capacity),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=released, BLOCK_R=64, num_warps=2)  # fmt: skip
@@ -312,6 +312,7 @@ def _pair_maximum(rows: Rows, pairs: Tensor, temperature: Tensor, v: int, c: int
         BLOCK_D=64 if half else 16,
         PRECISION=precision,
         num_warps=4,
-        num_stages=3 if half else 2,  # float32: a third stage, or a width step of 32, spills 8 to 52 bytes
+        num_stages=3 if half else 2,
+        registers=168,  # three programs of 4 warps; left alone, ptxas spills 8 to 56 bytes to fit four or six
     )
     return out

@@ -354,7 +354,7 @@ def _sweep(
     launch(_gradient_kernel, slots,
            (rows.tables, peak, temperature, (weight, sums), grad_features, radial, v, d, rows.width, rows.capacity),
            BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision,
-           num_warps=tile.num_warps, num_stages=tile.num_stages, **common)  # fmt: skip
+           **tile.options, **common)  # fmt: skip
     launch(_combine_kernel, capped(part, ceil_div(rows.capacity, _FINISH_ROWS)),
            (rows.tables, peak, temperature, sums, grad_features, radial, v, d, rows.width, rows.capacity),
-           BLOCK_R=_FINISH_ROWS, BLOCK_D=128, **common)  # fmt: skip
+           BLOCK_R=_FINISH_ROWS, BLOCK_D=512 // rows.stat.element_size(), registers=80, **common)  # fmt: skip
