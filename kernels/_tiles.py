@@ -59,8 +59,9 @@ _FAMILY = {"sm_86": "small", "sm_87": "sm_80", "sm_89": "small", "sm_120": "smal
 # accumulator is 64 registers a thread at 8 warps. Every first row compiles without a spill on its parts.
 SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": {
-        # 128 x 128 spills 8 bytes here (mma.sync holds both operands in registers), 128 x 64 none; 3 stages are 72 KB.
-        "half": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+        # 128 x 128 spills 8 bytes at this width step (mma.sync holds both operands in registers), 128 x 64 none;
+        # 3 stages are 72 KB.
+        "half": (Tile(128, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
         # FFMA: a 64 x 64 tile is 16 outputs a thread, so operand reads from shared memory do not bind. A width step of
         # 32 spills 8 bytes with Triton 3.6.
         "single": (Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 2)),
@@ -77,9 +78,9 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_100": {
         # As sm_90; the accumulator lies in tensor memory.
         "half": (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
-        "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 32, 8, 2)),  # a width step of 32 spills 80 bytes
+        "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 32, 8, 2)),
         "tf32": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-        "double": (Tile(32, 32, 16, 4, 2),),
+        "double": (Tile(32, 32, 16, 4, 2, registers=255),),  # else 8 bytes
     },
     "gfx942": {
         # 64 KB of LDS hold two stages of 64 x 64 x 64; a wave is 64 threads, so 4 warps are 256 threads.
@@ -89,14 +90,13 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "small": {
-        # A width step of 64 spills 720 bytes where rows are gathered.
-        "half": (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 3)),
-        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes (sm_75: 72)
+        "half": (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 3), Tile(64, 64, 64, 4, 2)),
+        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 8 bytes (sm_75: 40)
         "tf32": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "sm_75": {
-        # No matrix instructions in Triton (nor tf32): products are FMA, as float32's; a step of 64 spills 9,776 bytes.
+        # No matrix instructions in Triton (nor tf32): products are FMA, as float32's; a step of 64 spills 408 bytes.
         "half": (Tile(64, 64, 16, 8, 2),),
         "single": (Tile(64, 32, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
@@ -104,28 +104,29 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
     # The least that dot takes, so that small tests cross tile borders.
     "interpret": {kind: (Tile(16, 16, 32, 4, 2, 2),) for kind in ("half", "single", "tf32", "double")},
 }
-# Backward. Two products share the registers with the exponentials: 128 x 128 spills 340 to 1,100 bytes on all parts,
-# so the tile is half as wide. A panel of 8 x 64 columns reads and writes the sums once for 512 multiply-adds.
+# Backward. Two products share the registers with the exponentials: 128 x 128 spills 312 bytes on sm_80 and sm_90, 1,104
+# on sm_100, so the tile is half as wide. A panel of 8 x 64 columns reads and writes the sums once for 512
+# multiply-adds. In float64 a second stage spills 8 to 16 bytes on sm_90 and sm_100, even with all 255 registers.
 SSCL_BACKWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": {
         "half": (Tile(128, 64, 64, 8, 3, 8), Tile(64, 64, 64, 4, 3, 8), Tile(64, 64, 64, 4, 2, 8)),
         # A width step of 32 spills 80 bytes.
         "single": (Tile(64, 64, 16, 8, 2, 8), Tile(64, 32, 32, 8, 2, 8)),
         "tf32": (Tile(64, 64, 16, 8, 3, 8), Tile(64, 32, 32, 4, 3, 8)),
-        "double": (Tile(32, 32, 16, 4, 2, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8, 255),),
     },
     "sm_90": {
         "half": (Tile(128, 64, 64, 8, 3, 8), Tile(128, 64, 64, 8, 4, 8), Tile(64, 64, 64, 4, 3, 8)),
         "single": (Tile(64, 64, 16, 8, 2, 8),),
         "tf32": (Tile(64, 64, 32, 8, 3, 8), Tile(64, 64, 32, 8, 2, 8)),
-        "double": (Tile(32, 32, 16, 4, 2, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8, 255),),
     },
     "sm_100": {
         # A width step of 64 spills 48 bytes with Triton 3.6.
         "half": (Tile(128, 64, 32, 8, 3, 8), Tile(128, 64, 64, 8, 3, 8), Tile(64, 64, 64, 4, 3, 8)),
         "single": (Tile(64, 64, 16, 8, 2, 8),),
         "tf32": (Tile(64, 64, 32, 8, 3, 8),),
-        "double": (Tile(32, 32, 16, 4, 2, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8, 255),),
     },
     "gfx942": {
         "half": (Tile(64, 64, 64, 4, 2, 8),),
@@ -135,20 +136,20 @@ SSCL_BACKWARD: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "small": {
         "half": (Tile(64, 64, 64, 4, 2, 8), Tile(64, 64, 32, 4, 2, 8)),
-        "single": (Tile(64, 64, 16, 8, 2, 8),),  # gathered rows spill 48 bytes; 64 x 32 spills 52 of staged ones
+        "single": (Tile(64, 64, 16, 8, 2, 8),),  # 64 x 32 spills 8 bytes
         "tf32": (Tile(64, 64, 16, 8, 2, 8),),
         "double": (Tile(32, 32, 16, 4, 1, 8),),
     },
     "sm_75": {
         "half": (Tile(64, 64, 16, 8, 2, 8),),
         "single": (Tile(64, 64, 16, 8, 2, 8),),
-        "double": (Tile(32, 32, 16, 4, 1, 8),),
+        "double": (Tile(32, 32, 16, 4, 1, 8, 255),),
     },
     "interpret": SSCL["interpret"],
 }
 # Label attention, forward and score gradients. 64 rows: 320 (4 heads of 80 labels, folded) are 5 blocks without a
 # remainder, and B=32 makes 160 items, more than one a processor. The same tile serves scores (keys across) and context
-# (width across). 4 warps spill 16 to 860 bytes beside the positions' loads and dropout, 8 warps none.
+# (width across). 4 warps spill 8 to 552 bytes beside the positions' loads and dropout, 8 warps none.
 LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": {
         "half": (Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3)),
@@ -165,7 +166,7 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "sm_100": {
         "half": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
-        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 32 bytes
+        "single": (Tile(64, 64, 16, 8, 2),),
         "tf32": (Tile(64, 64, 32, 8, 3),),
         "double": (Tile(32, 32, 16, 4, 2),),
     },
@@ -176,14 +177,14 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "small": {
-        "half": (Tile(64, 32, 32, 8, 2),),  # 64 x 64 spills 36 bytes
-        "single": (Tile(32, 64, 16, 8, 2),),  # 64 x 64 spills 16 bytes, 64 x 32 44
+        "half": (Tile(64, 32, 32, 8, 2),),  # 64 x 64 spills 16 bytes
+        "single": (Tile(32, 64, 16, 8, 2),),  # 64 x 64 spills 8 bytes, 64 x 32 16
         "tf32": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "sm_75": {
         "half": (Tile(64, 64, 16, 8, 2),),
-        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 16 bytes
+        "single": (Tile(64, 64, 16, 8, 2),),
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "interpret": {kind: (Tile(16, 16, 32, 4, 2),) for kind in ("half", "single", "tf32", "double")},
@@ -194,7 +195,7 @@ LABEL_ATTENTION_PRODUCT: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": {
         **LABEL_ATTENTION["sm_80"],
         "half": (Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3)),
-        "single": (Tile(64, 32, 16, 8, 2), Tile(64, 32, 32, 8, 2)),  # 64 x 64 spills 16 bytes
+        "single": (Tile(64, 32, 16, 8, 2), Tile(64, 32, 32, 8, 2)),  # 64 x 64 spills 8 bytes
     },
     "sm_90": {**LABEL_ATTENTION["sm_90"], "half": (Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 8, 3))},
     "sm_100": {
