@@ -261,6 +261,8 @@ def stage_forward(
     launch(_stage_forward_kernel, programs,
            (features, pairs, class_ptr, rows.z, rows.stat, rows.segment, norm, lse, row_loss,
             row_loss.numel(), sizes, features.stride()),
+           # 8 programs of 4 warps; left alone, ptxas spills 8 bytes on sm_86 to fit 10
+           registers=64 if features.element_size() == 2 else None,
            NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
     return rows
 

@@ -79,7 +79,7 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
         # As sm_90; the accumulator lies in tensor memory.
         "half": (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
         "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 32, 8, 2)),
-        "tf32": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "tf32": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3, registers=255)),
         "double": (Tile(32, 32, 16, 4, 2, registers=255),),  # else 8 bytes
     },
     "gfx942": {
@@ -184,7 +184,7 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
     },
     "sm_75": {
         "half": (Tile(64, 64, 16, 8, 2),),
-        "single": (Tile(64, 64, 16, 8, 2),),
+        "single": (Tile(64, 32, 16, 8, 2),),  # 64 x 64 spills 8 bytes
         "double": (Tile(32, 32, 16, 4, 1),),
     },
     "interpret": {kind: (Tile(16, 16, 32, 4, 2),) for kind in ("half", "single", "tf32", "double")},
