@@ -261,8 +261,9 @@ def record(arch: str, dtype: torch.dtype) -> list[Any]:
         pairs, class_ptr, target = compact.compact(meta(b, c))
         compact.compact(meta(4096, c))
         features, prototypes, tau = meta(b, v, c, d, dtype=dtype), meta(c, d, dtype=dtype), meta(dtype=acc)
-        saved = sscl.sscl(features, pairs, class_ptr, tau, True, True, False)
-        sscl_backward.sscl_backward(saved[0], features, pairs, class_ptr, tau, *saved[1:], True)
+        for normalize, released in ((True, True), (True, False), (False, False)):  # the last is SupCon
+            saved = sscl.sscl(features, pairs, class_ptr, tau, normalize, released, False)
+            sscl_backward.sscl_backward(saved[0], features, pairs, class_ptr, tau, *saved[1:], normalize)
         saved = pscl.pscl(features[:, 0], prototypes, target, tau, False)
         pscl.pscl_backward(saved[0], features[:, 0], prototypes, target, tau, *saved[1:], False)
         loss, grad = asl.asl(meta(b, c, dtype=dtype), meta(b, c), None, 4.0, 1.0, 0.05, 1e-8, False, True, True)
@@ -367,7 +368,7 @@ def write_summary(results: list[Result]) -> None:
         "every row of the tile tables and every kind of operand. Compiled, not executed.",
         "`registers`, `spills` and `shared` are the largest of the group, `limit` is the part's shared memory, `fit`",
         "the fewest programs on a multiprocessor, `matrix` how many kernels with products use matrix instructions",
-        "(Triton has none for sm_75; fp32 `ieee` and fp64 are plain on NVIDIA parts).",
+        "(Triton has none for sm_75; fp32 `ieee` is plain on NVIDIA parts, fp64 on sm_75, sm_86 and sm_89).",
         "",
         "| part | operands | kernels | registers | spills | shared | limit | fit | matrix |",
         "|---|---|---|---|---|---|---|---|---|",

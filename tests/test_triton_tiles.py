@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,22 @@ def test_the_choice_follows_the_properties_of_the_device(
 def test_bfloat16_on_a_part_without_it_is_named() -> None:
     with pytest.raises(RuntimeError, match="bfloat16 needs sm_80"):
         _launch.require_dtype(_launch.PARTS["sm_75"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("device, hip, expected", [("cuda", None, 168), ("cuda", "6.2", None), ("cpu", None, None)])
+def test_a_bound_on_registers_is_given_where_the_compiler_takes_one(
+    device: str, hip: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *args, **options: seen.update(options)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    _launch.launch(Kernel(), 1, (SimpleNamespace(device=torch.device(device)),), registers=168, BLOCK=4)
+    assert seen.get("maxnreg") == expected and seen["BLOCK"] == 4 and "registers" not in seen
 
 
 def test_search_says_so_and_is_kept(

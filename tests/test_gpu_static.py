@@ -1,0 +1,56 @@
+"""``python -m benchmarks.gpu_static``: what it reads off a compiled kernel, on a few of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from benchmarks import gpu_static
+from benchmarks.gpu_static import Job, examine, jobs_of
+
+
+def job(arch: str, name: str) -> Job:
+    return next(job for job in jobs_of(arch, False) if job.name == name)
+
+
+def test_jobs_cross_processes_and_are_told_apart() -> None:
+    jobs = list(jobs_of("sm_90", False))
+    again = pickle.loads(pickle.dumps(jobs))
+    assert [job.fingerprint() for job in again] == [job.fingerprint() for job in jobs]
+    other = dataclasses.replace(jobs[0], max_registers=64), dataclasses.replace(jobs[0], arch="sm_100")
+    assert len({one.fingerprint() for one in (jobs[0], *other)}) == 3
+    names = {job.name for job in jobs}
+    assert {kernel.rpartition(".")[2] for kernel in gpu_static.PRODUCTS} <= names
+
+
+@pytest.mark.parametrize("arch, limit", [("sm_90", None), ("gfx942", None), ("gfx942", 32)])
+def test_a_kernel_compiles_for_a_part_that_is_not_here(arch: str, limit: int | None) -> None:
+    """A bound on registers is NVIDIA's; AMD's compiler is not asked."""
+    result = examine(dataclasses.replace(job(arch, "_asl_backward_kernel"), max_registers=limit))
+    assert not result.faults and result.registers > 0 and result.wide > 0 and result.programs > 0
+
+
+def test_spills_are_found() -> None:
+    result = examine(dataclasses.replace(job("sm_90", "_pair_maximum_kernel"), max_registers=40))
+    assert result.registers <= 40 and result.spilled > 0 and result.faults == (f"spills {result.spilled} bytes",)
+
+
+def test_results_are_kept_and_faults_end_in_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = [job("sm_90", "_asl_backward_kernel"), job("sm_90", "_asl_kernel")]
+    log = tmp_path / "log"
+    monkeypatch.setattr(sys, "argv", ["gpu_static", "--check", "--arch", "sm_90", "--jobs", "1", "--log", str(log)])
+    monkeypatch.setattr(gpu_static, "jobs_of", lambda arch, everything: [*two, two[0]])  # one of them twice
+    assert gpu_static.main() == 0 and "2 kernels compiled, 0 faults" in capsys.readouterr().out
+    log.write_text(log.read_text().replace('"faults": []', '"faults": ["spills 8 bytes"]'))
+    monkeypatch.setattr(gpu_static, "examine", None)  # nothing is compiled again
+    assert gpu_static.main() == 1 and "_asl_kernel" in capsys.readouterr().out
