@@ -355,6 +355,7 @@ def _sweep(
            (rows.tables, peak, temperature, (weight, sums), grad_features, radial, v, d, rows.width, rows.capacity),
            BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision,
            **tile.options, **common)  # fmt: skip
+    # Six programs of 4 warps; left alone, Triton 3.6 spills 8 bytes to fit twelve.
     launch(_combine_kernel, capped(part, ceil_div(rows.capacity, _FINISH_ROWS)),
            (rows.tables, peak, temperature, sums, grad_features, radial, v, d, rows.width, rows.capacity),
            BLOCK_R=_FINISH_ROWS, BLOCK_D=512 // rows.stat.element_size(), registers=80, **common)  # fmt: skip
