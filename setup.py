@@ -45,6 +45,7 @@ KERNEL_SOURCES = [
 COMMON_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-falign-loops=64",
     "-g0",  # some interpreters bring -g: half of the build time and most of its size
     "-fvisibility=hidden",
     "-ffp-contract=fast",

@@ -257,11 +257,12 @@ const T* contiguous(const Array& a, int64_t b, int64_t c, int64_t n, T* buffer, 
 template <class T, bool kClip>
 bool forward(const AslForward& a) {
   const int64_t B = a.logits.shape[0], C = a.logits.shape[1], chunks = (C + kChunk - 1) / kChunk;
-  const int threads = B * C < 1 << 13 ? 1 : team_size(a.threads);
+  [[maybe_unused]] const int threads = B * C < 1 << 13 ? 1 : team_size(a.threads);
   const Focus<T> focus(a);
   Scratch<double> part(B * chunks);  // sums by chunk, so that the order does not depend on the threads
   const T* weight = static_cast<const T*>(a.class_weight);
   bool bad = false;
+  if (a.grad != nullptr) want_huge_pages(a.grad, size_t(B * C) * sizeof(T));
 
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(|| : bad)
   for (int64_t i = 0; i < B * chunks; ++i) {
@@ -289,8 +290,9 @@ template <class T>
 void backward(const AslBackward& a) {
   const Array& out = a.grad_logits;
   const int64_t B = out.shape[0], C = out.shape[1], chunks = (C + kChunk - 1) / kChunk;
-  const int threads = B * C < 1 << 14 ? 1 : team_size(a.threads);
+  [[maybe_unused]] const int threads = B * C < 1 << 14 ? 1 : team_size(a.threads);
   const int64_t stride = a.grad_loss.stride[1];
+  want_huge_pages(out.data, size_t(B * C * element_size(out.dtype)));
 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < B * chunks; ++i) {

@@ -81,7 +81,7 @@ void bank_update(const BankUpdate& a) {
   std::vector<int64_t> found = positives(a.labels);
   found.erase(std::remove_if(found.begin(), found.end(), [&](int64_t i) { return !exceeds(a, i / C, i % C); }), found.end());
   const int64_t count = int64_t(found.size());
-  const int threads = count * a.slots.shape[2] < 1 << 15 ? 1 : team_size(a.threads);
+  [[maybe_unused]] const int threads = count * a.slots.shape[2] < 1 << 15 ? 1 : team_size(a.threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < count; ++i) {
     const int64_t b = found[size_t(i)] / C, c = found[size_t(i)] % C;

@@ -59,17 +59,24 @@ SADCL_INLINE void add_to_tile(const Accumulators<T>& acc, T* c) {
     }
 }
 
-// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:]
+// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR. For every line of `a` that
+// is used up, one of `next` is asked for.
 template <int A_ROW, int A_K, class T>
-SADCL_INLINE void multiply_add(Accumulators<T>& acc, const T* a, const T* b, int depth) {
-  for (int k = 0; k < depth; ++k, a += A_K, b += Tile<T>::P) {
-    const vec<T> b0 = load(b), b1 = load(b + Tile<T>::kLanes), b2 = load(b + 2 * Tile<T>::kLanes);
+SADCL_INLINE void multiply_add(Accumulators<T>& acc, const T* a, const T* b, int depth, const T* next = nullptr) {
+  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(T))), kStep = kLine < kMR ? kLine : kMR;
+  static_assert(kMR % kStep == 0, "no step may be cut short");
+  for (int k = 0; k < depth; k += kStep) {
+    if (next != nullptr) __builtin_prefetch(next + k * kMR);
 #pragma GCC unroll 8
-    for (int r = 0; r < Tile<T>::kMR; ++r) {
-      const vec<T> left = splat(a[r * A_ROW]);
-      acc.v[r][0] += left * b0;
-      acc.v[r][1] += left * b1;
-      acc.v[r][2] += left * b2;
+    for (int step = 0; step < kStep; ++step, a += A_K, b += Tile<T>::P) {
+      const vec<T> b0 = load(b), b1 = load(b + Tile<T>::kLanes), b2 = load(b + 2 * Tile<T>::kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kMR; ++r) {
+        const vec<T> left = splat(a[r * A_ROW]);
+        acc.v[r][0] += left * b0;
+        acc.v[r][1] += left * b1;
+        acc.v[r][2] += left * b2;
+      }
     }
   }
 }
@@ -86,11 +93,12 @@ void dot_panels(const T* x, int x_panels, const T* y, int y_panels, int64_t dept
       const T* b = y + (jp * depth + k0) * P;
       for (int ip = 0; ip < x_panels; ++ip) {
         const T* a = x + (ip * depth + k0) * P;
+        const T* next = ip + 1 < x_panels ? a + depth * P : jp + 1 < y_panels ? b + depth * P : x + (k0 + cut) * P;  // from L2: it would come too late by itself
         T* c = out + (int64_t(jp) * x_panels + ip) * P * P;
         for (int r = 0; r < P; r += Tile<T>::kMR) {
           Accumulators<T> acc;
           clear(acc);
-          multiply_add<1, P>(acc, a + r, b, cut);
+          multiply_add<1, P>(acc, a + r, b, cut, next + r * cut);
           k0 == 0 ? store_tile(acc, c + r * P) : add_to_tile(acc, c + r * P);
         }
       }

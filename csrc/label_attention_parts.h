@@ -100,7 +100,7 @@ SADCL_INLINE void copy_in(const T* x, int n, T* out) {
 
 // Calls work(b, first column, number of columns) for every chunk of every image.
 template <class T, class Work>
-void for_chunks(const Problem<T>& p, int threads, const Work& work) {
+void for_chunks(const Problem<T>& p, [[maybe_unused]] int threads, const Work& work) {
   const int64_t columns = p.H * p.C, chunks = (columns + kChunk - 1) / kChunk;
 #pragma omp parallel for num_threads(p.B * p.L * columns < 1 << 14 ? 1 : threads) schedule(static)
   for (int64_t i = 0; i < p.B * chunks; ++i) {
@@ -192,7 +192,8 @@ void normalise_backward(const Problem<T>& p, T* grad, const T* added, const T* m
 
 // out[j] = sum over i of x[i][j], times factor[j / group][i] if there is one. Each column is summed by one thread.
 template <class T>
-void column_sums(const T* x, int64_t rows, int64_t columns, const T* factor, int64_t group, T* out, int threads) {
+void column_sums(const T* x, int64_t rows, int64_t columns, const T* factor, int64_t group, T* out,
+                 [[maybe_unused]] int threads) {
 #pragma omp parallel for num_threads(rows * columns < 1 << 15 ? 1 : threads) schedule(static)
   for (int64_t j0 = 0; j0 < columns; j0 += kChunk) {
     const int64_t j1 = j0 + kChunk < columns ? j0 + kChunk : columns;

@@ -75,6 +75,7 @@ SADCL_INLINE void multiply_chain(const T* a, const T* b, int depth, T* c, int64_
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) acc[r][i] = vec<T>{};
   }
+#pragma GCC unroll 4
   for (int k = 0; k < depth; ++k, a += MR, b += NR) {
     vec<T> right[VECS];
 #pragma GCC unroll 2

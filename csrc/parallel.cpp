@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -23,6 +24,14 @@ std::atomic<bool> in_forked_child{false};
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 #endif
 
+constexpr size_t kHugePage = size_t(2) << 20;
+
+void advise([[maybe_unused]] void* pointer, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  madvise(pointer, bytes, MADV_HUGEPAGE);  // a wish: failing is fine
+#endif
+}
+
 }  // namespace
 
 bool has_openmp() {
@@ -33,7 +42,7 @@ bool has_openmp() {
 #endif
 }
 
-int team_size(int requested) {
+int team_size([[maybe_unused]] int requested) {
 #if defined(_OPENMP)
   return (requested < 1 || in_forked_child) ? 1 : requested;
 #else
@@ -58,17 +67,21 @@ int team_now() {
 }
 
 void* scratch_alloc(size_t bytes) {
-  // Large blocks come fresh from the system: with huge pages they cost 512 times fewer page faults (half a second a GB
-  // here without) and the kernels' panels fewer TLB misses.
-  constexpr size_t kLine = 64, kHugePage = size_t(2) << 20;
+  // Large blocks come fresh from the system: with huge pages they cost 512 times fewer page faults and the kernels' panels
+  // fewer TLB misses.
+  constexpr size_t kLine = 64;
   const size_t align = bytes >= 2 * kHugePage ? kHugePage : kLine;
   const size_t size = (bytes + align) / align * align;
   void* pointer = std::aligned_alloc(align, size);
   if (pointer == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  if (align == kHugePage) madvise(pointer, size, MADV_HUGEPAGE);  // a wish: failing is fine
-#endif
+  if (align == kHugePage) advise(pointer, size);
   return pointer;
+}
+
+void want_huge_pages(void* pointer, size_t bytes) {
+  if (bytes < 2 * kHugePage) return;
+  const size_t skip = -reinterpret_cast<uintptr_t>(pointer) & (kHugePage - 1);
+  advise(static_cast<char*>(pointer) + skip, (bytes - skip) / kHugePage * kHugePage);
 }
 
 void scratch_free(void* pointer) { std::free(pointer); }

@@ -39,7 +39,7 @@ double log_sum_exp(double* x, int64_t n) {
 
 // Dot products into `score` and norms; ignored rows are not read.
 template <class T>
-void dots_and_norms(const PsclForward& a, int threads) {
+void dots_and_norms(const PsclForward& a, [[maybe_unused]] int threads) {
   const int64_t B = a.features.shape[0], C = a.features.shape[1], pairs = (B + 1) / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < pairs * C; ++i) {
@@ -146,6 +146,7 @@ template <class T>
 double backward(const PsclBackward& a) {
   const int64_t B = a.features.shape[0], C = a.features.shape[1], room = 2 * (B + kWide);
   const int threads = pscl_threads(a.features, a.threads);
+  want_huge_pages(a.grad_features, size_t(B * C * a.features.shape[2]) * size_t(element_size(a.features.dtype)));
   Scratch<double> rows(threads * room), along(B * C), across(B * C), own(C), turning(C);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t)

@@ -1,11 +1,12 @@
-// SSCL backward: scores again (or from the tile), turned into weights in place, and two products per pair of blocks.
+// SSCL backward: scores again (or as kept), turned into weights in place, and two products per pair of blocks.
 //
 // With anchor weights m and n_c - 1 = k positives, all that moves row i is one symmetric matrix:
 //
 //   g_i = 1/tau * sum over j != i of w_ij z_j,   w_ij = m_i e^(s_ij - lse_i) + m_j e^(s_ij - lse_j)
 //                                                       - [same class] (m_i + m_j) / k
 //
-// w is symmetric, so each block of scores, computed once, serves both its rows and its columns: 3 N^2 D flops, not 4.
+// w is symmetric, so each block of scores, computed once, serves both its rows and its columns: 3 N^2 D flops, not 4, and
+// 2 where the scores were kept.
 #pragma once
 #include "sscl_forward.h"
 
@@ -144,14 +145,18 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
 
 // gradients += w z, for both sides of every block. gradients: panels, as z.
 template <class T>
-void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, T* gradients) {
+void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, T* gradients) {
   constexpr int P = Rows<T>::P;
   const Blocks<T> blocks(rows.panels, rows.threads);
+  const Kept<T> kept(static_cast<T*>(const_cast<void*>(args.tile)), args.tile_size, blocks);
+  const bool valid = kept.valid();
   Scratch<Workspace<T>> workspaces(rows.threads);
   for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
     Workspace<T>& ws = workspaces[thread_index()];
     const Block<T> block = block_of(rows, blocks, a, b, ws);
-    compute_scores(rows, block);
+    const T* copy = valid ? kept.at(a, b) : nullptr;
+    if (copy != nullptr) memcpy(ws.w, copy, size_t(kept.count(a, b)) * sizeof(T));
+    else compute_scores(rows, block);
     to_weights(rows, block, anchors);
     T* to_i = gradients + block.i0 * rows.depth;
     T* to_j = gradients + block.j0 * rows.depth;
@@ -188,10 +193,10 @@ void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
 }
 
 template <class T>
-void backward_from_scratch(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
+void backward_by_blocks(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
   const int64_t panel_size = rows.depth * Rows<T>::P;
   Scratch<T> gradients(rows.panels * panel_size);
-  sweep_backward(rows, anchors, gradients.get());
+  sweep_backward(rows, anchors, args, gradients.get());
 #pragma omp parallel for num_threads(rows.threads) schedule(static)
   for (int64_t p = 0; p < rows.panels; ++p)
     radial[p] = scatter_panel(rows, p, args, scale, gradients.get() + p * panel_size);
@@ -203,13 +208,14 @@ double backward(const SsclBackward& args) {
   const Array& out = args.grad_features;
   const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
   const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
+  want_huge_pages(out.data, size_t(bytes));
   gather(rows, const_cast<double*>(args.norm), true, {Fill{static_cast<char*>(out.data) + kept, bytes - kept}});
   Anchors<T> anchors(rows, args);
   const double tau = args.rows.temperature, scale = anchors.scale / tau;
   Scratch<double> radial(rows.panels + 1);
   const bool fits = rows.n * rows.n <= kTileScores && rows.n * rows.n <= args.tile_size;
   fits ? backward_from_tile(rows, anchors, args, scale, radial.get())
-       : backward_from_scratch(rows, anchors, args, scale, radial.get());
+       : backward_by_blocks(rows, anchors, args, scale, radial.get());
   double total = 0;
   for (int64_t p = 0; p < rows.panels; ++p) total += radial[p];
   return -total * scale / (2 * tau);

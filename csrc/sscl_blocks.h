@@ -26,6 +26,57 @@ struct Blocks {
   Range panels_of(int64_t b) const { return {b * panels / count, (b + 1) * panels / count}; }
 };
 
+// Scores that the forward keeps for the backward: blocks (a, b), a <= b, as far as the op layer's buffer reaches. Its head
+// names the division into blocks, because the backward may run with another number of threads.
+template <class T>
+class Kept {
+ public:
+  static constexpr int64_t kHead = 64 / sizeof(T);
+
+  Kept(T* data, int64_t size, const Blocks<T>& blocks) : data_(data), size_(size), blocks_(blocks), start_(blocks.count + 1) {
+    int64_t at = kHead;
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      start_[b] = at;
+      at += scores(b, blocks.panels_of(b).last);
+    }
+  }
+  // Everything but the blocks themselves; what is left over is zero, so that all outputs are the same in every run.
+  void begin() const {
+    int64_t end = 0;
+    if (size_ >= kHead) {
+      memset(data_, 0, kHead * sizeof(T));
+      data_[0] = T(blocks_.count);
+      end = kHead;
+    }
+    for (int64_t b = 0; b < blocks_.count; ++b)
+      for (int64_t a = 0; a <= b; ++a)
+        if (const T* block = at(a, b)) end = block - data_ + count(a, b);
+    if (end < size_) memset(data_ + end, 0, size_t(size_ - end) * sizeof(T));
+  }
+  bool valid() const { return size_ >= kHead && data_[0] == T(blocks_.count); }
+  // Where the block lies, or null where it is not kept.
+  T* at(int64_t a, int64_t b) const {
+    const int64_t first = start_[b] + scores(b, blocks_.panels_of(a).first);
+    return first + count(a, b) <= size_ ? data_ + first : nullptr;
+  }
+  int64_t count(int64_t a, int64_t b) const {
+    const Range rows = blocks_.panels_of(a);
+    return scores(b, rows.last - rows.first);
+  }
+
+ private:
+  // Of `panels` panels of rows against block b.
+  int64_t scores(int64_t b, int64_t panels) const {
+    const Range columns = blocks_.panels_of(b);
+    return panels * (columns.last - columns.first) * Tile<T>::P * Tile<T>::P;
+  }
+
+  T* data_;
+  int64_t size_;
+  const Blocks<T>& blocks_;
+  Scratch<int64_t> start_;  // of block b's first partner
+};
+
 // Calls task(a, b) once for every pair of blocks a <= b, in rounds in which no two tasks share a block: a round-robin
 // tournament. So a task may add to what belongs to its two blocks without locks or atomics, whichever thread runs it,
 // and the order of additions (hence every bit) does not depend on timing.

@@ -1,4 +1,4 @@
-// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; nothing N x N is kept (but `tile`).
+// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; kept are those that `tile` has room for.
 #pragma once
 #include "sscl_blocks.h"
 #include "sscl_released.h"
@@ -126,7 +126,7 @@ void fill_tile(Rows<T>& rows, T* tile, Statistics<T>& stats) {
   }
 }
 
-// --- many rows: a sweep over blocks, nothing kept ---
+// --- many rows: a sweep over blocks ---
 
 // |s| <= kFixedBound: sums of e^s and products with e^-lse are far from float32's limits, no maximum is needed.
 constexpr double kFixedBound = 40;
@@ -188,8 +188,10 @@ void add_exponentials_online(const Block<T>& block, Scale<T> scale, Workspace<T>
 }
 
 template <class T>
-void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats) {
+void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats, T* kept_scores, int64_t kept_size) {
   const Blocks<T> blocks(rows.panels, rows.threads);
+  const Kept<T> kept(kept_scores, kept_size, blocks);
+  kept.begin();
   const Scale<T> scale(kLog2E / rows.in.temperature);
   stats.fixed = fixed;
   Scratch<Workspace<T>> workspaces(rows.threads);
@@ -197,6 +199,7 @@ void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats) {
     Workspace<T>& ws = workspaces[thread_index()];
     const Block<T> block = block_of(rows, blocks, a, b, ws);
     compute_scores(rows, block);
+    if (T* copy = kept.at(a, b)) memcpy(copy, ws.w, size_t(kept.count(a, b)) * sizeof(T));
     block.set_diagonal(0);
     add_positives(rows, block, ws, stats.positive);
     block.set_diagonal(T(-HUGE_VAL));
@@ -239,17 +242,19 @@ template <class T>
 void forward(const SsclForward& args) {
   Rows<T> rows(args.rows);
   const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
-  const bool fits = squared <= kTileScores && squared <= args.tile_size;
+  const bool small = squared <= kTileScores, fits = small && squared <= args.tile_size;
+  T* kept = static_cast<T*>(args.tile);
+  want_huge_pages(kept, size_t(args.tile_size) * sizeof(T));
   gather(rows, args.norm, false,
          {rest(static_cast<T*>(args.row_loss), 0, rows.in.features.shape[0] * rows.V * rows.C),
           rest(static_cast<T*>(args.lse), rows.n, capacity), rest(args.norm, rows.n, capacity),
-          rest(static_cast<T*>(args.tile), fits ? squared : 0, args.tile_size)});
+          rest(kept, fits ? squared : 0, small ? args.tile_size : 0)});
 
-  const bool small = squared <= kTileScores;
   Scratch<T> own(small && !fits ? squared : 1);
-  T* tile = !small ? nullptr : fits ? static_cast<T*>(args.tile) : own.get();
+  T* tile = !small ? nullptr : fits ? kept : own.get();
   Statistics<T> stats(rows.n);
-  small ? fill_tile(rows, tile, stats) : sweep_forward(rows, !args.released && rows.bound <= kFixedBound, stats);
+  if (small) fill_tile(rows, tile, stats);
+  else sweep_forward(rows, !args.released && rows.bound <= kFixedBound, stats, kept, args.tile_size);
   Scratch<double> maxima(args.released ? rows.n + 1 : 1);
   if (args.released) released_maxima(rows, tile, maxima.get());
   write_rows(rows, args, stats, maxima.get());

@@ -66,7 +66,8 @@ class Run:
     normalize: bool = True
     released: bool = False
     threads: int = 2
-    save: bool = True
+    backward_threads: int | None = None
+    keep: int | None = None  # scores; as many as the op layer keeps of a small problem
     anchor_weights: Tensor | None = None
     groups: tuple[Tensor, Tensor] | None = None
     row_loss: Tensor = field(init=False)
@@ -84,7 +85,7 @@ class Run:
         rows = V * pairs.numel()
         self.row_loss, self.lse = poisoned(B, V, C, dtype=acc), poisoned(rows, dtype=acc)
         self.norm = poisoned(rows, dtype=torch.float64)
-        self.tile = poisoned(min(rows * rows, TILE) if self.save else 0, dtype=acc)
+        self.tile = poisoned(min(rows * rows, TILE) if self.keep is None else self.keep, dtype=acc)
         head = (array(x), array(pairs), array(class_ptr), self.temperature)
         outputs = [array(t) for t in (self.row_loss, self.lse, self.norm, self.tile)]
         _C.sscl_forward(*head, self.normalize, self.released, *outputs, self.threads)
@@ -92,7 +93,13 @@ class Run:
             self.anchor_weights = torch.full((B, V, C), 1 / max(V * int(class_ptr[-1]), 1), dtype=acc)
         self.grad = poisoned(*x.shape, dtype=x.dtype)
         self.grad_temperature = _C.sscl_backward(
-            array(self.anchor_weights), *head, *outputs[1:], self.normalize, array(self.grad), False, self.threads
+            array(self.anchor_weights),
+            *head,
+            *outputs[1:],
+            self.normalize,
+            array(self.grad),
+            False,
+            self.backward_threads or self.threads,
         )
         self.active = V * int(class_ptr[-1])
 
@@ -280,26 +287,44 @@ def test_ragged(case: str, views: int, isa: str) -> None:
         check(run, oracle(x, labels, 0.2, weights, released=released), 2e-5)
 
 
-@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("keep", [None, 0])
 @pytest.mark.parametrize("rows", [500, 512, 520, 1300])
-def test_around_the_tile_limit(rows: int, save: bool, isa: str) -> None:
+def test_around_the_tile_limit(rows: int, keep: int | None, isa: str) -> None:
     x, labels, weights = make(rows // 4, 1, 8, 24, density=0.0)
     labels.view(-1)[torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(1))[:rows]] = 1
-    run = Run(x, labels, save=save, anchor_weights=weights)
+    run = Run(x, labels, keep=keep, anchor_weights=weights)
     assert run.active == rows
     check(run, oracle(x, labels, 0.2, weights), 3e-5)
-    if save:
-        used = rows * rows if rows * rows <= run.tile.numel() else 0
-        assert torch.isfinite(run.tile).all() and not run.tile[used:].any()
+    assert torch.isfinite(run.tile).all() and run.tile[: rows * rows].any() == (keep is None)
+    assert not run.tile[rows * rows :].any()
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kept_scores_change_nothing(dtype: torch.dtype, released: bool, isa: str) -> None:
+    """None, not even a header, some and all of the scores kept: the same bits. And a backward with other threads."""
+    x, labels, weights = make(150, 2, 8, 24, density=0.5)
+    x, weights = x.to(dtype), weights.to(dtype)
+    same = {"released": released, "anchor_weights": weights}
+    for threads in (1, 3):
+        want = Run(x, labels, keep=0, threads=threads, **same)
+        assert want.active > 1000
+        for keep in (7, 100, 1 << 18, 1 << 20):
+            got = Run(x, labels, keep=keep, threads=threads, **same)
+            assert torch.isfinite(got.tile).all() and got.tile.any() == (keep > 7)
+            for a, b in zip(got.tensors(), want.tensors(), strict=True):
+                assert a is got.tile or torch.equal(a, b)
+        other = Run(x, labels, keep=1 << 20, threads=threads, backward_threads=2, **same)
+        torch.testing.assert_close(other.grad, want.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_released_maxima_in_stripes(isa: str) -> None:
     """Over the kept-scores limit with several stripes of images: against the same rows in float64."""
     x, labels, weights = make(150, 2, 6, 8, density=0.5)
     labels[:3] = 1
-    single = Run(x, labels, released=True, anchor_weights=weights, save=False)
+    single = Run(x, labels, released=True, anchor_weights=weights, keep=0)
     assert single.active > 512
-    double = Run(x.double(), labels, released=True, anchor_weights=weights.double(), save=False)
+    double = Run(x.double(), labels, released=True, anchor_weights=weights.double(), keep=0)
     close(single.row_loss, double.row_loss.numpy(), 2e-5)
 
 

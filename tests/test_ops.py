@@ -10,9 +10,10 @@ import torch
 from conftest import backends_here
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sadcl import functional as F
-from sadcl import reference  # noqa: F401  (imports the package before the ops are looked up)
+from sadcl.ops._library import call
 from sadcl.testing import make_features, make_labels, value_and_grads
 
 NAMES = ("sscl", "pscl", "asl", "dual")
@@ -25,7 +26,7 @@ def sscl_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object
     x = make_features(4, 2, 3, 5, dtype=dtype).requires_grad_(grad)
     active = F.compact_labels(make_labels(4, 3, "ignored"), backend if backend == "cpp" else "torch")
     tau = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=grad)
-    return x, active.pairs, active.class_ptr, tau, True, False, grad, backend
+    return x, active.pairs, active.class_ptr, tau, True, False, 24 * 24 * grad, backend
 
 
 def pscl_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object, ...]:
@@ -44,7 +45,7 @@ def dual_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[object
     x, pairs, class_ptr, tau, *_ = sscl_arguments(backend, dtype, grad)
     _, prototypes, target, prototype_tau, *_ = pscl_arguments(backend, dtype, grad)
     first, second = (x.detach()[:, v].clone().requires_grad_(grad) for v in (0, 1))
-    return first, second, prototypes, pairs, class_ptr, target, tau, prototype_tau, False, grad, backend
+    return first, second, prototypes, pairs, class_ptr, target, tau, prototype_tau, False, 24 * 24 * grad, backend
 
 
 ARGUMENTS = {"sscl": sscl_arguments, "pscl": pscl_arguments, "asl": asl_arguments, "dual": dual_arguments}
@@ -65,17 +66,41 @@ def test_opcheck_compact(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name, backend", OPS_AND_BACKENDS)
-def test_gradcheck(name: str, backend: str) -> None:
+@pytest.mark.parametrize("run", [lambda name, *args: getattr(ops, name)(*args), call], ids=["dispatched", "eager"])
+def test_gradcheck(name: str, backend: str, run: Callable[..., tuple[Tensor, ...]]) -> None:
     arguments = ARGUMENTS[name](backend, torch.float64, True)
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
     def value(*values: Tensor) -> Tensor | tuple[Tensor, ...]:
         given = iter(values)
         filled = [next(given) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
-        outputs = getattr(ops, name)(*filled)
+        outputs = run(name, *filled)
         return (outputs[0], outputs[4]) if name == "dual" else outputs[0]
 
     assert torch.autograd.gradcheck(value, leaves)
+
+
+class Seen(TorchDispatchMode):
+    """Writes down what passes the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_dispatcher_is_passed_by_unless_somebody_watches(backend: str) -> None:
+    x, p = make_features(6, 5, 16), make_features(5, 16, seed=4)
+    for run in losses(backend).values():
+        want = value_and_grads(lambda x, run=run: run(x, p), x)
+        with Seen() as seen:
+            got = value_and_grads(lambda x, run=run: run(x, p), x)
+        assert any(name.startswith("sadcl::") and name.endswith("_backward") for name in seen.names), seen.names
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def losses(backend: str | None) -> dict[str, Callable[..., Tensor]]:

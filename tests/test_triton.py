@@ -158,7 +158,7 @@ def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dty
     active = OP.compact(a["labels"], a["labels"].numel(), "triton")
     outputs = list(active)
     x, tau = a["features"], a["tau"]
-    forward = OP.sscl(x, *active[:2], tau, True, False, True, "triton")
+    forward = OP.sscl(x, *active[:2], tau, True, False, 0, "triton")
     outputs += [*forward, *OP.sscl_backward(forward[0], x, *active[:2], tau, *forward[1:], True, "triton")]
     forward = OP.pscl(x[:, 0], a["prototypes"], active[2], tau, False, "triton")
     outputs += [
@@ -186,7 +186,7 @@ def test_fake_cuda_tensors_pass_through_every_op() -> None:
 def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
     """A training step's losses, with autograd."""
     pairs, class_ptr, target = OP.compact(a["labels"], a["labels"].numel(), "triton")
-    samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, True, "triton")[0]
+    samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, 0, "triton")[0]
     classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
     images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")[0]
     logits = OP.group_classifier(a["features"][:, 1], a["prototypes"], a["bias"], "triton")

@@ -81,6 +81,8 @@ def asymmetric_loss(
         loss = loss * (weight if by_image else weight[:, None])
     if reduction == "none":
         return loss
+    if reduction == "sum":  # before the labels are counted, which costs a fourth of the loss
+        return loss.sum()
     if reduction == "released":
         return loss.sum() / b / c * 1000.0
-    return reduce(loss, (labels != -1).sum(), reduction)
+    return reduce(loss, (labels != -1).count_nonzero(), "mean")

@@ -18,6 +18,7 @@ from .. import _checks
 from .._checks import accumulation_dtype
 from ._library import (
     array,
+    call,
     extension,
     implemented,
     refuse_second_derivative,
@@ -186,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logits = torch.ops.sadcl.asl_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
+    grad_logits = call("asl_backward", grad_loss, *ctx.saved_tensors, ctx.backend)
     return grad_logits, *(None,) * 10
 
 
@@ -207,7 +208,7 @@ def asl(
         backend: a name out of :data:`IMPLEMENTED`.
     """
     save = torch.is_grad_enabled() and logits.requires_grad
-    return torch.ops.sadcl.asl(
-        logits, labels, class_weight, float(focus.gamma_neg), float(focus.gamma_pos), float(focus.clip),
+    return call(
+        "asl", logits, labels, class_weight, float(focus.gamma_neg), float(focus.gamma_pos), float(focus.clip),
         float(focus.eps), focus.detach_focal_weight, sum_classes, save, backend,
     )[0]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import DTYPE_CODES, array, extension, implemented, register, triton_kernel
+from ._library import DTYPE_CODES, array, call, extension, implemented, register, triton_kernel
 
 
 class Active(NamedTuple):
@@ -119,4 +119,4 @@ register(
 
 def compact(labels: Tensor, capacity: int | None, backend: str) -> Active:
     """Run the op on ``labels [B, C]``."""
-    return Active(*torch.ops.sadcl.compact(labels, labels.numel() if capacity is None else capacity, backend))
+    return Active(*call("compact", labels, labels.numel() if capacity is None else capacity, backend))

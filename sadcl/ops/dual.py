@@ -20,6 +20,7 @@ from . import pscl, sscl
 from ._library import (
     DTYPE_CODES,
     array,
+    call,
     extension,
     implemented,
     refuse_second_derivative,
@@ -65,11 +66,11 @@ def _views(embeddings: Tensor, bank: Tensor | None) -> tuple[Any, Tensor | None]
     return extension().Array(embeddings.data_ptr(), DTYPE_CODES[embeddings.dtype], shape, strides), None
 
 
-def _allocate(embeddings: Tensor, bank: Tensor | None, prototypes: Tensor, pairs: Tensor, save: bool) -> Outputs:
+def _allocate(embeddings: Tensor, bank: Tensor | None, prototypes: Tensor, pairs: Tensor, keep: int) -> Outputs:
     """Uninitialised: sscl's (row_loss, lse, norm, tile) and pscl's (class_loss, score, norm_x, norm_p, class_lse)."""
     b, c, d = embeddings.shape
     rows = embeddings.as_strided((b, 1 if bank is None else 2, c, d), (0, 0, 0, 0))  # its shape and dtype are asked for
-    return *sscl._allocate(rows, pairs, save), *pscl._allocate(embeddings, prototypes)
+    return *sscl._allocate(rows, pairs, keep), *pscl._allocate(embeddings, prototypes)
 
 
 def _fake(
@@ -82,10 +83,10 @@ def _fake(
     sample_temperature: Tensor,
     prototype_temperature: Tensor,
     released: bool,
-    save: bool,
+    keep: int,
     backend: str,
 ) -> Outputs:
-    return _allocate(embeddings, bank, prototypes, pairs, save)
+    return _allocate(embeddings, bank, prototypes, pairs, keep)
 
 
 def _cpp(
@@ -98,9 +99,9 @@ def _cpp(
     sample_temperature: Tensor,
     prototype_temperature: Tensor,
     released: bool,
-    save: bool,
+    keep: int,
 ) -> Outputs:
-    outputs = _allocate(embeddings, bank, prototypes, pairs, save)
+    outputs = _allocate(embeddings, bank, prototypes, pairs, keep)
     arrays, threads = [array(output) for output in outputs], torch.get_num_threads()
     views, _copy = _views(embeddings, bank)
     extension().sscl_forward(
@@ -181,7 +182,7 @@ ALSO_COMPOSED = sscl.IMPLEMENTED  # what the loss runs on: here, or as the two o
 
 register(
     "dual",
-    f"({_INPUTS}, {_TEMPERATURES}, bool released, bool save, str backend)"
+    f"({_INPUTS}, {_TEMPERATURES}, bool released, int keep, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _IMPLEMENTATIONS,
     _fake,
@@ -201,15 +202,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     statistics = (*output[1:4], *output[5:])
     ctx.save_for_backward(*tensors, *statistics)
     ctx.mark_non_differentiable(*statistics)
+    ctx.losses = [(output[i].shape, output[i].dtype) for i in (0, 4)]
     ctx.released, ctx.backend = released, backend
 
 
 def _autograd(
-    ctx: Any, grad_rows: Tensor, _lse: Any, _norm: Any, _tile: Any, grad_class: Tensor, *_: Any
+    ctx: Any, grad_rows: Tensor | None, _lse: Any, _norm: Any, _tile: Any, grad_class: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grad_views, grad_prototypes, grad_sample_temperature, grad_prototype_temperature = torch.ops.sadcl.dual_backward(
-        grad_rows, grad_class, *tensors[:8], list(tensors[8:]), ctx.released, ctx.backend
+    upstream = [
+        tensors[0].new_zeros(shape, dtype=dtype) if grad is None else grad
+        for grad, (shape, dtype) in zip((grad_rows, grad_class), ctx.losses, strict=True)
+    ]
+    grad_views, grad_prototypes, grad_sample_temperature, grad_prototype_temperature = call(
+        "dual_backward", *upstream, *tensors[:8], list(tensors[8:]), ctx.released, ctx.backend
     )
     grad_bank = grad_views[1] if tensors[1] is not None else None
     return (
@@ -235,5 +241,7 @@ def dual(
     """
     differentiable = (inputs.embeddings, inputs.bank, sample_temperature)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    outputs = torch.ops.sadcl.dual(*inputs, sample_temperature, prototype_temperature, released, save, backend)
+    rows = inputs.embeddings[:, None].expand(-1, 1 if inputs.bank is None else 2, -1, -1)  # a shape
+    keep = sscl.scores_to_keep(rows, inputs.pairs, inputs.class_ptr, backend) if save else 0
+    outputs = call("dual", *inputs, sample_temperature, prototype_temperature, released, keep, backend)
     return outputs[0], outputs[4]

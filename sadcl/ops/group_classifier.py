@@ -13,6 +13,7 @@ from torch import Tensor
 from .._checks import accumulation_dtype
 from ._library import (
     array,
+    call,
     extension,
     implemented,
     refuse_second_derivative,
@@ -120,8 +121,8 @@ def _autograd(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
     need_features, need_weight, need_bias, _ = ctx.needs_input_grad
     grad_features = grad_weight = None
     if need_features or need_weight:
-        grad_features, grad_weight = torch.ops.sadcl.group_classifier_backward(
-            grad_logits, *ctx.saved_tensors, need_features, need_weight, ctx.backend
+        grad_features, grad_weight = call(
+            "group_classifier_backward", grad_logits, *ctx.saved_tensors, need_features, need_weight, ctx.backend
         )
     return (
         grad_features if need_features else None,
@@ -143,4 +144,4 @@ def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: st
         bias: ``[C]``.
         backend: a name out of :data:`IMPLEMENTED`.
     """
-    return torch.ops.sadcl.group_classifier(features, weight, bias, backend)
+    return call("group_classifier", features, weight, bias, backend)

@@ -27,7 +27,7 @@ from .._checks import accumulation_dtype, check_floating, check_same_device, che
 from ..reference.label_attention import label_attention as _reference
 from . import label_attention_core as core
 from . import label_attention_portable as portable
-from ._library import array, extension, implemented, refuse_second_derivative, register, register_autograd
+from ._library import array, call, extension, implemented, refuse_second_derivative, register, register_autograd
 
 FORMS = ("plain", "folded")
 SAVED = ("weights", "soft", "mass", "q", "keys", "values", "context")
@@ -174,7 +174,6 @@ refuse_second_derivative("label_attention_backward")
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, memory, in_weight, in_bias, out_weight, out_bias, memory_pos, padded, kept, *ctx.constants = inputs
-    ctx.set_materialize_grads(False)  # weights that nobody looked at have no gradient
     ctx.save_for_backward(query, memory, in_weight, in_bias, out_weight, memory_pos, padded, kept, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.out_bias_dtype = None if out_bias is None else out_bias.dtype
@@ -188,9 +187,10 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_
         grad_out = grad_out.to(accumulation_dtype(memory.dtype))
     wanted = [needs[0], needs[1], needs[2] or needs[3], needs[4], needs[6]]
     heads, folded, keep_scale, backend = ctx.constants
-    gradients = torch.ops.sadcl.label_attention_backward(
-        grad_out, grad_weights, *ctx.saved_tensors, heads, folded, keep_scale, wanted, backend
-    )
+    gradients = call(
+        "label_attention_backward",
+        grad_out, grad_weights, *ctx.saved_tensors, heads, folded, keep_scale, wanted, backend,
+    )  # fmt: skip
     d_query, d_memory, d_in_weight, d_in_bias, d_out_weight, d_pos = gradients
     d_out_bias = grad_out.sum((0, 1)).to(ctx.out_bias_dtype) if needs[5] else None
 
@@ -224,7 +224,8 @@ def _fused(
     kept = None
     if dropout > 0.0:
         kept = torch.rand((batch, length, heads * classes), device=memory.device) >= dropout
-    out, weights, *_ = torch.ops.sadcl.label_attention(
+    out, weights, *_ = call(
+        "label_attention",
         query, memory, projections.in_weight, projections.in_bias, projections.out_weight, projections.out_bias,
         None if memory_pos is None else memory_pos.expand(batch, -1, -1),
         None if key_padding_mask is None else key_padding_mask.contiguous(),

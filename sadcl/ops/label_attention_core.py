@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from ._library import refuse_second_derivative, register, register_autograd, triton_kernel
+from ._library import call, refuse_second_derivative, register, register_autograd, triton_kernel
 from .label_attention_portable import Projections
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -84,7 +84,6 @@ refuse_second_derivative("label_attention_core_backward")
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     *tensors, ctx.scale, ctx.dropout, _, ctx.backend = inputs
-    ctx.set_materialize_grads(False)  # weights and mass that nobody looked at have no gradient
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[3])
 
@@ -100,7 +99,8 @@ def _autograd(
         grad_weights = None
     # Keys that are values too get one gradient, unless positions want the keys' part of it.
     apart = values is None and for_pos
-    grad_query, grad_keys, grad_values = torch.ops.sadcl.label_attention_core_backward(
+    grad_query, grad_keys, grad_values = call(
+        "label_attention_core_backward",
         grad_context, grad_mass, grad_weights, *ctx.saved_tensors, ctx.scale, ctx.dropout,
         [for_query, for_keys or for_pos, for_values or apart], ctx.backend,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def _plain(
     k = F.linear(keys, *projections.input(1)).view(batch, length, heads, -1)
     v = F.linear(memory, *projections.input(2)).view(batch, length, heads, -1)
     q = q[None] if query.dim() == 2 else q
-    context, _, weights, _ = torch.ops.sadcl.label_attention_core(q, k, v, None, padded, *options)
+    context, _, weights, _ = call("label_attention_core", q, k, v, None, padded, *options)
     return context.flatten(2), weights
 
 
@@ -183,9 +183,7 @@ def _folded(
     q = F.linear(query, *projections.input(0)).view(-1, heads, width // heads).transpose(0, 1)  # [H, (B) C, d]
     q = torch.bmm(q, projections.input(1)[0].view(heads, -1, width))  # the key weights, on the label side
     q = q.view(heads, -1, classes, width).permute(1, 2, 0, 3)  # [B or 1, C, H, E]
-    gathered, mass, weights, _ = torch.ops.sadcl.label_attention_core(
-        q, memory[:, :, None], None, memory_pos, padded, *options
-    )
+    gathered, mass, weights, _ = call("label_attention_core", q, memory[:, :, None], None, memory_pos, padded, *options)
     value_weight, value_bias = projections.input(2)
     per_head = gathered.view(batch * classes, heads, width).transpose(0, 1)
     context = torch.bmm(per_head, value_weight.view(heads, -1, width).transpose(1, 2))  # [H, B C, d]

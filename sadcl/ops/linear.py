@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._backends import backends
 from .._checks import check_choice
-from ._library import array, extension, refuse_second_derivative, register, register_autograd
+from ._library import array, call, extension, refuse_second_derivative, register, register_autograd
 
 SWITCH = "SADCL_LINEAR"
 
@@ -72,7 +72,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    d_x, d_weight = torch.ops.sadcl.linear_backward(grad, *ctx.saved_tensors, [needs[0], needs[1]], ctx.backend)
+    d_x, d_weight = call("linear_backward", grad, *ctx.saved_tensors, [needs[0], needs[1]], ctx.backend)
     return d_x if needs[0] else None, d_weight if needs[1] else None, grad.sum(0) if needs[2] else None, None
 
 
@@ -115,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fits = fits and all(t.dtype == x.dtype and t.device.type == "cpu" for t in given)
     if not fits or x.numel() == 0 or torch.is_autocast_enabled("cpu") or _chosen() == "torch":
         return F.linear(x, weight, bias)
-    return torch.ops.sadcl.linear(x.reshape(-1, x.shape[-1]), weight, bias, "cpp").unflatten(0, x.shape[:-1])
+    return call("linear", x.reshape(-1, x.shape[-1]), weight, bias, "cpp").unflatten(0, x.shape[:-1])
 
 
 class Linear(torch.nn.Linear):

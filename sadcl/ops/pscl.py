@@ -16,6 +16,7 @@ from torch import Tensor
 from .._checks import accumulation_dtype
 from ._library import (
     array,
+    call,
     extension,
     implemented,
     norm_dtype,
@@ -199,7 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _autograd(ctx: Any, grad_class: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.sadcl.pscl_backward(grad_class, *ctx.saved_tensors, ctx.released, ctx.backend)
+    grads = call("pscl_backward", grad_class, *ctx.saved_tensors, ctx.released, ctx.backend)
     grad_features, grad_prototypes, grad_temperature = grads
     return grad_features, grad_prototypes, None, grad_temperature, None, None
 
@@ -220,4 +221,4 @@ def pscl(
         backend: a name out of :data:`IMPLEMENTED`.
         released: add the released code's term for classes without a positive.
     """
-    return torch.ops.sadcl.pscl(features, prototypes, target, temperature, released, backend)[0]
+    return call("pscl", features, prototypes, target, temperature, released, backend)[0]

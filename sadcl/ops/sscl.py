@@ -20,6 +20,7 @@ from .._checks import accumulation_dtype
 from . import sscl_portable
 from ._library import (
     array,
+    call,
     extension,
     implemented,
     refuse_second_derivative,
@@ -28,13 +29,30 @@ from ._library import (
     triton_kernel,
 )
 
-# Scores of a small problem are kept for the backward where they fit the cache: 1 MB of float32.
+# Scores of a small problem are kept for the backward where they fit the cache: 1 MB of float32. Of a larger one as many
+# as this times its unit vectors: all of them up to N = 7 D, 3 N^2 D flops instead of 4, and memory stays linear in N.
 TILE_ELEMENTS = 1 << 18
+KEPT_OF_VECTORS = 3.5
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _allocate(features: Tensor, pairs: Tensor, save_tile: bool) -> Outputs:
+def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, backend: str) -> int:
+    """How many scores the forward keeps for the backward."""
+    if backend != "cpp":
+        return 0
+    v, d = features.shape[1], features.shape[3]
+    most = (pairs.shape[0] * v) ** 2
+    if most <= TILE_ELEMENTS or torch.compiler.is_compiling():  # a traced shape must not depend on the labels
+        return min(most, TILE_ELEMENTS)
+    n = v * int(class_ptr[-1])
+    if n * n <= TILE_ELEMENTS:
+        return n * n
+    half, room = (n + 192) * n // 2, int(KEPT_OF_VECTORS * n * d)  # blocks of 192 rows, those on the diagonal whole
+    return min(half, room) if half <= 2 * room else 0
+
+
+def _allocate(features: Tensor, pairs: Tensor, keep: int) -> Outputs:
     """Uninitialised (row_loss, lse, norm, tile)."""
     b, v, c, _ = features.shape
     dtype = accumulation_dtype(features.dtype)
@@ -43,7 +61,7 @@ def _allocate(features: Tensor, pairs: Tensor, save_tile: bool) -> Outputs:
         features.new_empty((b, v, c), dtype=dtype),
         features.new_empty(capacity, dtype=dtype),
         features.new_empty(capacity, dtype=torch.float64),
-        features.new_empty(min(capacity * capacity, TILE_ELEMENTS) if save_tile else 0, dtype=dtype),
+        features.new_empty(keep, dtype=dtype),
     )
 
 
@@ -54,16 +72,16 @@ def _fake(
     temperature: Tensor,
     normalize: bool,
     released: bool,
-    save: bool,
+    keep: int,
     backend: str,
 ) -> Outputs:
-    return _allocate(features, pairs, save and backend == "cpp")
+    return _allocate(features, pairs, keep if backend == "cpp" else 0)
 
 
 def _cpp(
-    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, save: bool
+    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, keep: int
 ) -> Outputs:
-    row_loss, lse, norm, tile = _allocate(features, pairs, save)
+    row_loss, lse, norm, tile = _allocate(features, pairs, keep)
     extension().sscl_forward(
         array(features), array(pairs), array(class_ptr), temperature.item(), normalize, released,
         array(row_loss), array(lse), array(norm), array(tile), torch.get_num_threads(),
@@ -72,7 +90,7 @@ def _cpp(
 
 
 def _torch(
-    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, save: bool
+    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, keep: int
 ) -> Outputs:
     row_loss, lse, norm = sscl_portable.forward(features, pairs, class_ptr, temperature, normalize, released)
     return row_loss, lse, norm, row_loss.new_empty(0)
@@ -117,7 +135,7 @@ IMPLEMENTED = implemented(_IMPLEMENTATIONS)
 
 register(
     "sscl",
-    "(Tensor features, Tensor pairs, Tensor class_ptr, Tensor temperature, bool normalize, bool released, bool save,"
+    "(Tensor features, Tensor pairs, Tensor class_ptr, Tensor temperature, bool normalize, bool released, int keep,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _IMPLEMENTATIONS,
     _fake,
@@ -145,9 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _autograd(ctx: Any, grad_rows: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grad_features, grad_temperature = torch.ops.sadcl.sscl_backward(
-        grad_rows, *ctx.saved_tensors, ctx.normalize, ctx.backend
-    )
+    grad_features, grad_temperature = call("sscl_backward", grad_rows, *ctx.saved_tensors, ctx.normalize, ctx.backend)
     return grad_features, None, None, grad_temperature, None, None, None, None
 
 
@@ -176,4 +192,5 @@ def sscl(
         released: the released code's value and normaliser.
     """
     save = torch.is_grad_enabled() and (features.requires_grad or temperature.requires_grad)
-    return torch.ops.sadcl.sscl(features, pairs, class_ptr, temperature, normalize, released, save, backend)[0]
+    keep = scores_to_keep(features, pairs, class_ptr, backend) if save else 0
+    return call("sscl", features, pairs, class_ptr, temperature, normalize, released, keep, backend)[0]
