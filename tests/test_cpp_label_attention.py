@@ -57,10 +57,11 @@ def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Te
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
-def within_budget(tensors, heads: int, form: str, mask: Tensor | None = None, slack: float = 1e-6) -> None:
-    """Row by row at most twice torch's error, plus `slack` of the tensor's largest value.
+def within_budget(tensors, heads: int, form: str, mask: Tensor | None = None) -> None:
+    """Row by row at most twice torch's error, plus 1e-6 of the row's largest value: output, query and memory.
 
-    Of the tensor and not of the row: the key bias and padded rows have gradient 0 by cancellation or by rule.
+    For parameters and positions, of the tensor's: what is summed over the batch cancels there (the key bias to 0), and
+    such rows are off by a random multiple of the terms' rounding in torch's result and in ours.
     """
     b, c = tensors[1].shape[0], tensors[0].shape[-2]
     upstream = torch.randn(b, c, tensors[1].shape[-1], generator=torch.Generator().manual_seed(9))
@@ -71,7 +72,8 @@ def within_budget(tensors, heads: int, form: str, mask: Tensor | None = None, sl
     for index, (got, theirs, want) in enumerate(zip(ours, peer, truth, strict=True)):
         assert got.shape == want.shape and got.dtype == tensors[1].dtype
         error, allowed = ((x.double() - want).abs().amax(-1) for x in (got, theirs))
-        assert (error <= 2 * allowed + slack * want.abs().max() + 1e-12).all(), index
+        largest = want.abs().amax(-1) if index < 3 else want.abs().max()
+        assert (error <= 2 * allowed + 1e-6 * largest + 1e-12).all(), index
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,7 +107,7 @@ def test_the_same_bits_for_every_number_of_threads(shared: bool, form: str, thre
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_accumulated_in_float32(form: str, isa: str) -> None:
-    within_budget(make(2, 6, 30, 2, 24, dtype=torch.bfloat16), 2, form, slack=2**-8)
+    within_budget(make(2, 6, 30, 2, 24, dtype=torch.bfloat16), 2, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
