@@ -1,13 +1,14 @@
 # The commands of this repository; each creates the environment it needs.
 #   make demo   train on composed scenes and draw what was learned    make test   the test suite
 #   make lint   ruff and mypy                                         make clean  remove what these made
+#   make sanitize   op tests under ASan and UBSan                     make compilers   aarch64 and clang (installed)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test sanitize compilers lint clean
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -44,6 +45,16 @@ sanitize: $(VENV)/test.stamp
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest -q -x -o pythonpath="build/sanitize/lib ." -p no:cacheprovider $(SANITIZED_TESTS)
+
+# The kernels by other compilers, warnings being errors: aarch64 (NEON) and clang. Compiled, not run.
+KERNELS = $(filter-out csrc/module.cpp,$(wildcard csrc/*.cpp))
+STRICT = -std=c++17 -O2 -c -o /dev/null -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Werror
+compilers:
+	for file in $(KERNELS); do \
+		aarch64-linux-gnu-g++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
+		clang++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
+		clang++ $(STRICT) -DSADCL_ISA=avx2 -mavx2 -mfma -mf16c -Icsrc $$file || exit 1; \
+	done
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
