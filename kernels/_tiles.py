@@ -169,7 +169,7 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
         "half": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
         "single": (Tile(64, 64, 16, 8, 2),),
         "tf32": (Tile(64, 64, 32, 8, 3),),
-        "double": (Tile(32, 32, 16, 4, 2),),
+        "double": (Tile(32, 32, 16, 4, 2, registers=255),),  # else 16 bytes with Triton 3.6
     },
     "gfx942": {
         "half": (Tile(64, 64, 64, 4, 2),),
@@ -181,7 +181,7 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
         "half": (Tile(64, 32, 32, 8, 2),),  # 64 x 64 spills 16 bytes
         "single": (Tile(32, 64, 16, 8, 2),),  # 64 x 64 spills 8 bytes, 64 x 32 16
         "tf32": (Tile(64, 64, 16, 8, 2),),
-        "double": (Tile(32, 32, 16, 4, 1),),
+        "double": (Tile(32, 32, 16, 4, 1, registers=255),),  # else 8 bytes with Triton 3.6
     },
     "sm_75": {
         "half": (Tile(64, 64, 16, 8, 2),),

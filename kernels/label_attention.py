@@ -264,6 +264,14 @@ def optional_strides(x: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if x is None else tuple(x.stride())
 
 
+def mask_for(query: Tensor, padded: Tensor | None) -> Tensor | None:
+    """The padding mask as numbers. Triton 3.6 takes the narrowest load behind a product of float64 for the width of its
+    operands, and cannot compile that: there the mask is as wide as they are."""
+    if padded is None:
+        return None
+    return padded.to(torch.int64) if query.dtype == torch.float64 else padded.view(torch.uint8)
+
+
 def label_attention(
     query: Tensor,
     keys: Tensor,
@@ -288,8 +296,7 @@ def label_attention(
     lse = torch.empty_like(mass)
     weights = query.new_empty((b, h, c, length) if need_weights else (0,), dtype=acc)
     values = keys if values is None else values
-    if padded is not None:
-        padded = padded.view(torch.uint8)
+    padded = mask_for(query, padded)
     precision = _tiles.precision(query.dtype, part)
     common = {"SCALE": scale * math.log2(math.e), "DROPOUT": dropout, "PRECISION": precision}
     of_queries, of_keys = by_head(query), key_strides(keys)

@@ -37,6 +37,7 @@ from .label_attention import (
     load_keys,
     load_rows,
     locate,
+    mask_for,
     optional_strides,
     row_offsets,
     score_tile,
@@ -243,7 +244,7 @@ def label_attention_backward(
     of_mass = grad_mass.to(lse.dtype).contiguous() if grad_mass is not None and seed is not None else None
     if of_mass is not None:
         extra = of_mass * mass if extra is None else extra + of_mass * mass
-    padded = None if padded is None else padded.view(torch.uint8)
+    padded = mask_for(query, padded)
     problem = _Problem(
         part, query, keys, keys if values is None else values, pos, padded, seed, grad_context.to(query.dtype), context,
         lse, of_mass, of_weights, extra, scale, dropout,
