@@ -44,17 +44,16 @@ def interleave(
         entries: what to run, by name.
         rounds: rounds to keep.
         warmup: rounds to drop (compilation, page faults, caches).
-        slow: an entry that takes longer than this many seconds is only run timed, and in some rounds only.
+        slow: an entry that takes longer than this many seconds runs in some rounds only; beyond 5 s, only timed.
         slow_every: in every round whose number this divides.
     """
     samples: dict[str, list[float]] = {name: [] for name in entries}
     last = dict.fromkeys(entries, 0.0)
     for number in range(-warmup, rounds):
         for name, run in entries.items():
-            if last[name] > slow:
-                if number > -warmup and number % slow_every:
-                    continue
-            else:
+            if last[name] > slow and number > -warmup and number % slow_every:
+                continue
+            if last[name] < 5:
                 run()
             start = time.perf_counter()
             run()

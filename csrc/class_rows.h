@@ -163,6 +163,8 @@ void class_gradients(const RowGradients& g, int64_t c, int64_t d, int64_t n) {
 template <class T>
 void row_gradients(const RowGradients& g) {
   const int64_t C = g.features->shape[1], D = g.features->shape[2];
+  if (g.grad_features != nullptr)
+    want_huge_pages(g.grad_features, size_t(g.features->shape[0] * C * D * element_size(g.features->dtype)));
   const int64_t block = C < 2 * g.threads ? kRowBlock / 4 : kRowBlock, blocks = (D + block - 1) / block;
 #pragma omp parallel for num_threads(g.threads) schedule(static)
   for (int64_t i = 0; i < C * blocks; ++i) {

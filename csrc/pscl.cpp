@@ -146,7 +146,6 @@ template <class T>
 double backward(const PsclBackward& a) {
   const int64_t B = a.features.shape[0], C = a.features.shape[1], room = 2 * (B + kWide);
   const int threads = pscl_threads(a.features, a.threads);
-  want_huge_pages(a.grad_features, size_t(B * C * a.features.shape[2]) * size_t(element_size(a.features.dtype)));
   Scratch<double> rows(threads * room), along(B * C), across(B * C), own(C), turning(C);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t)
