@@ -18,11 +18,7 @@ $(VENV)/train.stamp: $(SOURCES)
 
 $(VENV)/test.stamp: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard]'
-	touch $@
-
-$(VENV)/lint.stamp: $(VENV)/test.stamp
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[lint]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard,lint]'
 	touch $@
 
 demo: $(VENV)/train.stamp
@@ -56,7 +52,7 @@ compilers:
 		clang++ $(STRICT) -DSADCL_ISA=avx2 -mavx2 -mfma -mf16c -Icsrc $$file || exit 1; \
 	done
 
-lint: $(VENV)/lint.stamp
+lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -171,10 +171,12 @@ def compile_job(job: Job) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from sadcl.kernels._launch import FP_FUSION
+
     amd = job.arch.startswith("gfx")
     target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)
     source = ASTSource(job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attributes)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": FP_FUSION}
     if job.max_registers is not None and not amd:
         options["maxnreg"] = job.max_registers
     return triton.compile(source, target=target, options=options)

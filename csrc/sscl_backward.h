@@ -173,14 +173,53 @@ void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args
   });
 }
 
+// The rows of the gradient that no active row is written to, zeroed in pieces.
+template <class T>
+class InactiveRows {
+ public:
+  InactiveRows(const Rows<T>& rows, const SsclBackward& args)
+      : data_(static_cast<char*>(args.grad_features.data)), width_(rows.D * element_size(args.grad_features.dtype)),
+        count_(args.grad_features.shape[0] * rows.V * rows.C), active_(count_ + 1) {
+    first_ = args.add_to_first ? count_ / rows.V : 0;
+    memset(active_.get(), 0, size_t(count_));
+    for (int64_t i = 0; i < rows.n; ++i) active_[rows.offset(rows.place(i), args.grad_features) / rows.D] = 1;
+  }
+  int64_t pieces() const { return (count_ - first_ + kPiece - 1) / kPiece; }
+  void zero(int64_t piece) const {
+    const int64_t begin = first_ + piece * kPiece, end = begin + kPiece < count_ ? begin + kPiece : count_;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t from = row;
+      while (row < end && !active_[row]) ++row;
+      zero_part(data_ + from * width_, (row - from) * width_, count_ * width_ >= kStream);
+    }
+    stream_end();
+  }
+
+ private:
+  static constexpr int64_t kPiece = 64;
+
+  char* data_;
+  int64_t width_, count_, first_ = 0;  // of rows, in the order of memory
+  Scratch<uint8_t> active_;
+};
+
 // Few rows, scores at hand: a panel at a time from its weights to the gradient's rows, no rounds and nothing to transpose.
+// Zeroing waits for memory and the products do not, so the two take turns in one queue.
 template <class T>
 void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
   constexpr int P = Rows<T>::P;
   const int64_t square = rows.panels * P * P, panel_size = rows.depth * P;
-  Scratch<T> weights(rows.threads * square), gradients(rows.threads * panel_size);
-#pragma omp parallel for num_threads(rows.threads) schedule(dynamic, 1)
-  for (int64_t p = 0; p < rows.panels; ++p) {
+  const InactiveRows<T> inactive(rows, args);
+  const int threads = inactive.pieces() > 4 ? team_size(rows.in.threads) : rows.threads;
+  const int64_t tasks = rows.panels + inactive.pieces();
+  Scratch<T> weights(threads * square), gradients(threads * panel_size);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t task = tasks - 1; task >= 0; --task) {  // a panel comes first, the shorter pieces last
+    const int64_t p = task * rows.panels / tasks;
+    if ((task + 1) * rows.panels / tasks == p) {
+      inactive.zero(task - p);
+      continue;
+    }
     T* w = weights.get() + thread_index() * square;
     T* g = gradients.get() + thread_index() * panel_size;
     const Block<T> block = {0, p * P, rows.n, int(rows.panels) * P, 1, w};  // all rows against this panel's
@@ -208,12 +247,13 @@ double backward(const SsclBackward& args) {
   const Array& out = args.grad_features;
   const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
   const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
+  const bool fits = rows.n * rows.n <= kTileScores && rows.n * rows.n <= args.tile_size;
   want_huge_pages(out.data, size_t(bytes));
-  gather(rows, const_cast<double*>(args.norm), true, {Fill{static_cast<char*>(out.data) + kept, bytes - kept}});
+  gather(rows, const_cast<double*>(args.norm), true,
+         {Fill{static_cast<char*>(out.data) + kept, fits ? 0 : bytes - kept}});
   Anchors<T> anchors(rows, args);
   const double tau = args.rows.temperature, scale = anchors.scale / tau;
   Scratch<double> radial(rows.panels + 1);
-  const bool fits = rows.n * rows.n <= kTileScores && rows.n * rows.n <= args.tile_size;
   fits ? backward_from_tile(rows, anchors, args, scale, radial.get())
        : backward_by_blocks(rows, anchors, args, scale, radial.get());
   double total = 0;

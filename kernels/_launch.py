@@ -63,6 +63,10 @@ class Launch:
         return str(self.kernel.__name__)
 
 
+# Products and sums may become FMAs, as in the C++ kernels. Named because Triton 3.10 changes its default.
+FP_FUSION = True
+
+
 @dataclass
 class _Recorder:
     launches: list[Launch]
@@ -113,7 +117,9 @@ def launch(
     if registers is not None and device.type == "cuda" and not torch.version.hip:
         constants = {**constants, "maxnreg": registers}
     with guard:
-        kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[(programs,)](
+            *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION, **constants
+        )
 
 
 def part_of(device: torch.device) -> Part:
