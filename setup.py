@@ -66,6 +66,9 @@ if X86:
         "-mavx512dq",
         "-mprefer-vector-width=512",
     ]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+# An instruction set that differs from the one below it in some kernels only.
+ONLY = {"avx512_bf16": ["csrc/sscl.cpp"]}
 # `make sanitize` builds with these and runs the op tests: address errors and undefined behaviour end the process.
 SANITIZE = (
     ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2"]
@@ -121,7 +124,7 @@ class BuildExt(build_ext):
         ]
         for isa in isas:
             macros = [("SADCL_ISA", isa), *([("SADCL_FLOAT64", "1")] if isa == "portable" else [])]
-            jobs += [Job(s, isa, macros, flags + ISA_FLAGS[isa]) for s in KERNEL_SOURCES]
+            jobs += [Job(s, isa, macros, flags + ISA_FLAGS[isa]) for s in ONLY.get(isa, KERNEL_SOURCES)]
         include = [str(ROOT / "csrc"), *self._pybind11_include(), *(ext.include_dirs or [])]
 
         def compile_one(job: Job) -> list[str]:

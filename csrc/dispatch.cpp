@@ -6,8 +6,8 @@
 
 namespace sadcl {
 
-#define SADCL_TABLE(name) \
-  {#name, name::sscl_forward, name::sscl_backward, name::asl_forward, name::asl_backward, \
+#define SADCL_TABLE(isa, sscl, name) \
+  {isa, sscl::sscl_forward, sscl::sscl_backward, name::asl_forward, name::asl_backward, \
    name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward, \
    name::linear, name::label_attention_forward, name::label_attention_backward, name::exp2_array, \
    name::fma_peak}
@@ -18,6 +18,9 @@ SADCL_DECLARE(avx2)
 #if defined(SADCL_HAS_AVX512)
 SADCL_DECLARE(avx512)
 #endif
+#if defined(SADCL_HAS_AVX512_BF16)
+SADCL_DECLARE(avx512_bf16)
+#endif
 
 namespace {
 
@@ -26,19 +29,24 @@ struct Candidate {
   bool (*runs_here)();
 };
 
-const Candidate kCandidates[] = {
 #if defined(SADCL_HAS_AVX512)
-    {SADCL_TABLE(avx512),
-     [] {
-       return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("fma"));
-     }},
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+#endif
+
+const Candidate kCandidates[] = {
+#if defined(SADCL_HAS_AVX512_BF16)  // a copy of SSCL alone: elsewhere nobody multiplies bfloat16 by bfloat16
+    {SADCL_TABLE("avx512_bf16", avx512_bf16, avx512), [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+#if defined(SADCL_HAS_AVX512)
+    {SADCL_TABLE("avx512", avx512, avx512), has_avx512},
 #endif
 #if defined(SADCL_HAS_AVX2)
-    {SADCL_TABLE(avx2), [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }},
+    {SADCL_TABLE("avx2", avx2, avx2), [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }},
 #endif
-    {SADCL_TABLE(portable), [] { return true; }},
+    {SADCL_TABLE("portable", portable, portable), [] { return true; }},
 };
 
 std::atomic<const KernelTable*> in_use{nullptr};

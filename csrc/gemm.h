@@ -7,7 +7,8 @@
 //   AVX2, float:    4 x 24: 12 accumulators + 3 vectors + 1 broadcast = 16 registers; 7 loads per 12 FMA
 //   AVX-512, float: 8 x 48: 24 accumulators + 3 vectors, broadcasts ride in the FMA:  11 loads per 24 FMA
 //
-// The inner loops want the right operand's panel in L1 (kPanelDepth) and the rest streaming from L2.
+// The inner loops want the right operand's panel in L1 (kPanelDepth) and the rest streaming from L2. dot_panels also takes
+// panels of Pair, half as deep: bfloat16 where the processor multiplies it.
 #pragma once
 #include "simd.h"
 
@@ -25,6 +26,12 @@ struct Tile {
   static constexpr int kPanelDepth = (kFit < 128 ? kFit : 128) / kMR * kMR;
   static_assert(P % kMR == 0, "a register tile must not straddle panels");
 };
+
+// Terms of a sum that one step over elements E adds.
+template <class E>
+constexpr int kTerms = 1;
+template <>
+constexpr int kTerms<Pair> = 2;
 
 template <class T>
 struct Accumulators {
@@ -61,21 +68,21 @@ SADCL_INLINE void add_to_tile(const Accumulators<T>& acc, T* c) {
 
 // acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR. For every line of `a` that
 // is used up, one of `next` is asked for.
-template <int A_ROW, int A_K, class T>
-SADCL_INLINE void multiply_add(Accumulators<T>& acc, const T* a, const T* b, int depth, const T* next = nullptr) {
-  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(T))), kStep = kLine < kMR ? kLine : kMR;
+template <int A_ROW, int A_K, class E, class T>
+SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int depth, const E* next = nullptr) {
+  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kStep = kLine < kMR ? kLine : kMR;
   static_assert(kMR % kStep == 0, "no step may be cut short");
   for (int k = 0; k < depth; k += kStep) {
     if (next != nullptr) __builtin_prefetch(next + k * kMR);
 #pragma GCC unroll 8
     for (int step = 0; step < kStep; ++step, a += A_K, b += Tile<T>::P) {
-      const vec<T> b0 = load(b), b1 = load(b + Tile<T>::kLanes), b2 = load(b + 2 * Tile<T>::kLanes);
+      const auto b0 = load(b), b1 = load(b + Tile<T>::kLanes), b2 = load(b + 2 * Tile<T>::kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kMR; ++r) {
-        const vec<T> left = splat(a[r * A_ROW]);
-        acc.v[r][0] += left * b0;
-        acc.v[r][1] += left * b1;
-        acc.v[r][2] += left * b2;
+        const auto left = splat(a[r * A_ROW]);
+        acc.v[r][0] = add_product<T>(acc.v[r][0], left, b0);
+        acc.v[r][1] = add_product<T>(acc.v[r][1], left, b1);
+        acc.v[r][2] = add_product<T>(acc.v[r][2], left, b2);
       }
     }
   }
@@ -84,16 +91,16 @@ SADCL_INLINE void multiply_add(Accumulators<T>& acc, const T* a, const T* b, int
 // out[jp][i][lane] = sum over k of x_i[k] y_j[k], j = jp * P + lane: all pairs of rows of x_panels and y_panels panels of
 // depth `depth` (a multiple of kMR). Depth is cut so that the running pair of panels stays in L1. Each cut is summed from
 // zero and then added to `out`: one chain through all of depth 1024 was off by 6e-7 where MKL's product is by 2e-7.
-template <class T>
-void dot_panels(const T* x, int x_panels, const T* y, int y_panels, int64_t depth, T* out) {
-  constexpr int P = Tile<T>::P;
-  for (int64_t k0 = 0; k0 < depth; k0 += Tile<T>::kPanelDepth) {
-    const int cut = int(depth - k0 < Tile<T>::kPanelDepth ? depth - k0 : Tile<T>::kPanelDepth);
+template <class E, class T>
+void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t depth, T* out) {
+  constexpr int P = Tile<T>::P, kCut = Tile<T>::kPanelDepth / kTerms<E> / Tile<T>::kMR * Tile<T>::kMR;
+  for (int64_t k0 = 0; k0 < depth; k0 += kCut) {
+    const int cut = int(depth - k0 < kCut ? depth - k0 : kCut);
     for (int jp = 0; jp < y_panels; ++jp) {
-      const T* b = y + (jp * depth + k0) * P;
+      const E* b = y + (jp * depth + k0) * P;
       for (int ip = 0; ip < x_panels; ++ip) {
-        const T* a = x + (ip * depth + k0) * P;
-        const T* next = ip + 1 < x_panels ? a + depth * P : jp + 1 < y_panels ? b + depth * P : x + (k0 + cut) * P;  // from L2: it would come too late by itself
+        const E* a = x + (ip * depth + k0) * P;
+        const E* next = ip + 1 < x_panels ? a + depth * P : jp + 1 < y_panels ? b + depth * P : x + (k0 + cut) * P;  // from L2: it would come too late by itself
         T* c = out + (int64_t(jp) * x_panels + ip) * P * P;
         for (int r = 0; r < P; r += Tile<T>::kMR) {
           Accumulators<T> acc;

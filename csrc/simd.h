@@ -134,4 +134,39 @@ SADCL_INLINE vec<T> exp2(vec<T> x, Scale<T> scale) {
   return whole < T(S::kMinExponent) ? vec<T>{} : p * power;
 }
 
+// --- bfloat16 dot products ---
+
+// Two bfloat16 of one row, neighbours in depth: what AVX512_BF16's instruction multiplies and adds in one step.
+struct Pair {
+  uint32_t bits;
+};
+
+// SADCL_BF16_PAIRS compiles the same for any instruction set, out of shifts and FMAs: to test on processors without it.
+#if defined(__AVX512BF16__) || defined(SADCL_BF16_PAIRS)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+typedef typename Simd<float>::I PairVec;
+typedef Simd<float>::V FloatVec;
+
+SADCL_INLINE PairVec load(const Pair* p) { return *reinterpret_cast<const PairVec*>(p); }
+SADCL_INLINE PairVec splat(Pair x) { return PairVec{} + int32_t(x.bits); }
+
+template <class T>
+SADCL_INLINE vec<T> add_product(vec<T> sum, vec<T> x, vec<T> y) {
+  return sum + x * y;
+}
+template <class T>
+SADCL_INLINE FloatVec add_product(FloatVec sum, PairVec x, PairVec y) {
+#if defined(__AVX512BF16__)
+  return FloatVec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)x, (__m512bh)y));
+#else
+  const int32_t high = int32_t(0xffff0000u);
+  sum += FloatVec(x & high) * FloatVec(y & high);
+  return sum + FloatVec(x << 16) * FloatVec(y << 16);
+#endif
+}
+
 SADCL_KERNELS_END

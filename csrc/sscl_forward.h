@@ -26,7 +26,20 @@ Block<T> block_of(const Rows<T>& rows, const Blocks<T>& blocks, int64_t a, int64
 
 template <class T>
 void compute_scores(Rows<T>& rows, const Block<T>& block) {
-  constexpr int P = Block<T>::P;
+  constexpr int P = Block<T>::P, L = Block<T>::L;
+  if constexpr (kHasPairs && sizeof(T) == 4) {
+    if (rows.paired) {
+      dot_panels(rows.pair_panel(block.i0 / P), block.m / P, rows.pair_panel(block.j0 / P), block.panels, rows.pair_depth,
+                 block.w);
+      for (int jp = 0; jp < block.panels; ++jp)
+        for (int i = 0; i < block.m; ++i)
+          for (int v = 0; v < 3; ++v) {
+            T* s = block.at(jp, i) + v * L;
+            store(s, load(s) * load(rows.remainder.get() + block.j0 + jp * P + v * L) * rows.remainder[block.i0 + i]);
+          }
+      return;
+    }
+  }
   dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w);
 }
 
@@ -240,7 +253,7 @@ Fill rest(T* data, int64_t from, int64_t to) {
 
 template <class T>
 void forward(const SsclForward& args) {
-  Rows<T> rows(args.rows);
+  Rows<T> rows(args.rows, !args.released);
   const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
   const bool small = squared <= kTileScores, fits = small && squared <= args.tile_size;
   T* kept = static_cast<T*>(args.tile);

@@ -33,16 +33,30 @@ struct Rows {
   Scratch<T> z;              // [panels][depth][P]
   double bound;              // |s_ij| <= bound; NaN if a row is not finite
 
-  explicit Rows(const SsclRows& r)
+  // In place of z, where only scores are wanted of bfloat16 rows: the rows times a power of two, which takes no digit from
+  // them, and what a score has to be multiplied by for each of its two rows.
+  bool paired;
+  int64_t pair_depth;
+  Scratch<Pair> pairs;   // [panels][pair_depth][P]
+  Scratch<T> remainder;  // [panels * P]
+
+  explicit Rows(const SsclRows& r, bool scores_only = false)
       : in(r), V(r.features.shape[1]), C(r.features.shape[2]), D(r.features.shape[3]),
         n(V * r.class_ptr[r.num_classes]), depth((D + Tile<T>::kMR - 1) / Tile<T>::kMR * Tile<T>::kMR),
-        panels((n + P - 1) / P), threads(team_size(r.threads)), classes(n + 1), z(panels * depth * P + 1), bound(0) {
+        panels((n + P - 1) / P), threads(team_size(r.threads)), classes(n + 1),
+        z(!takes_pairs(r, scores_only) ? panels * depth * P + 1 : 1), bound(0), paired(takes_pairs(r, scores_only)),
+        pair_depth(((D + 1) / 2 + Tile<T>::kMR - 1) / Tile<T>::kMR * Tile<T>::kMR),
+        pairs(paired ? panels * pair_depth * P + 1 : 1), remainder(paired ? panels * P + 1 : 1) {
     // Below some hundred thousand multiply-adds waking the team costs more than it brings.
     if (double(n) * double(n) * double(depth) < 5e5) threads = 1;
     for (int64_t c = 0; c < r.num_classes; ++c) {
       const Range range = rows_of(c);
       for (int64_t i = range.first; i < range.last; ++i) classes[i] = int32_t(c);
     }
+  }
+
+  static bool takes_pairs(const SsclRows& r, bool scores_only) {
+    return kHasPairs && scores_only && r.features.dtype == kBF16;
   }
 
   Range rows_of(int64_t c) const { return {in.class_ptr[c] * V, in.class_ptr[c + 1] * V}; }
@@ -57,6 +71,7 @@ struct Rows {
   // Row number in a contiguous [B, V, C].
   int64_t flat(const Place& p) const { return (p.image * V + p.view) * C + p.label; }
   T* panel(int64_t p) { return z.get() + p * depth * P; }
+  Pair* pair_panel(int64_t p) { return pairs.get() + p * pair_depth * P; }
 };
 
 // Sum of squares in float64, where neither 1e30 nor the smallest subnormal of float32 can do harm.
@@ -99,6 +114,27 @@ void scale_row(T* x, int64_t n, double norm) {
   }
 }
 
+// Multiplies a row by a power of two that brings its length near 1; returns what is left to be done for unit length.
+template <class T>
+T scale_by_power(T* x, int64_t n, double norm) {
+  if (norm == 0 || !(norm < HUGE_VAL)) return norm == 0 ? T(0) : T(1 / norm);  // inf times 0 is the NaN that it should be
+  int exponent;
+  const double left = frexp(norm, &exponent), power = ldexp(1.0, -exponent);
+  for (int64_t d = 0; d < n; ++d) x[d] = T(double(x[d]) * power);
+  return T(1 / left);
+}
+
+// Rows of a panel that hold bfloat16 numbers, as pairs.
+inline void pack_pairs(const float* staging, int64_t pitch, int lanes, int64_t D, int64_t depth, int P, Pair* out) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int l = 0; l < P; ++l) {
+      uint32_t two[2] = {0, 0};
+      for (int h = 0; h < 2; ++h)
+        if (l < lanes && 2 * k + h < D) memcpy(&two[h], staging + l * pitch + 2 * k + h, 4);
+      out[k * P + l].bits = (two[0] >> 16) | (two[1] & 0xffff0000u);
+    }
+}
+
 // Reads the rows of one panel, scales them to unit length and stores them k-major. `staging` is [P][pitch].
 // Returns the largest |z|^2.
 template <class T>
@@ -114,13 +150,20 @@ double gather_panel(Rows<T>& rows, int64_t panel, double* norm, bool norm_known,
     double square = 1;
     if (rows.in.normalize) {
       if (!norm_known) norm[first + l] = length(row, D);
-      scale_row(row, D, norm[first + l]);
+      if (rows.paired) rows.remainder[first + l] = scale_by_power(row, D, norm[first + l]);
+      else scale_row(row, D, norm[first + l]);
       if (!(norm[first + l] < HUGE_VAL)) square = NAN;
     } else {
       if (!norm_known) norm[first + l] = 1;
       square = sum_of_squares(row, D);
+      if (rows.paired) rows.remainder[first + l] = 1;
     }
     if (!(square <= largest)) largest = square;
+  }
+  if (rows.paired) {
+    for (int l = lanes; l < P; ++l) rows.remainder[first + l] = 0;
+    if constexpr (sizeof(T) == 4) pack_pairs(staging, pitch, lanes, D, rows.pair_depth, P, rows.pair_panel(panel));
+    return largest;
   }
   T* z = rows.panel(panel);
   for (int64_t d = 0; d < D; ++d) {
