@@ -168,10 +168,9 @@ def job_of(launch: Any, arch: str, operands: str) -> Job:
 def compile_job(job: Job) -> Any:
     """Compile a job with Triton."""
     import triton
+    from sadcl.kernels._launch import FP_FUSION
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from sadcl.kernels._launch import FP_FUSION
 
     amd = job.arch.startswith("gfx")
     target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)

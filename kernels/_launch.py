@@ -117,9 +117,7 @@ def launch(
     if registers is not None and device.type == "cuda" and not torch.version.hip:
         constants = {**constants, "maxnreg": registers}
     with guard:
-        kernel[(programs,)](
-            *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION, **constants
-        )
+        kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION, **constants)
 
 
 def part_of(device: torch.device) -> Part:
