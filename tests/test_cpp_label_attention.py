@@ -60,8 +60,8 @@ def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Te
 def within_budget(tensors, heads: int, form: str, mask: Tensor | None = None) -> None:
     """Row by row at most twice torch's error, plus 1e-6 of the row's largest value: output, query and memory.
 
-    Torch's error is the larger of its two forms': by one sample alone, a row where torch happens to be right to the last
-    bit fails whoever is not.
+    Torch's error is the larger of its two forms': by one sample alone, a row where torch happens to be right to the
+    last bit fails whoever is not.
 
     For parameters and positions, of the tensor's: what is summed over the batch cancels there (the key bias to 0), and
     such rows are off by a random multiple of the terms' rounding in torch's result and in ours.
