@@ -51,6 +51,8 @@ compilers:
 		clang++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
 		clang++ $(STRICT) -DSADCL_ISA=avx2 -mavx2 -mfma -mf16c -Icsrc $$file || exit 1; \
 	done
+	clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 \
+		-Icsrc csrc/sscl.cpp
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -100,7 +100,8 @@ void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t dept
       const E* b = y + (jp * depth + k0) * P;
       for (int ip = 0; ip < x_panels; ++ip) {
         const E* a = x + (ip * depth + k0) * P;
-        const E* next = ip + 1 < x_panels ? a + depth * P : jp + 1 < y_panels ? b + depth * P : x + (k0 + cut) * P;  // from L2: it would come too late by itself
+        // Streams from L2, and would come too late by itself.
+        const E* next = ip + 1 < x_panels ? a + depth * P : jp + 1 < y_panels ? b + depth * P : x + (k0 + cut) * P;
         T* c = out + (int64_t(jp) * x_panels + ip) * P * P;
         for (int r = 0; r < P; r += Tile<T>::kMR) {
           Accumulators<T> acc;

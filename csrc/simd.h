@@ -148,7 +148,7 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
-typedef typename Simd<float>::I PairVec;
+typedef Simd<float>::I PairVec;
 typedef Simd<float>::V FloatVec;
 
 SADCL_INLINE PairVec load(const Pair* p) { return *reinterpret_cast<const PairVec*>(p); }

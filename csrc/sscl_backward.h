@@ -210,6 +210,7 @@ void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
   constexpr int P = Rows<T>::P;
   const int64_t square = rows.panels * P * P, panel_size = rows.depth * P;
   const InactiveRows<T> inactive(rows, args);
+  // Few rows may be active in a gradient that is worth a second thread's zeros.
   const int threads = inactive.pieces() > 4 ? team_size(rows.in.threads) : rows.threads;
   const int64_t tasks = rows.panels + inactive.pieces();
   Scratch<T> weights(threads * square), gradients(threads * panel_size);

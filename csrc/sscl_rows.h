@@ -117,7 +117,8 @@ void scale_row(T* x, int64_t n, double norm) {
 // Multiplies a row by a power of two that brings its length near 1; returns what is left to be done for unit length.
 template <class T>
 T scale_by_power(T* x, int64_t n, double norm) {
-  if (norm == 0 || !(norm < HUGE_VAL)) return norm == 0 ? T(0) : T(1 / norm);  // inf times 0 is the NaN that it should be
+  if (norm == 0) return 0;
+  if (!(norm < HUGE_VAL)) return T(1 / norm);  // inf times 0 is the NaN that it should be
   int exponent;
   const double left = frexp(norm, &exponent), power = ldexp(1.0, -exponent);
   for (int64_t d = 0; d < n; ++d) x[d] = T(double(x[d]) * power);
