@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sadcl import functional as F
-from sadcl.functional.contrastive import released_anchors
+from sadcl.functional.sscl import released_anchors
 from sadcl.testing import make_features, make_labels, value_and_grads
 
 

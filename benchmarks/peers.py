@@ -1,7 +1,7 @@
 """What our losses are compared with: the formulas as a good torch user writes them, float32, autograd backward.
 
 Three levels, from the published code's cost to the best that torch gives; a kernel that only beats the first has beaten
-nothing. tests/test_peers.py holds each of them against the oracle.
+nothing. tests/ops/test_peers.py holds each of them against the oracle.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def _train(arguments: list[str]) -> int:
 
     asked = parse_arguments(arguments)  # before anything heavy is imported: --help is quick
     if asked.dry_run:
-        from sadcl.train.plan import plan
+        from sadcl.commands.plan import plan
 
         if os.environ.get("RANK", "0") == "0":
             print(plan(asked.config))
@@ -99,10 +99,10 @@ def _train(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
-    from sadcl.train.study_config import parse_study
+    from sadcl.study.config import parse_study
 
     config, dry_run = parse_study(arguments)
-    from sadcl.train.study import study
+    from sadcl.study.trials import study
 
     study(config, dry_run)
     return 0
@@ -130,10 +130,10 @@ def _eval(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
 
-    from sadcl.train.evaluate import evaluate_checkpoint
+    from sadcl.commands.evaluate import evaluate_checkpoint
 
     if options.voc_archive:
-        from sadcl.train.voc_archive import voc_archive
+        from sadcl.commands.voc_archive import voc_archive
 
         path, count, competition = voc_archive(options.checkpoint, options.voc_archive, options.root)
         print(f"{path}: {count} pictures, competition comp{competition}")
@@ -151,19 +151,19 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _threshold(text: str) -> float | str:
-    from sadcl.predict import parse_threshold
+    from sadcl.commands.predict import parse_threshold
 
     return parse_threshold(text)
 
 
 def _predict(arguments: list[str]) -> int:
-    from sadcl.predict import main as predict
+    from sadcl.commands.predict import main as predict
 
     return predict(arguments)
 
 
 def _export(arguments: list[str]) -> int:
-    from sadcl.export import main as export
+    from sadcl.commands.export import main as export
 
     return export(arguments)
 

@@ -13,8 +13,8 @@ import torch
 import sadcl
 from sadcl._backends import triton_interprets
 
-# Triton reads the variable when it decorates a kernel, so these tests need a process of their own: tests/test_triton.py
-# starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
+# Triton reads the variable when it decorates a kernel, so these tests need a process of their own:
+# tests/ops/test_triton.py starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
 collect_ignore = [] if triton_interprets() else ["interpreted"]
 
 

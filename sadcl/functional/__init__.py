@@ -6,8 +6,9 @@ Weights multiply the elements that ``reduction="none"`` returns; the divisor of 
 
 from ..ops.compact import Active
 from ..ops.label_attention import label_attention
-from .asymmetric import asymmetric_loss
-from .contrastive import (
+from .asl import asymmetric_loss
+from .dual import DualParts, dual_contrastive_loss
+from .sscl import (
     FORMULATIONS,
     ContrastiveStats,
     compact_labels,
@@ -15,7 +16,6 @@ from .contrastive import (
     prototype_contrastive_loss,
     sample_contrastive_loss,
 )
-from .dual import DualParts, dual_contrastive_loss
 from .supcon import supcon_loss
 
 __all__ = [

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _arguments as arguments
 from .. import _checks as check
 from .._backends import resolve
 from ..ops import dual as _dual
 from ..ops.compact import Active
+from . import _arguments as arguments
 from ._reduce import reduce
-from .contrastive import (
+from .sscl import (
     FORMULATIONS,
     check_active,
     prototype_contrastive_loss,

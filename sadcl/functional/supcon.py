@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _arguments as arguments
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
 from ..ops import sscl as _sscl
+from . import _arguments as arguments
 from ._reduce import REDUCTIONS
 
 

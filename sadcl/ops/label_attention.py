@@ -10,7 +10,7 @@ Folded queries that the batch shares are made once a batch. The forward saves wh
 compute again: the weights ``[B, L, heads * C]`` (heads C / E of the memory's size), projected queries, the form's keys
 and values, the context. Backend ``triton`` keeps torch's projections and fuses what lies between them
 (:mod:`sadcl.ops.label_attention_core`). Backend ``torch`` is no op but plain ATen
-(:mod:`sadcl.ops.label_attention_portable`), for other devices, export and second derivatives.
+(:mod:`sadcl.portable.label_attention`), for other devices, export and second derivatives.
 Oracle: :func:`sadcl.reference.label_attention.label_attention`.
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .._backends import resolve
 from .._checks import accumulation_dtype, check_floating, check_same_device, check_size, check_tensor
+from ..portable import label_attention as portable
 from ..reference.label_attention import label_attention as _reference
 from . import label_attention_core as core
-from . import label_attention_portable as portable
 from ._library import array, call, extension, implemented, refuse_second_derivative, register, register_autograd
 
 FORMS = ("plain", "folded")

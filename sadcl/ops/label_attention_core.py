@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import accumulation_dtype
+from ..portable.label_attention import Projections
 from ._library import call, refuse_second_derivative, register, register_autograd, triton_kernel
-from .label_attention_portable import Projections
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulation_dtype
-from . import sscl_portable
+from ..portable import sscl as sscl_portable
 from ._library import (
     array,
     call,

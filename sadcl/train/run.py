@@ -14,16 +14,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from sadcl.checkpoint import load_checkpoint, remove_drafts, save_checkpoint, write_atomically
+from sadcl.commands.evaluate import restore_model
 from sadcl.data.images import ImageFileError
 from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
 from sadcl.prototypes import build_prototypes
 from sadcl.train import distributed
-from sadcl.train.checkpoint import load_checkpoint, remove_drafts, save_checkpoint, write_atomically
 from sadcl.train.config import StepConfig, TrainConfig, augments
 from sadcl.train.data import Images, Pairs, PreprocessedDataset, as_features, load_images, load_validation
-from sadcl.train.evaluate import restore_model
 from sadcl.train.lock import locked
 from sadcl.train.log import RunLog
 from sadcl.train.loop import (
@@ -400,7 +400,7 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
 
 
 def _train(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    from sadcl.train.report import draw, summary, table
+    from sadcl.report.report import draw, summary, table
 
     began = time.perf_counter()
     run = Run(config, say)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sadcl.checkpoint import CheckpointError, load_checkpoint, write_atomically
 from sadcl.train import distributed
-from sadcl.train.checkpoint import CheckpointError, load_checkpoint, write_atomically
 from sadcl.train.config import config_from_dict
 from sadcl.train.loop import NonFiniteLoss, Stage
 from sadcl.train.order import rng_state, set_rng_state

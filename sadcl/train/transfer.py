@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from sadcl.checkpoint import CheckpointError, load_checkpoint
+from sadcl.commands.evaluate import restore_model
 from sadcl.compat import load_released_checkpoint
 from sadcl.model import SADCL
-from sadcl.train.checkpoint import CheckpointError, load_checkpoint
 from sadcl.train.config import TrainConfig
-from sadcl.train.evaluate import restore_model
 
 __all__ = ["VOC_FROM_COCO", "class_rows", "init_from"]
 

@@ -1,0 +1,88 @@
+"""What works from a checkpoint alone: the model, its validation figures, its predictions with attention."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sadcl.checkpoint import CheckpointError, load_checkpoint
+from sadcl.commands.predict import thresholds_of
+from sadcl.metrics import MultilabelAccumulator, MultilabelReport
+from sadcl.metrics._inputs import Threshold
+from sadcl.model import SADCL
+from sadcl.train.config import TrainConfig, config_from_dict
+from sadcl.train.data import Pairs, load_validation
+
+__all__ = ["attention_maps", "evaluate_checkpoint", "predictions", "restore_model"]
+
+
+def restore_model(content: dict[str, Any]) -> SADCL:
+    """The model of a loaded checkpoint, in eval mode; needs nothing but the checkpoint."""
+    model = SADCL(**content["architecture"])
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def evaluate_checkpoint(
+    path: str | os.PathLike[str],
+    pictures: str | None = None,
+    root: str | None = None,
+    threshold: float | str = 0.5,
+    source: str = "csv",
+) -> tuple[MultilabelReport, str]:
+    """Measure a checkpoint.
+
+    Args:
+        path: a file of ``sadcl train``.
+        pictures: a list of pictures to measure on; default: the validation images of the checkpoint's own config.
+        root: where the pictures of that config, or of the list, are now.
+        threshold: of the precision and recall figures; ``"tuned"``: the checkpoint's own, one per class.
+        source: what kind of list ``pictures`` is: csv, jsonl or coco_json.
+
+    Returns:
+        The report, and what it was measured on in words.
+    """
+    content = load_checkpoint(path)
+    model = restore_model(content)
+    limits = thresholds_of(content, threshold) if isinstance(threshold, str) else threshold
+    config: TrainConfig = config_from_dict(content["config"])
+    data = config.data.validated_on(source, pictures) if pictures else config.data
+    data = replace(data, root=root, val_folder=None) if root else data
+    images, classes, about = load_validation(data, config.seed, tuple(content["classes"]))
+    if classes != tuple(content["classes"]):
+        raise CheckpointError(f"{path}: its labels are not those of {about}")
+    if threshold == "tuned" and not pictures:
+        about += "; the thresholds were tuned on these pictures, so their precision and recall are optimistic"
+    return _evaluate_pictures(model, images, limits, data.workers), about
+
+
+@torch.inference_mode()
+def _evaluate_pictures(model: SADCL, images: Pairs, threshold: Threshold, workers: int) -> MultilabelReport:
+    seen = MultilabelAccumulator(threshold)
+    for pictures, labels in tqdm(DataLoader(images, 64, num_workers=workers), desc="eval", unit="batch", leave=False):
+        output = model(model.preprocessing(pictures), contrastive=False)
+        seen.update(output.logits.sigmoid(), labels)
+    return seen.compute()
+
+
+@torch.inference_mode()
+def attention_maps(model: SADCL, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [C] and attention [C, h, w] (mean over heads) of one picture uint8 [3, H, W]."""
+    device = next(model.parameters()).device
+    output = model(model.preprocessing(image[None].to(device)), need_weights=True, contrastive=False)
+    assert output.attention is not None
+    return output.logits[0].sigmoid().cpu(), output.attention[0].mean(0).cpu()
+
+
+def predictions(
+    probabilities: Tensor, classes: list[str], count: int, truth: Tensor | None = None
+) -> list[tuple[int, str, bool | None]]:
+    """The ``count`` most probable labels: (index, caption, whether it is there or None if unknown)."""
+    best = probabilities.topk(max(1, min(count, len(classes)))).indices.tolist()
+    return [(i, f"{classes[i]} {probabilities[i]:.2f}", None if truth is None else bool(truth[i] == 1)) for i in best]

@@ -1,0 +1,162 @@
+"""SSCL in plain torch operators: compacted, closed-form gradient, blocks of rows instead of an N x N matrix.
+
+Runs on any device. It reads the number of active pairs (a sync on a GPU), which the Triton kernels do not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import accumulation_dtype
+from ..ops._library import norm_dtype
+
+# A block of scores holds at most this many elements (64 MB of float32).
+_BLOCK_ELEMENTS = 1 << 24
+
+
+class _Rows(NamedTuple):
+    """The N compacted rows: where they come from, what class they have, what they hold."""
+
+    image: Tensor  # [P] int64
+    label: Tensor  # [P] int64
+    group: Tensor  # [N] int64, the segment of class_ptr
+    peers: Tensor  # [N] acc, number of positives
+    z: Tensor  # [N, D] acc
+    norm: Tensor  # [N] norm dtype
+    n_groups: int
+
+
+def _gather(features: Tensor, pairs: Tensor, class_ptr: Tensor, normalize: bool) -> _Rows:
+    _, v, c, d = features.shape
+    acc = accumulation_dtype(features.dtype)
+    pair = pairs[: int(class_ptr[-1])].long()
+    image, label = pair // c, pair % c
+    counts = class_ptr.diff().long()
+    group = torch.repeat_interleave(torch.arange(counts.shape[0], device=pair.device), counts).repeat_interleave(v)
+    peers = (counts[group] * v - 1).to(acc)
+    x = features[image, :, label].reshape(-1, d)
+    wide = norm_dtype(features.device)
+    if normalize:
+        norm = torch.linalg.vector_norm(x.to(wide), dim=1)
+        z = torch.where(norm[:, None] == 0, 0.0, x.to(wide) / norm[:, None]).to(acc)
+    else:
+        norm = torch.ones(x.shape[0], dtype=wide, device=x.device)
+        z = x.to(acc)
+    return _Rows(image, label, group, peers, z, norm, counts.shape[0])
+
+
+def _group_sum(rows: _Rows, values: Tensor) -> Tensor:
+    """Sum ``values [N, D]`` over each group: ``[K, D]``."""
+    return values.new_zeros(rows.n_groups, values.shape[1]).index_add_(0, rows.group, values)
+
+
+def _blocks(n: int) -> list[slice]:
+    size = max(1, _BLOCK_ELEMENTS // max(n, 1))
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _scores(z: Tensor, block: slice, temperature: Tensor) -> Tensor:
+    """``s`` of a block of rows against all, ``-inf`` against itself: ``[block, N]``."""
+    s = z[block] @ z.t() / temperature
+    s.diagonal(block.start).fill_(float("-inf"))
+    return s
+
+
+def forward(
+    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``row_loss [B, V, C]``, ``lse [capacity]`` and ``norm [capacity]``, see the op's docstring."""
+    b, v, c, _ = features.shape
+    rows = _gather(features, pairs, class_ptr, normalize)
+    z, n = rows.z, rows.z.shape[0]
+    mean_positive = (z * (_group_sum(rows, z)[rows.group] - z)).sum(dim=1) / temperature / rows.peers.clamp(min=1)
+    lse, pivot = z.new_empty(n), z.new_zeros(n)
+    for block in _blocks(n):
+        s = _scores(z, block, temperature)
+        if released:
+            pivot[block] = s.amax(dim=1).clamp(min=0.0)
+            lse[block] = pivot[block] + torch.log(1e-5 + torch.exp(s - pivot[block, None]).sum(dim=1))
+        else:
+            lse[block] = torch.logsumexp(s, dim=1)
+    if released:
+        mean_positive = mean_positive - _mean_pair_maximum(rows, b, v, c, temperature)
+    has_positive = rows.peers > 0
+    loss = torch.where(has_positive, lse - pivot - mean_positive, 0.0)
+
+    row_loss = z.new_zeros(b, v, c)
+    row_loss[rows.image, :, rows.label] = loss.reshape(-1, v)
+    capacity = pairs.shape[0] * v
+    all_lse, all_norm = z.new_zeros(capacity), rows.norm.new_zeros(capacity, dtype=torch.float64)
+    all_lse[:n] = lse.masked_fill(~has_positive, float("inf"))
+    all_norm[:n] = rows.norm
+    return row_loss, all_lse, all_norm
+
+
+def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor) -> Tensor:
+    """The mean over a row's positives of ``R`` (see the oracle): ``[N]``. Blocked over (image, view)s."""
+    views = torch.arange(v, device=rows.z.device)
+    image_view = (rows.image[:, None] * v + views).reshape(-1)
+    label = rows.label.repeat_interleave(v)
+    active = rows.z.new_zeros(b * v, c)
+    active[image_view, label] = 1.0
+    segments = torch.bincount(rows.group, minlength=rows.n_groups).cumsum(0).tolist()
+    starts = [0, *segments[:-1]]
+    total = rows.z.new_zeros(rows.z.shape[0])
+    for block in _blocks(b * v):
+        shares_all = active[block] @ active.t() == c
+        maximum = torch.where(shares_all, float("-inf"), 0.0).to(rows.z.dtype)
+        members = []
+        for start, end in zip(starts, segments, strict=True):
+            here = image_view[start:end]
+            inside = (here >= block.start) & (here < block.stop)
+            mine, local = torch.arange(start, end, device=here.device)[inside], here[inside] - block.start
+            if mine.numel() == 0:
+                continue
+            s = rows.z[mine] @ rows.z[start:end].t() / temperature
+            maximum[local[:, None], here] = torch.maximum(maximum[local[:, None], here], s)
+            members.append((mine, local, here))
+        for mine, local, here in members:
+            # A row is no positive of itself.
+            total[mine] = maximum[local[:, None], here].sum(dim=1) - maximum[local, image_view[mine]]
+    return total / rows.peers.clamp(min=1)
+
+
+def backward(
+    grad_rows: Tensor,
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+    tile: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return ``grad_features [B, V, C, D]`` and ``grad_temperature []`` by the closed form of the op's docstring."""
+    v = features.shape[1]
+    rows = _gather(features, pairs, class_ptr, normalize)
+    z, n = rows.z, rows.z.shape[0]
+    lse = lse[:n]
+    m = grad_rows[rows.image, :, rows.label].reshape(-1).to(z.dtype)
+    m = torch.where(torch.isposinf(lse), 0.0, m)
+    g = torch.empty_like(z)
+    for block in _blocks(n):
+        s = _scores(z, block, temperature)
+        weight = m[block, None] * torch.exp(s - lse[block, None]) + m * torch.exp(s - lse)
+        g[block] = weight @ z
+    class_sum, weighted_sum = _group_sum(rows, z), _group_sum(rows, m[:, None] * z)
+    numerator = m[:, None] * class_sum[rows.group] + weighted_sum[rows.group] - 2.0 * m[:, None] * z
+    # peers = 0 leaves no numerator: m is 0 there, and the class sums are the row's own.
+    g = (g - torch.where(rows.peers[:, None] > 0, numerator / rows.peers.clamp(min=1)[:, None], 0.0)) / temperature
+    radial = (z * g).sum(dim=1)
+    grad_temperature = -radial.sum() / (2.0 * temperature)
+    if normalize:
+        scale = norm[:n, None]
+        tangential = (g - z * radial[:, None]).to(scale.dtype)
+        g = torch.where(scale == 0, 0.0, tangential / scale).to(z.dtype)
+    grad_features = features.new_zeros(features.shape)
+    grad_features[rows.image, :, rows.label] = g.reshape(-1, v, features.shape[3]).to(features.dtype)
+    return grad_features, grad_temperature

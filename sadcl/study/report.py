@@ -1,0 +1,326 @@
+"""What a study leaves behind: ``study.json``, ``study.md`` and ``study.png``."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from sadcl.checkpoint import write_atomically
+from sadcl.study.config import ARMS, PARTS, Choice
+
+if TYPE_CHECKING:
+    from sadcl.study.trials import Study
+
+__all__ = ["Comparison", "PartResult", "collect", "compare", "holm", "markdown", "write_report"]
+
+CONTROL = "sarl"
+LEVEL = 0.95
+TITLES = {"frozen": "Frozen backbone", "finetuned": "Fine-tuned backbone"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired differences ``arm - against`` over the seeds that have both.
+
+    Attributes:
+        arm: which arm.
+        against: what it is compared with.
+        seeds: the n seeds.
+        differences: one of each seed.
+        mean: of the differences.
+        low, high: 95 % confidence interval of the mean by the paired t distribution (NaN for n = 1).
+        p: two-sided p of the paired t test (NaN for n = 1).
+    """
+
+    arm: str
+    against: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """Everything finished of one part.
+
+    Attributes:
+        name: frozen or finetuned.
+        chosen: each arm's choice.
+        values: arm -> seed -> figures (mAP, CF1, OF1 and more).
+        against_control: every other arm against SARL continued, in mAP.
+        cf1_against_control: the same in CF1 (threshold 0.5), which nothing was chosen on.
+        formulations: each paper arm against the released one with the same losses.
+    """
+
+    name: str
+    chosen: dict[str, Choice]
+    values: dict[str, dict[int, dict[str, float]]]
+    against_control: list[Comparison]
+    cf1_against_control: list[Comparison]
+    formulations: list[Comparison]
+
+
+def compare(arm: str, against: str, ours: dict[int, float], theirs: dict[int, float]) -> Comparison | None:
+    """Paired comparison over the common seeds; None if there are none.
+
+    Args:
+        arm: name of the one.
+        against: name of the other.
+        ours: seed -> figure of ``arm``.
+        theirs: seed -> figure of ``against``.
+    """
+    from scipy.stats import t  # scikit-learn depends on scipy, so [train] brings it
+
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    if not seeds:
+        return None
+    differences = tuple(ours[seed] - theirs[seed] for seed in seeds)
+    count = len(seeds)
+    mean = sum(differences) / count
+    if count == 1:
+        return Comparison(arm, against, seeds, differences, mean, math.nan, math.nan, math.nan)
+    error = _spread(differences) / math.sqrt(count)
+    half = float(t.ppf(0.5 + LEVEL / 2, count - 1)) * error
+    if error == 0.0:
+        p = 1.0 if mean == 0.0 else 0.0
+    else:
+        p = float(2 * t.sf(abs(mean) / error, count - 1))
+    return Comparison(arm, against, seeds, differences, mean, mean - half, mean + half, p)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of several p values; NaN stays NaN and counts for nothing."""
+    adjusted = [math.nan] * len(values)
+    order = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=lambda i: values[i])
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, values[index] * (len(order) - rank)))
+        adjusted[index] = largest
+    return adjusted
+
+
+def collect(study: Study, name: str) -> PartResult | None:
+    """The finished evaluation trials of a part; None if there are none."""
+    part = getattr(study.config, name)
+    values: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in part.arms}
+    for seed in part.seeds:
+        for trial in study.seed_trials(name, seed):
+            result = study.result(trial)
+            if result is not None:
+                values[trial.arm][seed] = result
+    values = {arm: found for arm, found in values.items() if found}
+    if not values:
+        return None
+    pairs = [(arm, CONTROL) for arm in values if arm != CONTROL]
+    both = [(arm, arm.replace("-paper", "-released")) for arm in values if arm.endswith("-paper")]
+    return PartResult(
+        name,
+        study.chosen(name),
+        values,
+        _compare_all(values, pairs, "mAP"),
+        _compare_all(values, pairs, "CF1"),
+        _compare_all(values, both, "mAP"),
+    )
+
+
+def _compare_all(
+    values: dict[str, dict[int, dict[str, float]]], pairs: Sequence[tuple[str, str]], figure: str
+) -> list[Comparison]:
+    """The pairs of arms that have a common seed."""
+    numbers = {arm: {seed: result[figure] for seed, result in found.items()} for arm, found in values.items()}
+    compared = (compare(arm, other, numbers[arm], numbers[other]) for arm, other in pairs if other in numbers)
+    return [comparison for comparison in compared if comparison is not None]
+
+
+def write_report(study: Study) -> dict[str, Any]:
+    """Write ``study.json``, ``study.md`` and ``study.png`` from what is finished.
+
+    Returns:
+        The content of ``study.json``.
+    """
+    from sadcl.study.plot import plot_study
+
+    results = [found for name in PARTS if (found := collect(study, name))]
+    trials = [json.loads(path.read_text()) for path in sorted((study.folder / "trials").glob("*.json"))]
+    content = {
+        "config": asdict(study.config),
+        "versions": _versions(),
+        "plan": [dict(zip(("part", "phase", "trainings", "finished"), row, strict=True)) for row in study.plan()],
+        "parts": [_as_json(result) for result in results],
+        "trials": trials,
+    }
+    text = json.dumps(content, indent=1)
+    write_atomically(study.folder / "study.json", lambda file: file.write(text.encode()))
+    page = markdown(study, results, trials)
+    write_atomically(study.folder / "study.md", lambda file: file.write(page.encode()))
+    if results:
+        plot_study(study.folder / "study.png", results)
+    study.say(f"report: {study.folder / 'study.md'}")
+    return content
+
+
+def markdown(study: Study, results: Sequence[PartResult], trials: Sequence[dict[str, Any]]) -> str:
+    """The report for people."""
+    finished = sum(row[3] for row in study.plan())
+    planned = sum(row[2] for row in study.plan())
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    hours = sum(trial["result"]["seconds"] for trial in trials) / 3600
+    titles = sorted({trial["data"]["title"] for trial in trials})
+    lines = ["# Does the method help here?", ""]
+    lines += [f"Pictures: {'; '.join(titles)}. {finished} of {planned} trainings finished ({hours:.1f} h of training)."]
+    lines += [f"Made by `sadcl study --config config.yaml` with {versions}.", ""]
+    lines += ["![paired differences](study.png)", ""]
+    for result in results:
+        lines += _part_lines(study, result)
+    lines += ["## How it was measured", "", *_protocol(study), ""]
+    return "\n".join(lines)
+
+
+def _part_lines(study: Study, result: PartResult) -> list[str]:
+    part = getattr(study.config, result.name)
+    lines = [f"## {TITLES[result.name]}", ""]
+    lines += [
+        f"{part.train_images} training and {part.val_images} validation pictures, {part.step1.epochs} + "
+        f"{part.step2.epochs} epochs for every arm. Validation mAP and CF1 after the last epoch, mean and standard "
+        "deviation over the seeds; difference from the control on the same seed, mean and "
+        f"{LEVEL:.0%} interval (paired t).",
+        "",
+    ]
+    for figure, comparisons in (("mAP", result.against_control), ("CF1", result.cf1_against_control)):
+        lines += [
+            f"| arm | {figure} | difference | interval | seeds above | p (Holm) | |",
+            "|---|---:|---:|---:|---:|---:|---|",
+        ]
+        adjusted = holm([comparison.p for comparison in comparisons])
+        cells = {one.arm: _cells(one, p) for one, p in zip(comparisons, adjusted, strict=True)}
+        for arm, found in result.values.items():
+            mean = _mean_spread([one[figure] for one in found.values()])
+            lines.append(f"| {' | '.join([ARMS[arm].title, mean, *cells.get(arm, [''] * 5)])} |")
+        lines.append("")
+    if result.formulations:
+        lines += ["Paper's equations minus released formulation, each with its own weights:", ""]
+        lines += [
+            "| losses | difference in mAP | interval | seeds above | p (Holm) | |",
+            "|---|---:|---:|---:|---:|---|",
+        ]
+        for comparison, p in zip(result.formulations, holm([c.p for c in result.formulations]), strict=True):
+            name = ARMS[comparison.arm].title.removesuffix(", paper")
+            lines.append(f"| {' | '.join([name, *_cells(comparison, p)])} |")
+        lines.append("")
+    lines += _seed_table(result)
+    lines += _choice_table(study, result)
+    return lines
+
+
+def _cells(comparison: Comparison, adjusted: float) -> list[str]:
+    above = sum(difference > 0 for difference in comparison.differences)
+    count = len(comparison.seeds)
+    interval = "-" if math.isnan(comparison.low) else f"{_signed(comparison.low)} to {_signed(comparison.high)}"
+    verdict = "too few seeds" if math.isnan(adjusted) else "no difference shown"
+    if adjusted < 1 - LEVEL:
+        verdict = "better" if comparison.mean > 0 else "worse"
+    p = "-" if math.isnan(adjusted) else "< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}"
+    return [_signed(comparison.mean), interval, f"{above} of {count}", p, verdict]
+
+
+def _signed(value: float) -> str:
+    """With its sign, unless it rounds to 0."""
+    text = f"{value:+.4f}"
+    return "0.0000" if float(text) == 0 else text
+
+
+def _seed_table(result: PartResult) -> list[str]:
+    seeds = sorted({seed for found in result.values.values() for seed in found})
+    lines = ["mAP of every seed:", "", f"| arm | {' | '.join(map(str, seeds))} |", "|---|" + "---:|" * len(seeds)]
+    for arm, found in result.values.items():
+        cells = [f"{found[seed]['mAP']:.4f}" if seed in found else "" for seed in seeds]
+        lines.append(f"| {ARMS[arm].title} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _choice_table(study: Study, result: PartResult) -> list[str]:
+    """Arms with one candidate have their choice from the config, and their line says so."""
+    seeds = getattr(study.config, result.name).weight_seeds
+    tried = f" on the weight seeds {', '.join(map(str, seeds))}" if seeds else ""
+    lines = [
+        f"What was tried{tried}, with the mean mAP; the chosen one in bold:",
+        "",
+        "| arm | learning rates | weights (SSCL / PSCL) | mAP |",
+        "|---|---|---|---:|",
+    ]
+    for arm in result.values:
+        rows = study.tried(result.name, arm)
+        for choice, value in rows:
+            bold = "**" if choice == result.chosen.get(arm) else ""
+            measured = "given" if len(rows) == 1 else "-" if value is None else f"{value:.4f}"
+            weights = f"{choice.sample_weight:g} / {choice.prototype_weight:g}" if ARMS[arm].contrastive else ""
+            rates = f"{choice.rate1:.2g}, {choice.rate2:.2g}"
+            lines.append(f"| {ARMS[arm].title} | {rates} | {weights} | {bold}{measured}{bold} |")
+    return [*lines, ""]
+
+
+def _protocol(study: Study) -> list[str]:
+    what = "the initialisation and the order of the pictures, not which pictures: the intervals leave that out"
+    if study.config.data.composed:
+        what = (
+            "the split of source objects and backgrounds into training and validation, the scenes, the "
+            "initialisation and the order"
+        )
+    return [
+        f"- A seed decides {what}. All arms of a seed share all of it.",
+        "- SARL and every arm built on it share step 1 of the seed. The control goes on with the classification loss "
+        "alone for as many epochs as the others train step 2; linear trains for as many epochs in total.",
+        "- The learning rate of step 2 and the loss weights of an arm are those with the best mean mAP on the weight "
+        "seeds, which are no evaluation seeds. The control chooses among the same learning rates.",
+        "- Nothing is chosen on an evaluation seed: no early stopping, no best epoch.",
+        "- Intervals are not corrected for their number; p is, by Holm's method, over the rows of its table. "
+        "Better and worse mean p < 0.05. Student's t from scipy.",
+    ]
+
+
+def _mean_spread(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {_spread(values):.4f}"
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample (n - 1)."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _as_json(result: PartResult) -> dict[str, Any]:
+    return {
+        "part": result.name,
+        "chosen": {arm: asdict(choice) for arm, choice in result.chosen.items()},
+        "values": result.values,
+        "against_control": [_finite(asdict(comparison)) for comparison in result.against_control],
+        "cf1_against_control": [_finite(asdict(comparison)) for comparison in result.cf1_against_control],
+        "paper_minus_released": [_finite(asdict(comparison)) for comparison in result.formulations],
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN as null: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def _versions() -> dict[str, str]:
+    import scipy
+    import torch
+
+    import sadcl
+
+    return {
+        "sadcl": sadcl.__version__,
+        "torch": torch.__version__,
+        "scipy": scipy.__version__,
+        "Python": platform.python_version(),
+    }
