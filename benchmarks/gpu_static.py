@@ -43,19 +43,19 @@ PRODUCTS = (
     "sscl._sweep_kernel",
     "sscl._pair_maximum_kernel",
     "sscl_backward._gradient_kernel",
-    "label_attention._attend_kernel",
-    "label_attention._weight_kernel",
-    "label_attention_backward._score_gradient_kernel",
-    "label_attention_backward._query_gradient_kernel",
-    "label_attention_backward._key_gradient_kernel",
+    "label_attention_core._attend_kernel",
+    "label_attention_core._weight_kernel",
+    "label_attention_core_backward._score_gradient_kernel",
+    "label_attention_core_backward._query_gradient_kernel",
+    "label_attention_core_backward._key_gradient_kernel",
 )
 # What a table's rows are compiled for.
 _OF_TABLE = {
     "sscl": {"_sweep_kernel"},
     "sscl_backward": {"_gradient_kernel"},
-    "label_attention": {"_attend_kernel", "_weight_kernel"},
-    "label_attention_backward": {"_score_gradient_kernel"},
-    "label_attention_product": {"_query_gradient_kernel", "_key_gradient_kernel"},
+    "label_attention_core": {"_attend_kernel", "_weight_kernel"},
+    "label_attention_core_backward": {"_score_gradient_kernel"},
+    "label_attention_core_product": {"_query_gradient_kernel", "_key_gradient_kernel"},
 }
 _TYPES = {
     torch.float32: "fp32",
@@ -280,8 +280,8 @@ def record(arch: str, dtype: torch.dtype) -> list[Any]:
 def _record_label_attention(meta: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
     """The published head: 80 labels, 196 positions, width 2048, 4 heads. Folded with shared queries, positions and
     dropout, then plain with padding and weights."""
-    from sadcl.kernels.label_attention import label_attention
-    from sadcl.kernels.label_attention_backward import label_attention_backward
+    from sadcl.kernels.label_attention_core import label_attention_core
+    from sadcl.kernels.label_attention_core_backward import label_attention_core_backward
 
     b, c, length, heads, d = 32, 80, 196, 4, 512
     memory, pos = meta(b, length, 1, heads * d, dtype=dtype), meta(b, length, heads * d, dtype=dtype)
@@ -290,8 +290,8 @@ def _record_label_attention(meta: Callable[..., torch.Tensor], dtype: torch.dtyp
     key, value = (meta(b, length, heads, d, dtype=dtype) for _ in range(2))
     plain = (meta(b, c, heads, d, dtype=dtype), key, value, None, meta(b, length, dtype=torch.bool), None)
     for inputs, dropout, need_weights in ((folded, 0.1, False), (plain, 0.0, True)):
-        context, mass, weights, lse = label_attention(*inputs, d**-0.5, dropout, need_weights)
-        label_attention_backward(context, None, weights if need_weights else None, *inputs, context, mass, weights,
+        context, mass, weights, lse = label_attention_core(*inputs, d**-0.5, dropout, need_weights)
+        label_attention_core_backward(context, None, weights if need_weights else None, *inputs, context, mass, weights,
                                  lse, d**-0.5, dropout, [True, True, need_weights])  # fmt: skip
 
 

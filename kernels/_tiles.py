@@ -1,20 +1,15 @@
 """Tile choices as data: per op, part and kind of operand, the default first, what else is worth a search after it.
 
 Kinds of operand: ``half`` (bfloat16, float16), ``single`` (float32 without tensor cores: ``ieee``), ``tf32`` (float32
-through them: ``tf32``, ``tf32x3``) and ``double``. The default is taken unless ``SADCL_AUTOTUNE=1``, which times every
-row of the list once per problem size, says so on stderr, and keeps the winner in a file (``SADCL_TUNE_CACHE``, else
-``~/.cache/sadcl/tiles.json``). Nothing here has been timed on a GPU: the reasons are counts (registers, shared memory,
-tensor-core shapes), checked by ``python -m benchmarks.gpu_static``.
+through them: ``tf32``, ``tf32x3``) and ``double``. :mod:`._tune` takes the default, or searches. Nothing here has been
+timed on a GPU: the reasons are counts (registers, shared memory, tensor-core shapes), checked by
+``python -m benchmarks.gpu_static``.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -209,9 +204,9 @@ LABEL_ATTENTION_PRODUCT: dict[str, dict[str, tuple[Tile, ...]]] = {
 TABLES = {
     "sscl": SSCL,
     "sscl_backward": SSCL_BACKWARD,
-    "label_attention": LABEL_ATTENTION,
-    "label_attention_backward": LABEL_ATTENTION,
-    "label_attention_product": LABEL_ATTENTION_PRODUCT,
+    "label_attention_core": LABEL_ATTENTION,
+    "label_attention_core_backward": LABEL_ATTENTION,
+    "label_attention_core_product": LABEL_ATTENTION_PRODUCT,
 }
 
 
@@ -257,71 +252,3 @@ def candidates(op: str, part: Part, kind: str) -> tuple[Tile, ...]:
     if kind == "single" and family == "sm_100" and _TRITON < (3, 8):
         return (_EXACT,)
     return table[family][kind]
-
-
-def choose(op: str, part: Part, kind: str, size: tuple[int, ...], run: Callable[[Tile], None]) -> Tile:
-    """The tile to use: the default, or the fastest of the list with ``SADCL_AUTOTUNE=1``.
-
-    Args:
-        op: key of :data:`TABLES`.
-        part: where it runs.
-        kind: kind of operand.
-        size: what the best choice depends on; rounded up to powers of two in the cache's key.
-        run: runs the op with a tile; only called by a search.
-    """
-    rows = candidates(op, part, kind)
-    if os.environ.get("SADCL_AUTOTUNE") != "1" or len(rows) == 1 or part.arch == "interpret":
-        return rows[0]
-    rounded = "x".join(str(1 << max(n - 1, 0).bit_length()) for n in size)
-    key = f"{op}/{part.name or part.arch}/{kind}/{rounded}"
-    cache = _read_cache()
-    if key not in cache:
-        cache[key] = asdict(_search(key, rows, run))
-        _write_cache(cache)
-    return Tile(**cache[key])
-
-
-def _search(key: str, rows: tuple[Tile, ...], run: Callable[[Tile], None]) -> Tile:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    print(f"sadcl: tuning {key}: {len(rows)} tiles, once; the result is kept in {_cache_path()}", file=sys.stderr)
-    best, best_ms = rows[0], float("inf")
-    for index, tile in enumerate(rows, 1):
-        try:
-            ms = do_bench(lambda tile=tile: run(tile), return_mode="median")
-        except OutOfResources as error:
-            print(f"sadcl:   {index}/{len(rows)} {tile}: {error}", file=sys.stderr)
-            continue
-        print(f"sadcl:   {index}/{len(rows)} {tile}: {ms:.3f} ms", file=sys.stderr)
-        if ms < best_ms:
-            best, best_ms = tile, ms
-    return best
-
-
-def _cache_path() -> Path:
-    return Path(os.environ.get("SADCL_TUNE_CACHE") or Path.home() / ".cache" / "sadcl" / "tiles.json")
-
-
-_cache: dict[str, dict[str, int]] | None = None
-
-
-def _read_cache() -> dict[str, dict[str, int]]:
-    global _cache
-    if _cache is None:
-        try:
-            _cache = json.loads(_cache_path().read_text())
-        except (OSError, ValueError):  # none yet, or not ours: search again
-            _cache = {}
-    return _cache
-
-
-def _write_cache(cache: dict[str, dict[str, int]]) -> None:
-    path = _cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(cache, indent=1, sort_keys=True))
-        scratch.replace(path)  # other processes see the old file or the new one
-    except OSError as error:
-        print(f"sadcl: cannot keep the tuning result in {path}: {error}", file=sys.stderr)

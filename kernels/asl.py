@@ -144,9 +144,7 @@ def asl(
 ) -> tuple[Tensor, Tensor]:
     """Loss ``[B]`` or ``[B, C]`` and derivative ``[B, C]`` (empty without ``save``), see :mod:`sadcl.ops.asl`."""
     if _checks.reads_values(labels):
-        from sadcl.ops.asl import check_soft_labels
-
-        check_soft_labels(labels)
+        _checks.check_soft_labels(labels)
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
     b, c = logits.shape

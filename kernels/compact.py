@@ -127,9 +127,7 @@ def _scatter_kernel(
 def compact(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``labels [B, C]`` to ``pairs``, ``class_ptr`` and ``target``, see :mod:`sadcl.ops.compact`."""
     if _checks.reads_values(labels):
-        from sadcl.ops.compact import check_label_values
-
-        check_label_values(labels)
+        _checks.check_label_values(labels)
     b, c = labels.shape
     if b * c >= 1 << 31:
         raise ValueError(f"labels: pairs are int32, so expected B * C < 2^31, got {b} * {c}")

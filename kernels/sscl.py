@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sadcl._checks import accumulation_dtype
 
-from . import _tiles
+from . import _tiles, _tune
 from ._device import operand
 from ._launch import Part, capped, ceil_div, launch, part_of, require_dtype
 from ._rows import Rows, count_rows, load_rows, overflowed, stage_forward
@@ -291,7 +291,7 @@ def sscl(
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=released, BLOCK_R=64, num_warps=2)  # fmt: skip
 
     kind = _tiles.kind_of(features.dtype, precision)
-    run(_tiles.choose("sscl", part, kind, (capacity, rows.width), run))
+    run(_tune.choose("sscl", part, kind, (capacity, rows.width), run))
     return row_loss, lse, norm, row_loss.new_empty(0)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiles
+from . import _tiles, _tune
 from ._device import narrow, operand, power_of_two_scale
 from ._launch import capped, ceil_div, launch, part_of, require_dtype
 from ._rows import Rows, count_rows, load_rows, stage_backward
@@ -319,7 +319,7 @@ def sscl_backward(
         _sweep(choice, rows, peak, temperature, grad_features, radial, v, d, normalize, precision)
 
     kind = _tiles.kind_of(features.dtype, precision)
-    run(_tiles.choose("sscl_backward", part, kind, (rows.capacity, rows.width), run))
+    run(_tune.choose("sscl_backward", part, kind, (rows.capacity, rows.width), run))
     launch(_temperature_kernel, 1, (radial, rows.count, temperature, grad_temperature, v, rows.capacity), BLOCK=1024)
     return grad_features, grad_temperature
 

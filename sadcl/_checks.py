@@ -55,6 +55,27 @@ def check_nonempty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(value.shape)}")
 
 
+def check_label_values(labels: Tensor) -> None:
+    """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
+    # A comparison with -1 would call 255 ignored in unsigned labels.
+    ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
+    wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
+    if wrong.numel() > 0:
+        values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
+        raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
+
+
+def check_soft_labels(labels: Tensor) -> None:
+    """Raise a ValueError that names the values outside [0, 1] that are not -1. Reads the labels: a sync on a GPU."""
+    allowed = (labels >= 0) & (labels <= 1)
+    if labels.dtype.is_signed:  # torch takes an unsigned 255 for -1
+        allowed |= labels == -1
+    wrong = labels[~allowed]
+    if wrong.numel() > 0:
+        values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
+        raise ValueError(f"labels: expected values in [0, 1] or -1 (ignored), got {values}")
+
+
 def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature") -> Tensor:
     """Return ``value`` as a 0-d tensor of the accumulation dtype on ``like``'s device.
 

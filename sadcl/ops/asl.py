@@ -82,7 +82,7 @@ def _cpp(
         gamma_neg, gamma_pos, clip, eps, detach_focal_weight, array(loss), array(grad), torch.get_num_threads(),
     )  # fmt: skip
     if not allowed:
-        check_soft_labels(labels)
+        _checks.check_soft_labels(labels)
     return loss, grad
 
 
@@ -99,7 +99,7 @@ def _torch(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     if _checks.reads_values(labels):
-        check_soft_labels(labels)
+        _checks.check_soft_labels(labels)
     x = logits.to(accumulation_dtype(logits.dtype))
     y = labels.to(x.dtype)
     ignored = y == -1
@@ -133,17 +133,6 @@ def _torch(
     loss, grad = scale * loss, scale * grad
     grad = grad.contiguous() if save else grad.new_empty(0, 0)
     return loss.sum(dim=1) if sum_classes else loss.contiguous(), grad
-
-
-def check_soft_labels(labels: Tensor) -> None:
-    """Raise a ValueError that names the values outside [0, 1] that are not -1. Reads the labels: a sync on a GPU."""
-    allowed = (labels >= 0) & (labels <= 1)
-    if labels.dtype.is_signed:  # torch takes an unsigned 255 for -1
-        allowed |= labels == -1
-    wrong = labels[~allowed]
-    if wrong.numel() > 0:
-        values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
-        raise ValueError(f"labels: expected values in [0, 1] or -1 (ignored), got {values}")
 
 
 def _backward_fake(grad_loss: Tensor, grad: Tensor, logits: Tensor, backend: str) -> Tensor:

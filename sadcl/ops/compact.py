@@ -54,7 +54,7 @@ def _cpp(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if _checks.reads_values(labels):
-        check_label_values(labels)
+        _checks.check_label_values(labels)
     b, c = labels.shape
     target = labels.to(torch.int8).contiguous()
     active = (target == 1).t().contiguous()  # [C, B]
@@ -67,16 +67,6 @@ def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pairs = torch.zeros(b * c + 1, dtype=torch.int32, device=labels.device)
     pairs.scatter_(0, slot, torch.where(flat, pair, 0))
     return pairs[:-1].clone(), class_ptr, target
-
-
-def check_label_values(labels: Tensor) -> None:
-    """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
-    # A comparison with -1 would call 255 ignored in unsigned labels.
-    ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
-    wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
-    if wrong.numel() > 0:
-        values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
-        raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
 
 
 def _empty(labels: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

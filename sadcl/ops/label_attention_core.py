@@ -68,7 +68,7 @@ register(
     "label_attention_core",
     "(Tensor query, Tensor keys, Tensor? values, Tensor? pos, Tensor? padded, Tensor? seed, float scale,"
     " float dropout, bool need_weights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"triton": triton_kernel("label_attention", "label_attention")},
+    {"triton": triton_kernel("label_attention_core", "label_attention_core")},
     _fake,
 )
 register(
@@ -76,7 +76,7 @@ register(
     "(Tensor grad_context, Tensor? grad_mass, Tensor? grad_weights, Tensor query, Tensor keys, Tensor? values,"
     " Tensor? pos, Tensor? padded, Tensor? seed, Tensor context, Tensor mass, Tensor weights, Tensor lse, float scale,"
     " float dropout, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)",
-    {"triton": triton_kernel("label_attention_backward", "label_attention_backward")},
+    {"triton": triton_kernel("label_attention_core_backward", "label_attention_core_backward")},
     _backward_fake,
 )
 refuse_second_derivative("label_attention_core_backward")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from sadcl.kernels import _launch, label_attention_backward
+from sadcl.kernels import _launch, label_attention_core_backward
 from torch import Tensor
 from torch.library import opcheck
 
@@ -200,7 +200,7 @@ def test_layouts_and_chunks_of_images(form: str, monkeypatch: pytest.MonkeyPatch
         moved = [tensors[0].t().contiguous().t(), layout, *tensors[2:]]
         for mine, other in zip(run(moved, 2, upstream, "triton", form), want, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6, msg=name)
-    monkeypatch.setattr(label_attention_backward, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(label_attention_core_backward, "SCRATCH_BYTES", 1)
     with _launch.recording() as recorded:
         got = run(tensors, 2, upstream, "triton", form)
     assert sum(launch.name == "_score_gradient_kernel" for launch in recorded) == 3

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sadcl import _checks
 from sadcl.head import SADCLHead
 from sadcl.ops import asl, bank, compact, group_classifier, label_attention, pscl, sscl  # noqa: F401 (all register)
 
@@ -49,12 +50,30 @@ def calls_in(path: Path, skipped: tuple[str, ...] = ()) -> list[tuple[int, str]]
     return found
 
 
-LAUNCHERS = sorted({path.stem for path in (TESTS.parent / "kernels").glob("*.py")} - {"__init__", "_device", "_tiles"})
+KERNELS = TESTS.parent / "kernels"
+LAUNCHERS = sorted({path.stem for path in KERNELS.glob("*.py")} - {"__init__", "_device", "_tiles", "_tune"})
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_import_nothing_above_them(path: Path) -> None:
+    """Beside each other they know torch, triton, and what every backend shares; no op, function or oracle."""
+    imported = {
+        name.removeprefix("sadcl.").split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for name in (
+            [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
+        if name.startswith("sadcl.")
+    }
+    assert imported <= {"_checks", "_dtypes"}
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_never_wait_for_the_device(name: str) -> None:
-    path = TESTS.parent / "kernels" / f"{name}.py"
+    path = KERNELS / f"{name}.py"
     bad = [(line, call) for line, call in calls_in(path) if call in _SYNCS]
     # float() of the loss's own constants, never of a tensor.
     bad += [(line, call) for line, call in calls_in(path) if call in _HOST_CONVERSIONS and name != "asl"]
@@ -80,8 +99,8 @@ def test_label_values_on_a_device_are_read_only_when_asked(asked: bool, monkeypa
 
     monkeypatch.setenv("SADCL_CHECK", "1" if asked else "0")
     read: list[str] = []
-    monkeypatch.setattr(compact, "check_label_values", lambda labels: read.append("compact"))
-    monkeypatch.setattr(asl, "check_soft_labels", lambda labels: read.append("asl"))
+    monkeypatch.setattr(_checks, "check_label_values", lambda labels: read.append("compact"))
+    monkeypatch.setattr(_checks, "check_soft_labels", lambda labels: read.append("asl"))
     labels = torch.empty(4, 5, device="meta")
     with _launch.recording(_launch.PARTS["sm_90"]) as launches:
         pairs, _, target = compact_kernel.compact(labels)

@@ -13,7 +13,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from sadcl.kernels import _launch, _tiles
+from sadcl.kernels import _launch, _tiles, _tune
 
 KINDS = ("half", "single", "tf32", "double")
 
@@ -127,7 +127,7 @@ def test_search_says_so_and_is_kept(
     part, size = _launch.PARTS["sm_90"], (5120, 1024)
     rows = _tiles.candidates("sscl", part, "half")
     ran: list[_tiles.Tile] = []
-    assert _tiles.choose("sscl", part, "half", size, ran.append) == rows[0] and not ran
+    assert _tune.choose("sscl", part, "half", size, ran.append) == rows[0] and not ran
 
     def timed(run: object, return_mode: str) -> float:
         run()  # type: ignore[operator]
@@ -135,10 +135,10 @@ def test_search_says_so_and_is_kept(
 
     monkeypatch.setenv("SADCL_AUTOTUNE", "1")
     monkeypatch.setenv("SADCL_TUNE_CACHE", str(tmp_path / "tiles.json"))
-    monkeypatch.setattr(_tiles, "_cache", None)
+    monkeypatch.setattr(_tune, "_cache", None)
     monkeypatch.setattr("triton.testing.do_bench", timed)
-    assert _tiles.choose("sscl", part, "half", size, ran.append) == rows[2]
+    assert _tune.choose("sscl", part, "half", size, ran.append) == rows[2]
     assert ran == list(rows) and "tuning sscl/H100/half/8192x1024" in capsys.readouterr().err
-    monkeypatch.setattr(_tiles, "_cache", None)  # another process
-    assert _tiles.choose("sscl", part, "half", size, ran.append) == rows[2]
+    monkeypatch.setattr(_tune, "_cache", None)  # another process
+    assert _tune.choose("sscl", part, "half", size, ran.append) == rows[2]
     assert len(ran) == len(rows)

@@ -12,8 +12,8 @@ matrices are scratch of this call, heads * C / E of the memory's size each; imag
 stay under :data:`SCRATCH_BYTES`. Where queries are shared, their gradient is one product over all images and positions,
 split among programs and added in a fixed order. Folded, keys and values are the same memory and get one gradient.
 
-Floor at the published head (see :mod:`.label_attention`): 41 GFLOP and 150 MB: 42 us of tensor core, 45 of memory on an
-H100.
+Floor at the published head (see :mod:`.label_attention_core`): 41 GFLOP and 150 MB: 42 us of tensor core, 45 of memory
+on an H100.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiles
+from . import _tiles, _tune
 from ._device import narrow, operand, widen
 from ._launch import Part, ceil_div, launch, part_of, require_dtype
-from .label_attention import (
+from .label_attention_core import (
     by_head,
     by_image,
     key_strides,
@@ -213,7 +213,7 @@ def _key_gradient_kernel(
              mask=(offs_l < L)[:, None] & (offs_w < D)[None, :])  # fmt: skip
 
 
-def label_attention_backward(
+def label_attention_core_backward(
     grad_context: Tensor,
     grad_mass: Tensor | None,
     grad_weights: Tensor | None,
@@ -318,7 +318,7 @@ class _Problem:
         kind = _tiles.kind_of(self.query.dtype, self.precision)
         tiles = [
             tile
-            for op in ("label_attention_backward", "label_attention_product")
+            for op in ("label_attention_core_backward", "label_attention_core_product")
             for tile in _tiles.candidates(op, self.part, kind)
         ]
         step = max(max(tile.block_m, tile.block_n, tile.block_d) for tile in tiles)
@@ -326,7 +326,7 @@ class _Problem:
 
     def choose(self, op: str, size: tuple[int, ...], run: Callable[[_tiles.Tile], None]) -> None:
         """Run with the tile of the table (or of the search)."""
-        run(_tiles.choose(op, self.part, _tiles.kind_of(self.query.dtype, self.precision), size, run))
+        run(_tune.choose(op, self.part, _tiles.kind_of(self.query.dtype, self.precision), size, run))
 
     def scores(self, first: int, images: int, width: int) -> tuple[Tensor, Tensor]:
         """``p k`` and ``ds`` of some images, ``[images, H C, width]``."""
@@ -349,7 +349,7 @@ class _Problem:
                     (first, c, rows, groups, length, d, width, splits, per_split * tile.block_n), strides),
                    SCALE=self.scale, DROPOUT=self.dropout, **self.tiling(tile))  # fmt: skip
 
-        self.choose("label_attention_backward", (images * groups, rows, length, d), run)
+        self.choose("label_attention_core_backward", (images * groups, rows, length, d), run)
         return weight, slope
 
     def query_gradient(self, slope: Tensor, first: int, images: int, width: int, shared: bool) -> Tensor:
@@ -372,7 +372,7 @@ class _Problem:
                    ACC=self.accumulator, **self.tiling(tile))  # fmt: skip
             results[:] = [out]
 
-        self.choose("label_attention_product", (rows, images * length, d), run)
+        self.choose("label_attention_core_product", (rows, images * length, d), run)
         return results[0]
 
     def key_gradient(
@@ -396,7 +396,7 @@ class _Problem:
                    (matrix, x, other_matrix, other_x, out, (first, c, rows, groups, length, d, width), strides),
                    ACC=self.accumulator, **self.tiling(tile))  # fmt: skip
 
-        self.choose("label_attention_product", (images * length, rows, d), run)
+        self.choose("label_attention_core_product", (images * length, rows, d), run)
 
     def tiling(self, tile: _tiles.Tile) -> dict[str, Any]:
         """A launch's constants and options."""

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sadcl._checks import accumulation_dtype
 
-from . import _tiles
+from . import _tiles, _tune
 from ._device import INTERPRET, narrow, operand, widen
 from ._launch import capped, ceil_div, launch, part_of, require_dtype
 
@@ -272,7 +272,7 @@ def mask_for(query: Tensor, padded: Tensor | None) -> Tensor | None:
     return padded.to(torch.int64) if query.dtype == torch.float64 else padded.view(torch.uint8)
 
 
-def label_attention(
+def label_attention_core(
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
@@ -324,5 +324,5 @@ def label_attention(
 
     if b > 0:
         kind = _tiles.kind_of(query.dtype, precision)
-        run(_tiles.choose("label_attention", part, kind, (b * groups, rows, length, d), run))
+        run(_tune.choose("label_attention_core", part, kind, (b * groups, rows, length, d), run))
     return context, mass, weights, lse
