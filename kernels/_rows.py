@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sadcl._checks import accumulation_dtype
+from sadcl._dtypes import accumulation_dtype
 
 from ._device import narrow, power_of_two_scale, reciprocal, widen
 from ._launch import INTERPRET, capped, ceil_div, launch, part_of

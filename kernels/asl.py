@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sadcl import _checks
-from sadcl._checks import accumulation_dtype
+from sadcl._dtypes import accumulation_dtype
 
 from ._device import atanh_series, narrow, widen
 from ._launch import capped, ceil_div, launch, part_of

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sadcl._checks import accumulation_dtype
+from sadcl._dtypes import accumulation_dtype
 
 from ._device import narrow, widen
 from ._launch import ceil_div, launch, part_of, require_dtype

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sadcl._checks import accumulation_dtype
+from sadcl._dtypes import accumulation_dtype
 
 from . import _tiles, _tune
 from ._device import INTERPRET, narrow, operand, widen

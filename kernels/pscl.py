@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sadcl._checks import accumulation_dtype
+from sadcl._dtypes import accumulation_dtype
 
 from ._device import narrow, power_of_two_scale, reciprocal, widen
 from ._launch import ceil_div, launch, part_of, require_dtype
@@ -197,58 +197,35 @@ def _temperature_kernel(partial_ptr, temperature_ptr, out_ptr, C, BLOCK: tl.cons
     tl.store(out_ptr, (-tl.sum(total) / tl.load(temperature_ptr).to(tl.float64)).to(out_ptr.dtype.element_ty))
 
 
-def pscl(
-    features: Tensor, prototypes: Tensor, target: Tensor, temperature: Tensor, released: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``class_loss [C]``, ``score``, ``norm_x``, ``norm_p`` and ``lse [2, C]``, see :mod:`sadcl.ops.pscl`."""
-    b, c, d = features.shape
-    require_dtype(part_of(features.device), features.dtype)
-    target = target.contiguous()
-    class_loss = features.new_empty(c, dtype=accumulation_dtype(features.dtype))
-    score = features.new_empty((b, c), dtype=torch.float64)
-    norm_x = torch.empty_like(score)
-    norm_p = features.new_empty(c, dtype=torch.float64)
-    lse = features.new_empty((2, c), dtype=torch.float64)
-    strides = (*features.stride(), *prototypes.stride())
+def pscl(x: Any, out: Any) -> None:
+    """Fill ``out`` (:class:`sadcl.ops.pscl.Outputs`) from ``x`` (:class:`sadcl.ops.pscl.Inputs`)."""
+    b, c, d = x.features.shape
+    require_dtype(part_of(x.features.device), x.features.dtype)
+    strides = (*x.features.stride(), *x.prototypes.stride())
     # 4 x 256: two float64 accumulators an element are 32 registers a thread.
     launch(
         _score_kernel,
         c * ceil_div(b, 4),
-        (features, prototypes, temperature, score, norm_x, norm_p, b, c, d, strides),
+        (x.features, x.prototypes, x.temperature, out.score, out.norm_x, out.norm_p, b, c, d, strides),
         BLOCK_B=4, BLOCK_D=min(256, max(16, triton.next_power_of_2(d))),
     )  # fmt: skip
-    launch(_class_kernel, ceil_div(c, 16), (score, target, class_loss, lse, b, c), RELEASED=released,
-           BLOCK_B=min(_BLOCK_BATCH, max(16, triton.next_power_of_2(b))), BLOCK_C=16)  # fmt: skip
-    return class_loss, score, norm_x, norm_p, lse
+    launch(_class_kernel, ceil_div(c, 16), (out.score, x.target.contiguous(), out.class_loss, out.lse, b, c),
+           RELEASED=x.released, BLOCK_B=min(_BLOCK_BATCH, max(16, triton.next_power_of_2(b))), BLOCK_C=16)  # fmt: skip
 
 
-def pscl_backward(
-    grad_class: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    score: Tensor,
-    norm_x: Tensor,
-    norm_p: Tensor,
-    lse: Tensor,
-    released: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features ``[B, C, D]``, prototypes ``[C, D]`` and temperature."""
-    b, c, d = features.shape
-    grad_features = features.new_empty((b, c, d))
-    grad_prototypes = prototypes.new_empty((c, d))
-    grad_temperature = torch.empty_like(temperature)
-    partial = features.new_empty(c, dtype=accumulation_dtype(features.dtype))
+def pscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+    """Fill the gradients of features ``[B, C, D]``, prototypes ``[C, D]`` and temperature."""
+    b, c, d = x.features.shape
+    grad = upstream.grad_class_loss
+    partial = x.features.new_empty(c, dtype=accumulation_dtype(x.features.dtype))
     # 128 of the width: 640 programs at C=80, D=1024.
     block_d = min(128, max(16, triton.next_power_of_2(d)))
     launch(
         _gradient_kernel,
         c * ceil_div(d, block_d),
-        (grad_class, features, prototypes, target.contiguous(), temperature, (score, norm_x, norm_p, lse),
-         grad_features, grad_prototypes, partial, b, c, d,
-         (grad_class.stride(0), *features.stride(), *prototypes.stride())),
-        RELEASED=released, BLOCK_B=16, BLOCK_D=block_d,
+        (grad, x.features, x.prototypes, x.target.contiguous(), x.temperature,
+         (saved.score, saved.norm_x, saved.norm_p, saved.lse), out.grad_features, out.grad_prototypes, partial, b, c, d,
+         (grad.stride(0), *x.features.stride(), *x.prototypes.stride())),
+        RELEASED=x.released, BLOCK_B=16, BLOCK_D=block_d,
     )  # fmt: skip
-    launch(_temperature_kernel, 1, (partial, temperature, grad_temperature, c), BLOCK=1024)
-    return grad_features, grad_prototypes, grad_temperature
+    launch(_temperature_kernel, 1, (partial, x.temperature, out.grad_temperature, c), BLOCK=1024)

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from ._dtypes import accumulation_dtype
+
 
 def reads_values(tensor: Tensor) -> bool:
     """Whether values are checked: on a CPU always, on a GPU, where the host would wait, with ``SADCL_CHECK=1``."""
@@ -91,8 +93,3 @@ def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return torch.full((), value, dtype=dtype, device=like.device)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics and losses are float32, and float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -22,13 +22,13 @@ def weighted(values: Tensor, class_weight: Tensor | None, sample_weight: Tensor 
 def class_scale(weight: Tensor, c: int, like: Tensor) -> Tensor:
     check.check_tensor("class_weight", weight, (1,), "[C]")
     check.check_size("class_weight", weight, 0, c, "C", "labels")
-    return weight.to(device=like.device, dtype=check.accumulation_dtype(like.dtype))
+    return weight.to(device=like.device, dtype=accumulation_dtype(like.dtype))
 
 
 def sample_scale(weight: Tensor, b: int, like: Tensor) -> Tensor:
     check.check_tensor("sample_weight", weight, (1,), "[B]")
     check.check_size("sample_weight", weight, 0, b, "B", "labels")
-    return weight.to(device=like.device, dtype=check.accumulation_dtype(like.dtype))
+    return weight.to(device=like.device, dtype=accumulation_dtype(like.dtype))
 
 
 def check_labels(labels: Tensor, b: int, c: int, like: Tensor, other: str = "features") -> None:

@@ -71,7 +71,7 @@ def asymmetric_loss(
     by_image = reduction != "none"
     if name == "reference":
         loss = reference.asl(logits, labels, gamma_neg, gamma_pos, clip, eps, detach_focal_weight)
-        loss = arguments.weighted(loss.to(check.accumulation_dtype(logits.dtype)), class_weight, None)
+        loss = arguments.weighted(loss.to(accumulation_dtype(logits.dtype)), class_weight, None)
         loss = loss.sum(dim=1) if by_image else loss
     else:
         weight = None if class_weight is None else arguments.class_scale(class_weight, c, logits)

@@ -1,23 +1,248 @@
-"""The torch.library namespace of sadcl, and what every op file needs from it."""
+"""The torch.library namespace of sadcl: an op is declared once, from what goes in and what comes out.
+
+:func:`declare` takes two NamedTuples. Their fields' names and types are the op's schema; its fakes, what is saved for
+the backward, the op ``<name>_backward`` and the order of every argument follow from them. Implementations never see an
+order: they get the tuples and use field names, and so do the bindings of the extension (:mod:`sadcl.ops._native`).
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable
-from typing import Any
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ._native import resolved
+from ._transforms import transformable
 
 LIBRARY = torch.library.Library("sadcl", "DEF")
 
 # Best first; resolve() takes the first that runs on the tensors' device.
 PREFERENCE = ("cpp", "triton", "torch")
 
-_EAGER: dict[str, Callable[..., Any]] = {}
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
+_TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells it)
+_SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float"}
+
+_EAGER: dict[str, Callable[..., Any]] = {}
+_TRANSFORMED: dict[str, Callable[..., Any]] = {}
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Into:
+    """An implementation that fills tensors allocated for it: ``run(inputs, outputs)``.
+
+    A backward is ``run(upstream, inputs, saved, gradients)``; a gradient that nobody wants may be None.
+    """
+
+    run: Callable[..., Any]
+
+
+Implementation = Callable[..., Any] | Into
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The first derivative of an op.
+
+    Attributes:
+        gradients: the inputs that have one.
+        implementations: one a backend: ``(upstream, inputs, saved, wanted) -> mapping of grad_<input>``, or an
+            :class:`Into`. ``upstream`` has a field ``grad_<result>`` for each result: of the first always a tensor, of
+            the others None where nobody used them. ``wanted`` are the inputs whose gradient is asked for.
+        needs: inputs and outputs that it reads; the others are not saved, and None there. Default: all inputs, and all
+            outputs but the results.
+        partial: whether an :class:`Into` can leave out gradients that nobody wants.
+        fills: NamedTuple of what the implementations give, where that is not one ``grad_<input>`` an input.
+        allocate: ``(inputs, wanted) -> fills``, uninitialised; None for what is not made. Default: as the inputs are.
+        spread: ``(fills, inputs) -> mapping of grad_<input>``, where there is a ``fills``.
+        twice: what the error about a second derivative advises.
+    """
+
+    gradients: tuple[str, ...]
+    implementations: Mapping[str, Implementation]
+    needs: tuple[str, ...] | None = None
+    partial: bool = False
+    fills: Any = None
+    allocate: Callable[[Any, tuple[str, ...]], Any] | None = None
+    spread: Callable[[Any, Any], Mapping[str, Tensor | None]] | None = None
+    twice: str = "backend='reference' is differentiable twice"
+
+
+@dataclass(frozen=True)
+class Op:
+    """A declared op: ``op(inputs, backend)`` gives its outputs.
+
+    Attributes:
+        name: ``sadcl::<name>``; with a backward there is ``sadcl::<name>_backward`` too.
+        inputs: NamedTuple of what goes in: tensors, optional tensors, bools, ints (symbolic under a compiler), floats.
+        outputs: NamedTuple of tensors: the results first, then what only the backward needs.
+        allocate: ``inputs -> outputs``, uninitialised: the fake, and what an :class:`Into` fills.
+        implementations: one a backend: ``inputs -> outputs`` or a mapping of their fields, or an :class:`Into`.
+        backward: the first derivative, or None.
+        results: how many outputs can be differentiated.
+        mutates: an input that is written in place.
+        backends: the backends that have an implementation, best first.
+    """
+
+    name: str
+    inputs: Any
+    outputs: Any
+    allocate: Callable[[Any], Any]
+    implementations: Mapping[str, Implementation]
+    backward: Backward | None = None
+    results: int = 1
+    mutates: str | None = None
+    backends: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "backends", tuple(name for name in PREFERENCE if name in self.implementations))
+        types = get_type_hints(self.inputs)
+        schema = [f"{_SCHEMA[types[name]]} {name}" for name in self.inputs._fields]
+        if self.mutates is not None:
+            schema[self.inputs._fields.index(self.mutates)] = f"Tensor(a!) {self.mutates}"
+        runs = {name: self._forward(implementation) for name, implementation in self.implementations.items()}
+        _register(self.name, schema, len(self.outputs._fields), self.inputs, runs, self.allocate)
+        if self.backward is not None:
+            _Derivative(self, self.backward, types).register()
+        OPS[self.name] = self
+
+    def __call__(self, inputs: Any, backend: str) -> Any:
+        """Run the implementation ``backend``, which resolve() has found able to run."""
+        return self.outputs(*_several(call(self.name, *inputs, backend)))
+
+    def _forward(self, implementation: Implementation) -> Callable[[Any], Any]:
+        def run(x: Any) -> Any:
+            if isinstance(implementation, Into):
+                out = self.allocate(x)
+                implementation.run(x, out)
+                return out
+            given = implementation(x)
+            return self.outputs(**given) if isinstance(given, Mapping) else given
+
+        return run
+
+
+class _Derivative:
+    """Op ``<name>_backward`` of an op, and the autograd between the two.
+
+    Its arguments: upstream gradients, the inputs and outputs that it needs, which gradients are wanted, backend.
+    """
+
+    def __init__(self, op: Op, backward: Backward, types: dict[str, Any]) -> None:
+        self.op, self.backward = op, backward
+        inputs, outputs = op.inputs._fields, op.outputs._fields
+        needs = (*inputs, *outputs[op.results :]) if backward.needs is None else backward.needs
+        self.x_at = [i for i, name in enumerate(inputs) if name in needs]
+        self.out_at = [i for i, name in enumerate(outputs) if name in needs]
+        self.is_tensor = [types[inputs[i]] in _TENSORS for i in self.x_at]
+        self.gradient_at = [inputs.index(name) for name in backward.gradients]
+        upstream = [f"grad_{name}" for name in outputs[: op.results]]
+        self.upstream: Any = namedtuple("upstream", upstream)  # type: ignore[misc]
+        grads = namedtuple("grads", [f"grad_{name}" for name in backward.gradients])  # type: ignore[misc]
+        self.fills: Any = backward.fills or grads
+        self.schema = [f"Tensor {upstream[0]}", *(f"Tensor? {name}" for name in upstream[1:])]
+        self.schema += [f"{_SCHEMA[types[inputs[i]]]} {inputs[i]}" for i in self.x_at]
+        self.schema += [f"Tensor {outputs[i]}" for i in self.out_at]
+        self.schema += ["bool[] wanted"]
+        self.arguments: Any = namedtuple("arguments", [part.split()[1] for part in self.schema])  # type: ignore[misc]
+
+    def register(self) -> None:
+        """Define the op, its fake, the first derivative, and the refusal of the second."""
+        name = f"{self.op.name}_backward"
+        runs = {key: functools.partial(self.run, value) for key, value in self.backward.implementations.items()}
+        _register(name, self.schema, len(self.fills._fields), self.arguments, runs, self.fake)
+
+        def refuse(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(
+                f"sadcl::{name}: second derivatives are not implemented by the fused kernels; {self.backward.twice}"
+            )
+
+        _register_autograd(name, refuse, lambda ctx, given, output: None)
+        _register_autograd(self.op.name, self.derive, self.setup_context)
+
+    def unpack(self, given: Any) -> tuple[Any, Any, Any, tuple[str, ...]]:
+        """Arguments as (upstream, inputs, saved outputs, wanted)."""
+        x: list[Any] = [None] * len(self.op.inputs._fields)
+        saved: list[Any] = [None] * len(self.op.outputs._fields)
+        values = iter(given)
+        upstream = self.upstream(*(next(values) for _ in self.upstream._fields))
+        for i in self.x_at:
+            x[i] = next(values)
+        for i in self.out_at:
+            saved[i] = next(values)
+        wanted = tuple(name for name, asked in zip(self.backward.gradients, next(values), strict=True) if asked)
+        return upstream, self.op.inputs(*x), self.op.outputs(*saved), wanted
+
+    def allocate(self, x: Any, wanted: tuple[str, ...]) -> Any:
+        """Uninitialised gradients; ``given`` has a tensor of the right device for those of an input that is not kept."""
+        if self.backward.allocate is not None:
+            return self.backward.allocate(x, wanted)
+        made = []
+        for name in self.backward.gradients:
+            like = getattr(x, name)
+            left_out = like is None or (self.backward.partial and name not in wanted)
+            made.append(None if left_out else like.new_empty(like.shape))
+        return self.fills(*made)
+
+    def run(self, implementation: Implementation, given: Any) -> tuple[Tensor, ...]:
+        """Run one backend's implementation; what it left out is a tensor of no elements."""
+        upstream, x, saved, wanted = self.unpack(given)
+        if isinstance(implementation, Into):
+            grads = self.allocate(x, wanted)
+            implementation.run(upstream, x, saved, grads)
+        else:
+            got = implementation(upstream, x, saved, wanted)
+            grads = self.fills(*(got.get(name) for name in self.fills._fields)) if isinstance(got, Mapping) else got
+        return self._complete(grads, given)
+
+    def fake(self, given: Any) -> tuple[Tensor, ...]:
+        """Shapes and dtypes of :meth:`run`'s results."""
+        _, x, _, wanted = self.unpack(given)
+        return self._complete(self.allocate(x, wanted), given)
+
+    @staticmethod
+    def _complete(grads: Any, given: Any) -> tuple[Tensor, ...]:
+        return tuple(given[0].new_empty(0) if grad is None else grad for grad in grads)
+
+    def setup_context(self, ctx: Any, given: tuple[Any, ...], output: Any) -> None:
+        """Save what the backward needs."""
+        made = _several(output)
+        ctx.mark_non_differentiable(*made[self.op.results :])
+        needed = [given[i] for i in self.x_at]
+        tensors = [value for value, is_tensor in zip(needed, self.is_tensor, strict=True) if is_tensor]
+        ctx.save_for_backward(*tensors, *(made[i] for i in self.out_at))
+        ctx.constants = [value for value, is_tensor in zip(needed, self.is_tensor, strict=True) if not is_tensor]
+        ctx.backend = given[-1]
+        ctx.first = None if self.op.results == 1 else (made[0].shape, made[0].dtype, made[0].device)
+
+    def derive(self, ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        """Call the backward op and hand each gradient to its input."""
+        needed = ctx.needs_input_grad
+        answer: list[Any] = [None] * len(needed)
+        wanted = [bool(needed[i]) for i in self.gradient_at]
+        if not any(wanted):
+            return tuple(answer)
+        first, *others = upstream[: self.op.results]
+        if first is None:
+            shape, dtype, device = ctx.first
+            first = torch.zeros(shape, dtype=dtype, device=device)
+        tensors, constants = iter(ctx.saved_tensors), iter(ctx.constants)  # read once: checkpointing allows no more
+        x = [next(tensors if is_tensor else constants) for is_tensor in self.is_tensor]
+        grads = self.fills(*_several(call(f"{self.op.name}_backward", first, *others, *x, *tensors, wanted, ctx.backend)))
+        if self.backward.spread is not None:
+            _, inputs, _, _ = self.unpack((first, *others, *x, *[None] * len(self.out_at), wanted))
+            by_name = self.backward.spread(grads, inputs)
+            grads = [by_name.get(f"grad_{name}") for name in self.backward.gradients]
+        for i, asked, grad in zip(self.gradient_at, wanted, grads, strict=True):
+            answer[i] = grad if asked else None
+        return tuple(answer)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -35,27 +260,47 @@ def call(name: str, *args: Any) -> Any:
         or any(type(x) not in _PLAIN for x in args)
     ):
         return getattr(torch.ops.sadcl, name)(*args)
+    if torch._C._are_functorch_transforms_active():
+        return _TRANSFORMED[name](*args)
     return _EAGER[name](*args)
 
 
-def register(name: str, schema: str, implementations: dict[str, Callable[..., Any]], fake: Callable[..., Any]) -> None:
-    """Define ``sadcl::name`` whose last argument, ``str backend``, picks among ``implementations``."""
+def _several(output: Any) -> tuple[Any, ...]:
+    if output is None:
+        return ()
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def _register(
+    name: str,
+    schema: list[str],
+    returns: int,
+    inputs: Any,
+    implementations: Mapping[str, Callable[[Any], Any]],
+    fake: Callable[[Any], Any],
+) -> None:
+    """Define ``sadcl::name`` whose last argument, ``str backend``, picks among ``implementations`` of ``inputs``."""
+
+    def plain(made: Any) -> Any:  # as torch.library wants it: nothing, one tensor, or a tuple
+        return (None if returns == 0 else made[0]) if returns < 2 else tuple(made)
 
     def run(*args: Any) -> Any:
-        *inputs, backend = args
+        *given, backend = args
+        x = resolved(name, inputs(*given))
         if backend == "torch":
             # Autocast is still on inside an op's implementation and would round its float32 matmuls.
-            with torch.autocast(inputs[0].device.type, enabled=False):
-                return implementations[backend](*inputs)
-        return implementations[backend](*inputs)
+            with torch.autocast(given[0].device.type, enabled=False):
+                return plain(implementations[backend](x))
+        return plain(implementations[backend](x))
 
-    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.define(f"{name}({', '.join([*schema, 'str backend'])}) -> ({', '.join(['Tensor'] * returns)})")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sadcl::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"sadcl::{name}", lambda *args: plain(fake(inputs(*args[:-1]))), lib=LIBRARY)
     _EAGER[name] = run
+    _TRANSFORMED[name] = transformable(name, run, None, None)
 
 
-def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+def _register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Attach the first derivative ``backward(ctx, *grads)``; the gradient of an output that nobody used is None."""
 
     def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -78,59 +323,4 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derive)}
     function: Any = type(f"sadcl_{name}", (torch.autograd.Function,), methods)
     _EAGER[name] = function.apply
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Make a derivative of the backward op ``name`` a clear error instead of a missing formula."""
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"sadcl::{name}: second derivatives are not implemented by the fused kernels; "
-            "backend='reference' is differentiable twice"
-        )
-
-    register_autograd(name, backward, lambda ctx, inputs, output: None)
-
-
-def implemented(implementations: dict[str, Callable[..., Any]]) -> tuple[str, ...]:
-    """The backends of an op, best first."""
-    return tuple(name for name in PREFERENCE if name in implementations)
-
-
-def triton_kernel(module: str, function: str) -> Callable[..., Any]:
-    """The launcher ``sadcl.kernels.<module>.<function>``; triton is imported by its first call."""
-
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"sadcl.kernels.{module}"), function)(*args)
-
-    return run
-
-
-DTYPE_CODES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.bool: 4,
-    torch.uint8: 4,
-    torch.int8: 5,
-    torch.int16: 6,
-    torch.int32: 7,
-    torch.int64: 8,
-}
-
-
-@functools.cache
-def extension() -> Any:
-    """The C++ extension; resolve() has made sure that it is there."""
-    return importlib.import_module("sadcl._C")
-
-
-def array(tensor: Tensor) -> Any:
-    """Describe a CPU tensor to the extension: address, dtype, shape, strides in elements."""
-    return extension().Array(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
-
-
-def norm_dtype(device: torch.device) -> torch.dtype:
-    """Norms are float64, so that 1e30 and subnormal features work, except where the device has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    _TRANSFORMED[name] = transformable(name, run, derive, prepare)

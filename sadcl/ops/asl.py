@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from .._checks import accumulation_dtype
+from .._dtypes import accumulation_dtype
 from ._library import (
     array,
     call,

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import DTYPE_CODES, array, call, extension, implemented, register, triton_kernel
+from ..portable import compact as portable
+from ._library import Op
+from ._native import DTYPE_CODES, native, triton_kernel
+
+
+class Inputs(NamedTuple):
+    """What is compacted."""
+
+    labels: Tensor  # [B, C] of any real dtype
+    capacity: int  # entries of `pairs`, at most B * C
 
 
 class Active(NamedTuple):
@@ -44,69 +53,45 @@ class Active(NamedTuple):
         return self.class_ptr[-1] > self.pairs.shape[0]
 
 
-def _cpp(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if labels.dtype not in DTYPE_CODES:
-        labels = labels.float()
-    pairs, class_ptr, target = _empty(labels)
-    extension().compact(array(labels), array(pairs), array(class_ptr), array(target))
-    return pairs, class_ptr, target
-
-
-def _torch(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if _checks.reads_values(labels):
-        _checks.check_label_values(labels)
-    b, c = labels.shape
-    target = labels.to(torch.int8).contiguous()
-    active = (target == 1).t().contiguous()  # [C, B]
-    class_ptr = torch.zeros(c + 1, dtype=torch.int32, device=labels.device)
-    class_ptr[1:] = active.sum(dim=1).cumsum(0)
-    flat = active.flatten()
-    # Inactive pairs all land in one spare slot behind the buffer: no shape depends on the data.
-    slot = torch.where(flat, flat.cumsum(0) - 1, b * c)
-    pair = torch.arange(b * c, dtype=torch.int32, device=labels.device).reshape(b, c).t().flatten()
-    pairs = torch.zeros(b * c + 1, dtype=torch.int32, device=labels.device)
-    pairs.scatter_(0, slot, torch.where(flat, pair, 0))
-    return pairs[:-1].clone(), class_ptr, target
-
-
-def _empty(labels: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    b, c = labels.shape
-    return (
-        labels.new_empty(b * c if capacity is None else min(capacity, b * c), dtype=torch.int32),
-        labels.new_empty(c + 1, dtype=torch.int32),
-        labels.new_empty((b, c), dtype=torch.int8),
+def allocate(x: Inputs) -> Active:
+    """Uninitialised outputs."""
+    b, c = x.labels.shape
+    return Active(
+        pairs=x.labels.new_empty(x.capacity, dtype=torch.int32),
+        class_ptr=x.labels.new_empty(c + 1, dtype=torch.int32),
+        target=x.labels.new_empty((b, c), dtype=torch.int8),
     )
 
 
-def _bounded(implementation: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
-    """The pairs of ``implementation``, no more than ``capacity`` of them."""
+def _bounded(run: Callable[[Any, Any], None]) -> Callable[[Inputs], Active]:
+    """``run`` into buffers for all pairs, of which ``capacity`` are passed on."""
 
-    def run(labels: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        pairs, class_ptr, target = implementation(labels)
+    def bounded(x: Inputs) -> Active:
+        labels, capacity = x
+        out = allocate(Inputs(labels, labels.numel()))
+        run(Inputs(labels if labels.dtype in DTYPE_CODES else labels.float(), labels.numel()), out)
         if capacity >= labels.numel():
-            return pairs, class_ptr, target
-        if _checks.reads_values(labels) and class_ptr[-1] > capacity:
-            raise ValueError(f"capacity: the labels have {class_ptr[-1].item()} active pairs, more than {capacity}")
-        return pairs[:capacity], class_ptr, target
+            return out
+        if _checks.reads_values(labels) and out.class_ptr[-1] > capacity:
+            raise ValueError(f"capacity: the labels have {out.class_ptr[-1].item()} active pairs, more than {capacity}")
+        return out._replace(pairs=out.pairs[:capacity])
 
-    return run
+    return bounded
 
 
-_IMPLEMENTATIONS = {
-    "cpp": _bounded(_cpp),
-    "triton": _bounded(triton_kernel("compact", "compact")),
-    "torch": _bounded(_torch),
-}
-IMPLEMENTED = implemented(_IMPLEMENTATIONS)
-
-register(
+_compact = Op(
     "compact",
-    "(Tensor labels, int capacity, str backend) -> (Tensor, Tensor, Tensor)",
-    _IMPLEMENTATIONS,
-    lambda labels, capacity, backend: _empty(labels, capacity),
+    Inputs,
+    Active,
+    allocate,
+    {
+        "cpp": _bounded(native("compact")),
+        "triton": _bounded(triton_kernel("compact", "compact")),
+        "torch": _bounded(portable.forward_into),
+    },
 )
 
 
 def compact(labels: Tensor, capacity: int | None, backend: str) -> Active:
     """Run the op on ``labels [B, C]``."""
-    return Active(*call("compact", labels, labels.numel() if capacity is None else capacity, backend))
+    return _compact(Inputs(labels, labels.numel() if capacity is None else min(capacity, labels.numel())), backend)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
+from .._dtypes import accumulation_dtype
 from ._library import (
     array,
     call,

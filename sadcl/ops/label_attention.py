@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import resolve
-from .._checks import accumulation_dtype, check_floating, check_same_device, check_size, check_tensor
+from .._checks import check_floating, check_same_device, check_size, check_tensor
+from .._dtypes import accumulation_dtype
 from ..portable import label_attention as portable
 from ..reference.label_attention import label_attention as _reference
 from . import label_attention_core as core

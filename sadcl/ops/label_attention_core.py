@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import accumulation_dtype
+from .._dtypes import accumulation_dtype
 from ..portable.label_attention import Projections
 from ._library import call, refuse_second_derivative, register, register_autograd, triton_kernel
 

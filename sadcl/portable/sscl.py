@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
-from ..ops._library import norm_dtype
+from .._dtypes import accumulation_dtype, norm_dtype
 
 # A block of scores holds at most this many elements (64 MB of float32).
 _BLOCK_ELEMENTS = 1 << 24
