@@ -2,7 +2,7 @@
 //
 // This header is also seen by the per-ISA sources, so it holds plain data only (see isa.h on why no STL).
 #pragma once
-#include <cstdint>
+#include <stdint.h>
 
 namespace sadcl {
 

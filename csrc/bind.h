@@ -11,7 +11,6 @@ namespace sadcl {
 
 namespace py = pybind11;
 
-
 constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64"};
 
 inline std::string shape_text(const Array& a) {
@@ -71,6 +70,14 @@ inline void check_floating(const char* name, const Array& a) {
 inline void check_temperature(double temperature) {
   if (!(temperature > 0 && temperature < __builtin_huge_val()))
     throw py::value_error("temperature: expected a finite number > 0, got " + std::to_string(temperature));
+}
+
+// A floating array of a shape, float64 if and only if the memory is.
+inline void check_input(const char* name, const Array& x, std::initializer_list<int64_t> shape, bool wide) {
+  check_floating(name, x);
+  check_shape(name, x, shape);
+  if ((x.dtype == kF64) != wide)
+    throw py::type_error(std::string(name) + ": float64 only where memory is, got " + kDTypeNames[x.dtype]);
 }
 
 inline DType accumulation(const Array& features) { return features.dtype == kF64 ? kF64 : kF32; }

@@ -31,13 +31,6 @@ struct Given {
   }
 };
 
-void check_input(const char* name, const Array& x, std::initializer_list<int64_t> shape, bool wide) {
-  check_floating(name, x);
-  check_shape(name, x, shape);
-  if ((x.dtype == kF64) != wide)
-    throw py::type_error(std::string(name) + ": float64 only where memory is, got " + kDTypeNames[x.dtype]);
-}
-
 LabelAttention make(const Given& given, int64_t heads, bool folded, double keep_scale, int threads) {
   LabelAttention a;
   a.query = given.optional("query"), a.memory = given.optional("memory"), a.memory_pos = given.optional("memory_pos");
@@ -104,21 +97,6 @@ void bind_label_attention_backward(const py::dict& tensors, int64_t heads, bool 
   table.label_attention_backward(g);
 }
 
-void bind_linear(const Array& left, const Array& right, const Array* bias, const Array& out, int threads) {
-  check_rank("left", left, 2);
-  check_rank("right", right, 2);
-  const int64_t M = left.shape[0], K = left.shape[1], N = right.shape[1];
-  const bool wide = left.dtype == kF64;
-  check_floating("left", left);
-  check_input("right", right, {K, N}, wide);
-  if (bias != nullptr) check_input("bias", *bias, {N}, wide);
-  check_buffer("out", out, accumulation(left), M * N);
-  const Linear args = {left, right, bias ? *bias : Array(), out.data, threads};
-  const KernelTable& table = kernels();
-  py::gil_scoped_release release;
-  table.linear(args);
-}
-
 }  // namespace
 
 void bind_label_attention(py::module_& m) {
@@ -126,8 +104,6 @@ void bind_label_attention(py::module_& m) {
         py::arg("keep_scale"), py::arg("threads"), "tensors: the names in label_attention.h to Array or None");
   m.def("label_attention_backward", &bind_label_attention_backward, py::arg("tensors"), py::arg("heads"), py::arg("folded"),
         py::arg("keep_scale"), py::arg("threads"));
-  m.def("linear", &bind_linear, py::arg("left"), py::arg("right"), py::arg("bias").none(true), py::arg("out"),
-        py::arg("threads"), "out = left right (+ bias)");
 }
 
 }  // namespace sadcl

@@ -3,10 +3,11 @@
 // Compiled once, with the compiler's base instruction set: it is bound by memory. The labels are read once, row by row
 // as they lie in memory, whatever their type; that pass writes the canonical int8 labels and counts each class. The
 // second pass reads the int8 labels, eight at a time, and stops only where one is positive.
+#include "compact.h"
+
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
 #include "parallel.h"
 
 namespace sadcl {

@@ -6,26 +6,37 @@
 
 namespace sadcl {
 
-#define SADCL_TABLE(isa, sscl, name) \
-  {isa, sscl::sscl_forward, sscl::sscl_backward, name::asl_forward, name::asl_backward, \
-   name::pscl_forward, name::pscl_backward, name::group_classifier_forward, name::group_classifier_backward, \
-   name::linear, name::label_attention_forward, name::label_attention_backward, name::exp2_array, \
-   name::fma_peak}
+// A table of one instruction set, made inside its namespace, where names mean that copy's functions.
+#define SADCL_POINTER(result, name, arguments) name,
+#define SADCL_TABLE(isa) const KernelTable table = {#isa, SADCL_KERNELS(SADCL_POINTER)};
 
+namespace portable {
+SADCL_TABLE(portable)
+}
 #if defined(SADCL_HAS_AVX2)
-SADCL_DECLARE(avx2)
+namespace avx2 {
+SADCL_KERNELS(SADCL_DECLARE)
+SADCL_TABLE(avx2)
+}  // namespace avx2
 #endif
 #if defined(SADCL_HAS_AVX512)
-SADCL_DECLARE(avx512)
+namespace avx512 {
+SADCL_KERNELS(SADCL_DECLARE)
+SADCL_TABLE(avx512)
+}  // namespace avx512
 #endif
-#if defined(SADCL_HAS_AVX512_BF16)
-SADCL_DECLARE(avx512_bf16)
+#if defined(SADCL_HAS_AVX512_BF16)  // a copy of SSCL alone: elsewhere nobody multiplies bfloat16 by bfloat16
+namespace avx512_bf16 {
+using namespace avx512;
+SADCL_SSCL_KERNELS(SADCL_DECLARE)
+SADCL_TABLE(avx512_bf16)
+}  // namespace avx512_bf16
 #endif
 
 namespace {
 
 struct Candidate {
-  KernelTable table;
+  const KernelTable& table;
   bool (*runs_here)();
 };
 
@@ -37,16 +48,16 @@ bool has_avx512() {
 #endif
 
 const Candidate kCandidates[] = {
-#if defined(SADCL_HAS_AVX512_BF16)  // a copy of SSCL alone: elsewhere nobody multiplies bfloat16 by bfloat16
-    {SADCL_TABLE("avx512_bf16", avx512_bf16, avx512), [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#if defined(SADCL_HAS_AVX512_BF16)
+    {avx512_bf16::table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 #if defined(SADCL_HAS_AVX512)
-    {SADCL_TABLE("avx512", avx512, avx512), has_avx512},
+    {avx512::table, has_avx512},
 #endif
 #if defined(SADCL_HAS_AVX2)
-    {SADCL_TABLE("avx2", avx2, avx2), [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }},
+    {avx2::table, [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }},
 #endif
-    {SADCL_TABLE("portable", portable, portable), [] { return true; }},
+    {portable::table, [] { return true; }},
 };
 
 std::atomic<const KernelTable*> in_use{nullptr};

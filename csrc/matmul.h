@@ -8,7 +8,7 @@
 //                   processor time on a shared machine: 72 to 88 % of the FMA peak, MKL interleaved 70 to 83 %
 //   AVX-512, float: 12 x 32: 24 accumulators + 2 vectors, broadcasts ride in the FMA
 //
-// gemm.h differs: there one packed copy serves as both operands, which symmetric scores want.
+// panels.h differs: there one packed copy serves as both operands, which symmetric scores want.
 #pragma once
 #include "convert.h"
 #include "scratch.h"
@@ -55,11 +55,11 @@ struct Sizes {
 };
 
 template <class T>
-struct Block {
+struct MatmulTile {
   static constexpr int kLanes = Simd<T>::kLanes, kVecs = 2;
-  static constexpr int MR = kRegisters == 32 ? 12 : 6, NR = kVecs * kLanes;
-  static constexpr int kDepth = 24 * 1024 / (NR * int(sizeof(T)));     // a right panel takes 24 KB of L1
-  static constexpr int kRows = 288 * 1024 / (kDepth * int(sizeof(T))) / MR * MR;  // a left block stays in L2
+  static constexpr int kMR = kRegisters == 32 ? 12 : 6, kNR = kVecs * kLanes;
+  static constexpr int kDepth = 24 * 1024 / (kNR * int(sizeof(T)));     // a right panel takes 24 KB of L1
+  static constexpr int kRows = 288 * 1024 / (kDepth * int(sizeof(T))) / kMR * kMR;  // a left block stays in L2
   static constexpr int kColumns = 2048;                                // a right block, in L3
   // Terms summed one after the other. At 384 the rounding error is 1.5 times MKL's; 192 left rows of label attention's memory
   // gradient at 1.3 of the error budget; 96 costs 3 % of the speed, 128 at most 1.
@@ -69,28 +69,28 @@ struct Block {
 // c[r][:] (+)= sum over k of a[k][r] b[k][:], VECS vectors wide.
 template <int VECS, class T>
 SADCL_INLINE void multiply_chain(const T* a, const T* b, int depth, T* c, int64_t stride, bool load_c) {
-  constexpr int MR = Block<T>::MR, NR = Block<T>::NR, L = Block<T>::kLanes;
-  vec<T> acc[MR][VECS];
+  constexpr int kMR = MatmulTile<T>::kMR, kNR = MatmulTile<T>::kNR, L = MatmulTile<T>::kLanes;
+  vec<T> acc[kMR][VECS];
 #pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
+  for (int r = 0; r < kMR; ++r) {
     __builtin_prefetch(c + r * stride, 1);  // rows of c lie pages apart: without this the last step waits for memory
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) acc[r][i] = vec<T>{};
   }
 #pragma GCC unroll 4
-  for (int k = 0; k < depth; ++k, a += MR, b += NR) {
+  for (int k = 0; k < depth; ++k, a += kMR, b += kNR) {
     vec<T> right[VECS];
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) right[i] = load(b + i * L);
 #pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) {
+    for (int r = 0; r < kMR; ++r) {
       const vec<T> left = splat(a[r]);
 #pragma GCC unroll 2
       for (int i = 0; i < VECS; ++i) acc[r][i] += left * right[i];
     }
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r)
+  for (int r = 0; r < kMR; ++r)
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) {
       T* out = c + r * stride + i * L;
@@ -100,9 +100,9 @@ SADCL_INLINE void multiply_chain(const T* a, const T* b, int depth, T* c, int64_
 
 template <int VECS, class T>
 SADCL_INLINE void multiply_tile(const T* a, const T* b, int depth, T* c, int64_t stride, bool load_c) {
-  using B = Block<T>;
+  using B = MatmulTile<T>;
   for (int k = 0; k < depth; k += B::kChain, load_c = true)
-    multiply_chain<VECS>(a + k * B::MR, b + k * B::NR, depth - k < B::kChain ? depth - k : B::kChain, c, stride, load_c);
+    multiply_chain<VECS>(a + k * B::kMR, b + k * B::kNR, depth - k < B::kChain ? depth - k : B::kChain, c, stride, load_c);
 }
 
 // out[k * P + lane] = row[lane][k] for 8 lanes, k ascending. Where the panel has fewer, the surplus lands on lanes that are
@@ -149,7 +149,7 @@ constexpr DType own_dtype() {
 // Eight lanes of a panel; those past the end of the matrix (`lanes` are left) become 0.
 template <class T, int P>
 void pack_lanes(const Source& s, int64_t offset, int64_t first, int lanes, int64_t k0, int depth, T* out) {
-  constexpr int kMost = Block<T>::kDepth;
+  constexpr int kMost = MatmulTile<T>::kDepth;
   T buffer[8][kMost];
   const T* row[8];
   static const T zeros[kMost] = {};
@@ -197,7 +197,7 @@ void pack(const Operand& x, const int64_t (&batch)[2], int64_t first, int lanes,
   auto offset = [&](const Source& s) { return batch[0] * s.batch[0] + batch[1] * s.batch[1]; };
   pack_source<T, P>(x.values, offset(x.values), first, lanes, k0, depth, out);
   if (x.plus.array.data != nullptr) {
-    alignas(64) T more[P * Block<T>::kDepth + kSlack];
+    alignas(64) T more[P * MatmulTile<T>::kDepth + kSlack];
     pack_source<T, P>(x.plus, offset(x.plus), first, lanes, k0, depth, more);
     for (int i = 0; i < depth * P; ++i) out[i] += more[i];
   }
@@ -207,15 +207,15 @@ void pack(const Operand& x, const int64_t (&batch)[2], int64_t first, int lanes,
       for (int l = 0; l < P; ++l) out[k * P + l] = 0;
 }
 
-// A thread's rectangle: rows in units of MR, columns in units of NR.
+// A thread's rectangle: rows in units of kMR, columns in units of kNR.
 struct Rectangle {
   int64_t row[2], column[2], batch[2];
 };
 
 template <class T>
 class Matmul {
-  using Blk = Block<T>;
-  static constexpr int MR = Blk::MR, NR = Blk::NR;
+  using Blk = MatmulTile<T>;
+  static constexpr int kMR = Blk::kMR, kNR = Blk::kNR;
 
  public:
   // The packing buffers last as long as the object: fresh pages for every product would cost more than the packing.
@@ -223,11 +223,11 @@ class Matmul {
   int threads() const { return threads_; }
 
   void operator()(const Sizes& s, const Operand& left, const Operand& right, const Result<T>& c) {
-    const int64_t rows = (s.m + MR - 1) / MR, columns = (s.n + NR - 1) / NR, batch = s.batch[0] * s.batch[1];
+    const int64_t rows = (s.m + kMR - 1) / kMR, columns = (s.n + kNR - 1) / kNR, batch = s.batch[0] * s.batch[1];
     if (rows * columns * batch == 0) return;
     int64_t grid[2] = {1, 1};
     const bool small = 2. * s.m * s.n * s.k * batch < kSerial;
-    if (!small && (batch < 4 * threads_ && batch % threads_ != 0)) split(rows * MR, columns * NR, grid);
+    if (!small && (batch < 4 * threads_ && batch % threads_ != 0)) split(rows * kMR, columns * kNR, grid);
     const int64_t items = batch * grid[0] * grid[1];
 #pragma omp parallel for num_threads(small ? 1 : threads_) schedule(static)
     for (int64_t i = 0; i < items; ++i) {
@@ -259,27 +259,27 @@ class Matmul {
                   T* buffer) {
     T* base = c.data + mine.batch[0] * c.batch[0] + mine.batch[1] * c.batch[1];
     const bool load_first = c.accumulate || c.bias != nullptr;
-    const int64_t last_row = mine.row[1] * MR < s.m ? mine.row[1] * MR : s.m;
-    const int64_t last_column = mine.column[1] * NR < s.n ? mine.column[1] * NR : s.n;
+    const int64_t last_row = mine.row[1] * kMR < s.m ? mine.row[1] * kMR : s.m;
+    const int64_t last_column = mine.column[1] * kNR < s.n ? mine.column[1] * kNR : s.n;
     if (c.bias != nullptr) {
-      start_with_bias(c, base, mine.batch[0], mine.row[0] * MR, last_row, mine.column[0] * NR, last_column);
+      start_with_bias(c, base, mine.batch[0], mine.row[0] * kMR, last_row, mine.column[0] * kNR, last_column);
     }
     T *lefts = buffer, *rights = buffer + kLeft;
     for (int64_t k0 = 0; k0 < s.k; k0 += Blk::kDepth) {
       const int depth = int(s.k - k0 < Blk::kDepth ? s.k - k0 : Blk::kDepth);
       const bool load_c = k0 > 0 || load_first;
-      for (int64_t n0 = mine.column[0] * NR; n0 < last_column; n0 += Blk::kColumns) {
+      for (int64_t n0 = mine.column[0] * kNR; n0 < last_column; n0 += Blk::kColumns) {
         const int64_t n1 = n0 + Blk::kColumns < last_column ? n0 + Blk::kColumns : last_column;
-        for (int64_t j = n0; j < n1; j += NR)
-          pack<T, NR>(right, mine.batch, j, int(n1 - j < NR ? n1 - j : NR), k0, depth, rights + (j - n0) * depth);
-        for (int64_t m0 = mine.row[0] * MR; m0 < last_row; m0 += Blk::kRows) {
+        for (int64_t j = n0; j < n1; j += kNR)
+          pack<T, kNR>(right, mine.batch, j, int(n1 - j < kNR ? n1 - j : kNR), k0, depth, rights + (j - n0) * depth);
+        for (int64_t m0 = mine.row[0] * kMR; m0 < last_row; m0 += Blk::kRows) {
           const int64_t m1 = m0 + Blk::kRows < last_row ? m0 + Blk::kRows : last_row;
-          for (int64_t i = m0; i < m1; i += MR)
-            pack<T, MR>(left, mine.batch, i, int(m1 - i < MR ? m1 - i : MR), k0, depth, lefts + (i - m0) * depth);
-          for (int64_t j = n0; j < n1; j += NR)
-            for (int64_t i = m0; i < m1; i += MR)
+          for (int64_t i = m0; i < m1; i += kMR)
+            pack<T, kMR>(left, mine.batch, i, int(m1 - i < kMR ? m1 - i : kMR), k0, depth, lefts + (i - m0) * depth);
+          for (int64_t j = n0; j < n1; j += kNR)
+            for (int64_t i = m0; i < m1; i += kMR)
               tile(lefts + (i - m0) * depth, rights + (j - n0) * depth, depth, c.rows, base + j, i,
-                   int(m1 - i < MR ? m1 - i : MR), int(n1 - j < NR ? n1 - j : NR), load_c);
+                   int(m1 - i < kMR ? m1 - i : kMR), int(n1 - j < kNR ? n1 - j : kNR), load_c);
         }
       }
     }
@@ -288,16 +288,16 @@ class Matmul {
   // One tile of the result, directly where it is whole and its rows evenly spaced, else by way of a small copy.
   static SADCL_INLINE void tile(const T* a, const T* b, int depth, const Index& rows, T* c, int64_t i, int m, int n,
                                 bool load_c) {
-    if (m == MR && n == NR && rows.uniform(i, MR))
+    if (m == kMR && n == kNR && rows.uniform(i, kMR))
       return multiply_tile<Blk::kVecs>(a, b, depth, c + rows(i), rows.near, load_c);
-    alignas(64) T copy[MR * NR];
+    alignas(64) T copy[kMR * kNR];
     if (load_c)
       for (int r = 0; r < m; ++r)
-        for (int j = 0; j < n; ++j) copy[r * NR + j] = c[rows(i + r) + j];
-    if (n <= Blk::kLanes) multiply_tile<1>(a, b, depth, copy, NR, load_c);
-    else multiply_tile<Blk::kVecs>(a, b, depth, copy, NR, load_c);
+        for (int j = 0; j < n; ++j) copy[r * kNR + j] = c[rows(i + r) + j];
+    if (n <= Blk::kLanes) multiply_tile<1>(a, b, depth, copy, kNR, load_c);
+    else multiply_tile<Blk::kVecs>(a, b, depth, copy, kNR, load_c);
     for (int r = 0; r < m; ++r)
-      for (int j = 0; j < n; ++j) c[rows(i + r) + j] = copy[r * NR + j];
+      for (int j = 0; j < n; ++j) c[rows(i + r) + j] = copy[r * kNR + j];
   }
 
   static void start_with_bias(const Result<T>& c, T* base, int64_t p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {

@@ -1,7 +1,7 @@
-// Threads and scratch memory. The loops themselves are `#pragma omp` in the kernel files: readable, and without
+// Threads, scratch memory and the clock. The loops themselves are `#pragma omp` in the kernel files: readable, and without
 // OpenMP they are plain loops.
 #pragma once
-#include <cstddef>
+#include <stddef.h>
 
 namespace sadcl {
 
@@ -14,6 +14,9 @@ int thread_index();
 int team_now();
 
 bool has_openmp();
+
+// Of a clock that never jumps. Here because <chrono> must not be seen by per-ISA files (isa.h).
+double seconds_now();
 
 // 64-byte aligned and uninitialised. Throws std::bad_alloc, so call it outside of parallel regions.
 void* scratch_alloc(size_t bytes);

@@ -1,6 +1,4 @@
 // What tests and benchmarks ask of an instruction set: simd.h's exponential over an array, and the processor's FMA peak.
-#include <chrono>
-
 #include "array.h"
 #include "parallel.h"
 #include "simd.h"
@@ -36,14 +34,14 @@ double fma_peak(int threads) {
   double best = 0;
   volatile float sink = 0.5f;
   for (int trial = 0; trial < 7; ++trial) {
-    const auto start = std::chrono::steady_clock::now();
+    const double start = seconds_now();
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int t = 0; t < team; ++t) {
       const float result = spin(kRounds, 0.5f, 1.0f + float(t));
       if (result == -1.0f) sink = result;  // never: keeps the work alive
     }
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    const double flops = 2.0 * Simd<float>::kLanes * (kRegisters - 4) * double(kRounds) * team / seconds.count();
+    const double seconds = seconds_now() - start;
+    const double flops = 2.0 * Simd<float>::kLanes * (kRegisters - 4) * double(kRounds) * team / seconds;
     best = flops > best ? flops : best;
   }
   (void)sink;

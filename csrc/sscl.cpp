@@ -1,5 +1,5 @@
 // Sample-to-sample contrastive loss, compiled once per instruction set. Read in this order:
-// gemm.h (products), sscl_rows.h (gather), sscl_blocks.h (schedule), sscl_forward.h, sscl_backward.h, sscl_released.h.
+// panels.h (products), sscl_rows.h (gather), sscl_blocks.h (schedule), sscl_forward.h, sscl_backward.h, sscl_released.h.
 #include "sscl_backward.h"
 
 SADCL_KERNELS_BEGIN

@@ -1,6 +1,6 @@
 // SSCL's work on one block of scores, and the order in which the blocks are visited.
 //
-// A block is w[jp][i][lane]: scores of m rows i against the P lanes of each panel jp (gemm.h's dot_panels).
+// A block is w[jp][i][lane]: scores of m rows i against the P lanes of each panel jp (panels.h's dot_panels).
 #pragma once
 #include "sscl_rows.h"
 

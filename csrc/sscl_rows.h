@@ -1,12 +1,12 @@
-// The active rows of an SSCL call: where they live in `features`, and their unit vectors as panels (gemm.h).
+// The active rows of an SSCL call: where they live in `features`, and their unit vectors as panels (panels.h).
 #pragma once
 #include <float.h>
 #include <math.h>
 
 #include "convert.h"
-#include "gemm.h"
-#include "kernels.h"
+#include "panels.h"
 #include "scratch.h"
+#include "sscl.h"
 
 SADCL_KERNELS_BEGIN
 
