@@ -1,70 +1,65 @@
 // Bindings of the prototype-to-sample loss (pscl.cpp).
 // Part of module.cpp, the one translation unit that parses pybind11: every further one costs 5 to 9 s of build time.
 #pragma once
-#include "bind.h"
 #include "dispatch.h"
+#include "fields.h"
 
 namespace sadcl {
 namespace {
 
-// Sizes and dtypes of what forward and backward both take.
-void check_pscl(const Array& features, const Array& prototypes, const Array& target, double temperature,
-                const Array& score, const Array& norm_x, const Array& norm_p, const Array& lse) {
-  check_rank("features", features, 3);
-  check_floating("features", features);
-  check_floating("prototypes", prototypes);
-  const int64_t B = features.shape[0], C = features.shape[1];
-  check_shape("prototypes", prototypes, {C, features.shape[2]});
-  if (accumulation(prototypes) != accumulation(features)) check_dtype("prototypes", prototypes, features.dtype);
-  check_buffer("target", target, kI8, B * C);
-  check_temperature(temperature);
-  check_buffer("score", score, kF64, B * C);
-  check_buffer("norm_x", norm_x, kF64, B * C);
-  check_buffer("norm_p", norm_p, kF64, C);
-  check_buffer("lse", lse, kF64, 2 * C);
+// What forward and backward both take: inputs and statistics.
+template <class Args>
+Args make_pscl(const Fields& given) {
+  Args a;
+  a.features = given.tensor("features"), a.prototypes = given.tensor("prototypes");
+  check_rank("features", a.features, 3);
+  check_floating("features", a.features);
+  check_floating("prototypes", a.prototypes);
+  const int64_t B = a.features.shape[0], C = a.features.shape[1];
+  check_shape("prototypes", a.prototypes, {C, a.features.shape[2]});
+  if (accumulation(a.prototypes) != accumulation(a.features)) check_dtype("prototypes", a.prototypes, a.features.dtype);
+  a.target = given.buffer<const int8_t>("target", kI8, B * C);
+  a.temperature = given.temperature();
+  a.released = given.flag("released");
+  a.score = given.buffer<double>("score", kF64, B * C);
+  a.norm_x = given.buffer<double>("norm_x", kF64, B * C);
+  a.norm_p = given.buffer<double>("norm_p", kF64, C);
+  a.lse = given.buffer<double>("lse", kF64, 2 * C);
+  a.threads = given.threads();
+  return a;
 }
 
-double* doubles(const Array& a) { return static_cast<double*>(a.data); }
-
-void bind_pscl_forward(const Array& features, const Array& prototypes, const Array& target, double temperature,
-                       bool released, const Array& class_loss, const Array& score, const Array& norm_x,
-                       const Array& norm_p, const Array& lse, int threads) {
-  check_pscl(features, prototypes, target, temperature, score, norm_x, norm_p, lse);
-  check_buffer("class_loss", class_loss, accumulation(features), features.shape[1]);
-  const PsclForward args = {features,        prototypes,     static_cast<const int8_t*>(target.data), temperature, released,
-                            class_loss.data, doubles(score), doubles(norm_x), doubles(norm_p), doubles(lse), threads};
+void bind_pscl_forward(const py::kwargs& fields) {
+  const Fields given(fields);
+  PsclForward a = make_pscl<PsclForward>(given);
+  a.class_loss = given.buffer("class_loss", accumulation(a.features), a.features.shape[1]);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
-  table.pscl_forward(args);
+  table.pscl_forward(a);
 }
 
-double bind_pscl_backward(const Array& grad_class, const Array& features, const Array& prototypes, const Array& target,
-                          double temperature, const Array& score, const Array& norm_x, const Array& norm_p,
-                          const Array& lse, bool released, const Array& grad_features, const Array& grad_prototypes,
-                          int threads) {
-  check_pscl(features, prototypes, target, temperature, score, norm_x, norm_p, lse);
-  check_shape("grad_class", grad_class, {features.shape[1]});
-  check_dtype("grad_class", grad_class, accumulation(features));
-  check_buffer("grad_features", grad_features, features.dtype, count(features));
-  check_buffer("grad_prototypes", grad_prototypes, prototypes.dtype, count(prototypes));
-  const PsclBackward args = {grad_class, features, prototypes, static_cast<const int8_t*>(target.data), temperature, released,
-                             doubles(score), doubles(norm_x), doubles(norm_p), doubles(lse),
-                             grad_features.data, grad_prototypes.data, threads};
+void bind_pscl_backward(const py::kwargs& fields) {
+  const Fields given(fields);
+  PsclBackward a = make_pscl<PsclBackward>(given);
+  a.grad_class_loss = given.tensor("grad_class_loss");
+  check_shape("grad_class_loss", a.grad_class_loss, {a.features.shape[1]});
+  check_dtype("grad_class_loss", a.grad_class_loss, accumulation(a.features));
+  a.grad_features = given.buffer("grad_features", a.features.dtype, count(a.features));
+  a.grad_prototypes = given.buffer("grad_prototypes", a.prototypes.dtype, count(a.prototypes));
   const KernelTable& table = kernels();
-  py::gil_scoped_release release;
-  return table.pscl_backward(args);
+  double grad_temperature;
+  {
+    py::gil_scoped_release release;
+    grad_temperature = table.pscl_backward(a);
+  }
+  given.store("grad_temperature", grad_temperature);
 }
 
 }  // namespace
 
 void bind_pscl(py::module_& m) {
-  m.def("pscl_forward", &bind_pscl_forward, py::arg("features"), py::arg("prototypes"), py::arg("target"),
-        py::arg("temperature"), py::arg("released"), py::arg("class_loss"), py::arg("score"), py::arg("norm_x"),
-        py::arg("norm_p"), py::arg("lse"), py::arg("threads"));
-  m.def("pscl_backward", &bind_pscl_backward, py::arg("grad_class"), py::arg("features"), py::arg("prototypes"),
-        py::arg("target"), py::arg("temperature"), py::arg("score"), py::arg("norm_x"), py::arg("norm_p"), py::arg("lse"),
-        py::arg("released"), py::arg("grad_features"), py::arg("grad_prototypes"), py::arg("threads"),
-        "Fills both gradients, returns that of the temperature");
+  m.def("pscl_forward", &bind_pscl_forward, "The fields of sadcl.ops.pscl.Inputs and Outputs");
+  m.def("pscl_backward", &bind_pscl_backward, "The same fields, grad_class_loss, and grad_ of each input to fill");
 }
 
 }  // namespace sadcl

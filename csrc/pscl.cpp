@@ -113,7 +113,7 @@ void forward(const PsclForward& a) {
 template <class T>
 double factors(const PsclBackward& a, int64_t c, double* x, double* along, double* across, double* own) {
   const int64_t B = a.features.shape[0], C = a.features.shape[1];
-  const double upstream = static_cast<const T*>(a.grad_class.data)[c * a.grad_class.stride[0]];
+  const double upstream = static_cast<const T*>(a.grad_class_loss.data)[c * a.grad_class_loss.stride[0]];
   const bool active = a.released || a.lse[C + c] != -kInfinity;
   double turning = 0, cosines = 0;
   // d loss / d score = upstream (softmax over the valid images - softmax over the positive ones)

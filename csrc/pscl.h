@@ -19,7 +19,7 @@ struct PsclForward {
 };
 
 struct PsclBackward {
-  Array grad_class;  // T [C]
+  Array grad_class_loss;  // T [C]
   Array features, prototypes;
   const int8_t* target;
   double temperature;

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sadcl import _checks
-from sadcl._dtypes import accumulation_dtype
 
 from ._device import atanh_series, narrow, widen
 from ._launch import capped, ceil_div, launch, part_of
@@ -130,46 +129,28 @@ def _asl_backward_kernel(upstream_ptr, grad_ptr, out_ptr, C, n, strides, BLOCK: 
     tl.store(out_ptr + offs, narrow(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-def asl(
-    logits: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    gamma_neg: float,
-    gamma_pos: float,
-    clip: float,
-    eps: float,
-    detach_focal_weight: bool,
-    sum_classes: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss ``[B]`` or ``[B, C]`` and derivative ``[B, C]`` (empty without ``save``), see :mod:`sadcl.ops.asl`."""
-    if _checks.reads_values(labels):
-        _checks.check_soft_labels(labels)
-    if labels.dtype == torch.bool:
-        labels = labels.view(torch.uint8)
-    b, c = logits.shape
-    acc = accumulation_dtype(logits.dtype)
-    loss = logits.new_empty((b,) if sum_classes else (b, c), dtype=acc)
-    grad = logits.new_empty((b, c) if save else (0, 0), dtype=acc)
-    weight_stride = 0 if class_weight is None else class_weight.stride(0)
-    wide = acc == torch.float64
+def asl(x: Any, out: Any) -> None:
+    """Fill loss and derivative (the latter with ``save``), see :mod:`sadcl.ops.asl`."""
+    if _checks.reads_values(x.labels):
+        _checks.check_soft_labels(x.labels)
+    labels = x.labels.view(torch.uint8) if x.labels.dtype == torch.bool else x.labels
+    b, c = x.logits.shape
+    weight_stride = 0 if x.class_weight is None else x.class_weight.stride(0)
     launch(
         _asl_kernel,
-        capped(part_of(logits.device), b, 8),
-        (logits, labels, class_weight, loss, grad, b, c, (*logits.stride(), *labels.stride(), weight_stride)),
-        GAMMA_NEG=float(gamma_neg), GAMMA_POS=float(gamma_pos), CLIP=float(clip), FLOOR=math.log(eps),
-        SUM=sum_classes, DETACH=detach_focal_weight, SAVE=save, TERMS=18 if wide else 8,
-        BLOCK_C=min(1024, max(16, triton.next_power_of_2(c))),
+        capped(part_of(x.logits.device), b, 8),
+        (x.logits, labels, x.class_weight, out.loss, out.slope, b, c,
+         (*x.logits.stride(), *labels.stride(), weight_stride)),
+        GAMMA_NEG=x.gamma_neg, GAMMA_POS=x.gamma_pos, CLIP=x.clip, FLOOR=math.log(x.eps),
+        SUM=x.sum_classes, DETACH=x.detach_focal_weight, SAVE=x.save,
+        TERMS=18 if out.loss.dtype == torch.float64 else 8, BLOCK_C=min(1024, max(16, triton.next_power_of_2(c))),
     )  # fmt: skip
-    return loss, grad
 
 
-def asl_backward(grad_loss: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
-    """``grad_loss`` (``[B]`` or ``[B, C]``) times ``grad``, in the logits' dtype."""
-    out = logits.new_empty(logits.shape)
-    upstream = grad_loss if grad_loss.dim() == 2 else grad_loss[:, None].expand_as(grad)
-    n, block = out.numel(), 1024
-    launch(
-        _asl_backward_kernel, ceil_div(n, block), (upstream, grad, out, out.shape[1], n, upstream.stride()), BLOCK=block
-    )
-    return out
+def asl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+    """Fill the gradient of the logits: upstream (``[B]`` or ``[B, C]``) times the derivative."""
+    grad = upstream.grad_loss
+    grad = grad if grad.dim() == 2 else grad[:, None].expand_as(saved.slope)
+    n, block = saved.slope.numel(), 1024
+    launch(_asl_backward_kernel, ceil_div(n, block),
+           (grad, saved.slope, out.grad_logits, saved.slope.shape[1], n, grad.stride()), BLOCK=block)  # fmt: skip

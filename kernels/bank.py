@@ -7,10 +7,11 @@ is made in float64 and rounded to the scores' float32, as the oracle does: one n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._device import narrow, widen
 from ._launch import launch
@@ -49,19 +50,16 @@ def _update_kernel(
             tl.store(slot, narrow(widen(x, VALUE), slots_ptr.dtype.element_ty), mask=mask_e)
 
 
-def bank_update(
-    slots: Tensor, features: Tensor, scores: Tensor, labels: Tensor, threshold: float, probabilities: bool
-) -> None:
-    """Write ``slots``, see :mod:`sadcl.ops.bank`."""
-    b, c, e = features.shape
-    if labels.dtype == torch.bool:
-        labels = labels.view(torch.uint8)
+def bank_update(x: Any, out: Any) -> None:
+    """Write ``x.slots``, see :mod:`sadcl.ops.bank`."""
+    b, c, e = x.features.shape
+    labels = x.labels.view(torch.uint8) if x.labels.dtype == torch.bool else x.labels
     launch(
         _update_kernel,
         b * c,
-        (slots, features, scores, labels, c, e,
-         (*slots.stride(), *features.stride(), *scores.stride(), *labels.stride())),
-        THRESHOLD=threshold, PROBABILITIES=probabilities, BLOCK_E=min(1024, max(16, triton.next_power_of_2(e))),
+        (x.slots, x.features, x.scores, labels, c, e,
+         (*x.slots.stride(), *x.features.stride(), *x.scores.stride(), *labels.stride())),
+        THRESHOLD=x.threshold, PROBABILITIES=x.probabilities, BLOCK_E=min(1024, max(16, triton.next_power_of_2(e))),
     )  # fmt: skip
-    if not slots.is_inference():
-        torch.autograd.graph.increment_version(slots)  # autograd must notice a write behind its back
+    if not x.slots.is_inference():
+        torch.autograd.graph.increment_version(x.slots)  # autograd must notice a write behind its back

@@ -6,10 +6,11 @@ counts, scatter. Offsets are exclusive sums of integers, so the order is the spe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sadcl import _checks
 
@@ -124,8 +125,9 @@ def _scatter_kernel(
         tl.store(pairs_ptr + offs, 0, mask=(offs >= count) & (offs < B * C))
 
 
-def compact(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``labels [B, C]`` to ``pairs``, ``class_ptr`` and ``target``, see :mod:`sadcl.ops.compact`."""
+def compact(x: Any, out: Any) -> None:
+    """Fill ``pairs``, ``class_ptr`` and ``target``, see :mod:`sadcl.ops.compact`."""
+    labels = x.labels
     if _checks.reads_values(labels):
         _checks.check_label_values(labels)
     b, c = labels.shape
@@ -133,22 +135,18 @@ def compact(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"labels: pairs are int32, so expected B * C < 2^31, got {b} * {c}")
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
-    pairs = labels.new_empty(b * c, dtype=torch.int32)
-    class_ptr = labels.new_empty(c + 1, dtype=torch.int32)
-    target = labels.new_empty((b, c), dtype=torch.int8)
     if b <= _SMALL_IMAGES and c <= _SMALL_CLASSES:
         block_b = max(16, triton.next_power_of_2(b))
-        launch(_compact_small_kernel, 1, (labels, pairs, class_ptr, target, b, c, *labels.stride()),
+        launch(_compact_small_kernel, 1, (labels, out.pairs, out.class_ptr, out.target, b, c, *labels.stride()),
                BLOCK_B=block_b, BLOCK_C=2048 // block_b, num_warps=8)  # fmt: skip
-        return pairs, class_ptr, target
+        return
     tile = {"BLOCK_B": 32, "BLOCK_C": 64}
     chunk = ceil_div(ceil_div(b, _CHUNKS), tile["BLOCK_B"]) * tile["BLOCK_B"]
     chunks = ceil_div(b, chunk)
     programs = chunks * ceil_div(c, tile["BLOCK_C"])
     counts = labels.new_empty((chunks, c), dtype=torch.int32)
-    launch(_count_kernel, programs, (labels, target, counts, b, c, *labels.stride(), chunk), **tile)
+    launch(_count_kernel, programs, (labels, out.target, counts, b, c, *labels.stride(), chunk), **tile)
     block_k = triton.next_power_of_2(chunks)
-    launch(_scan_kernel, 1, (counts, class_ptr, c, chunks), BLOCK_K=block_k, BLOCK_C=max(16, 4096 // block_k),
+    launch(_scan_kernel, 1, (counts, out.class_ptr, c, chunks), BLOCK_K=block_k, BLOCK_C=max(16, 4096 // block_k),
            num_warps=8)  # fmt: skip
-    launch(_scatter_kernel, programs, (target, counts, class_ptr, pairs, b, c, chunk), **tile)
-    return pairs, class_ptr, target
+    launch(_scatter_kernel, programs, (out.target, counts, out.class_ptr, out.pairs, b, c, chunk), **tile)

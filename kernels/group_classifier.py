@@ -8,6 +8,8 @@ weight's gradient needs no atomics. Sums are float32 (float64 for float64), what
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -88,34 +90,29 @@ def _accumulator(features: Tensor, weight: Tensor) -> tl.dtype:
     return tl.float64 if wide else tl.float32
 
 
-def group_classifier(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Logits ``[B, C]``, see :mod:`sadcl.ops.group_classifier`."""
-    b, c, e = features.shape
-    logits = features.new_empty((b, c), dtype=torch.promote_types(features.dtype, weight.dtype))
+def group_classifier(x: Any, out: Any) -> None:
+    """Fill the logits ``[B, C]``, see :mod:`sadcl.ops.group_classifier`."""
+    b, c, e = x.features.shape
     # 4 images of 256 are 8 sums a thread: 640 programs at B=32, C=80, and 16 KB in flight in each.
     launch(
         _logit_kernel,
         c * ceil_div(b, 4),
-        (features, weight, bias, logits, b, c, e, (*features.stride(), *weight.stride(), bias.stride(0))),
-        ACC=_accumulator(features, weight), BLOCK_B=4, BLOCK_E=min(256, max(16, triton.next_power_of_2(e))),
+        (x.features, x.weight, x.bias, out.logits, b, c, e,
+         (*x.features.stride(), *x.weight.stride(), x.bias.stride(0))),
+        ACC=_accumulator(x.features, x.weight), BLOCK_B=4, BLOCK_E=min(256, max(16, triton.next_power_of_2(e))),
     )  # fmt: skip
-    return logits
 
 
-def group_classifier_backward(
-    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of features ``[B, C, E]`` and weight ``[C, E]``; ``[0]`` where not asked for."""
-    b, c, e = features.shape
-    grad_features = features.new_empty((b, c, e) if need_features else (0,))
-    grad_weight = weight.new_empty((c, e) if need_weight else (0,))
+def group_classifier_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+    """Fill the gradients of features ``[B, C, E]`` and weight ``[C, E]`` that are there."""
+    b, c, e = x.features.shape
+    grad = upstream.grad_logits
     # 128 of the width: 1,280 programs at C=80, E=2048.
     block_e = min(128, max(16, triton.next_power_of_2(e)))
     launch(
         _gradient_kernel,
         c * ceil_div(e, block_e),
-        (grad_logits, features, weight, grad_features if need_features else None, grad_weight if need_weight else None,
-         b, c, e, (*grad_logits.stride(), *features.stride(), *weight.stride())),
-        ACC=_accumulator(features, weight), BLOCK_B=16, BLOCK_E=block_e,
+        (grad, x.features, x.weight, out.grad_features, out.grad_weight,
+         b, c, e, (*grad.stride(), *x.features.stride(), *x.weight.stride())),
+        ACC=_accumulator(x.features, x.weight), BLOCK_B=16, BLOCK_E=block_e,
     )  # fmt: skip
-    return grad_features, grad_weight

@@ -24,6 +24,7 @@ Weights come only on request, by a second launch from the saved statistics.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -272,33 +273,19 @@ def mask_for(query: Tensor, padded: Tensor | None) -> Tensor | None:
     return padded.to(torch.int64) if query.dtype == torch.float64 else padded.view(torch.uint8)
 
 
-def label_attention_core(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    pos: Tensor | None,
-    padded: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``context``, ``mass``, ``weights`` (empty unless asked for) and ``lse``, see
-    :mod:`sadcl.ops.label_attention_core`."""
+def label_attention_core(x: Any, out: Any) -> None:
+    """Fill ``out`` (:class:`sadcl.ops.label_attention_core.Outputs`) from ``x`` (its ``Inputs``)."""
+    query, keys, pos, seed = x.query, x.keys, x.pos, x.seed
     part = part_of(query.device)
     require_dtype(part, query.dtype)
     _, c, h, d = query.shape
     b, length, groups, _ = keys.shape
     rows = h * c // groups
     acc = accumulation_dtype(query.dtype)
-    context = query.new_empty((b, c, h, d))
-    mass = query.new_empty((b, h, c), dtype=acc)
-    lse = torch.empty_like(mass)
-    weights = query.new_empty((b, h, c, length) if need_weights else (0,), dtype=acc)
-    values = keys if values is None else values
-    padded = mask_for(query, padded)
+    values = keys if x.values is None else x.values
+    padded = mask_for(query, x.padded)
     precision = _tiles.precision(query.dtype, part)
-    common = {"SCALE": scale * math.log2(math.e), "DROPOUT": dropout, "PRECISION": precision}
+    common = {"SCALE": x.scale * math.log2(math.e), "DROPOUT": x.dropout, "PRECISION": precision}
     of_queries, of_keys = by_head(query), key_strides(keys)
     of_pos, of_padding = optional_strides(pos, 3), optional_strides(padded, 2)
 
@@ -312,17 +299,16 @@ def label_attention_core(
         panel = (query.new_empty((programs, tile.block_m, width), dtype=acc),
                  query.new_empty((programs, tile.block_m, width)))  # fmt: skip
         launch(_attend_kernel, programs,
-               (query, keys, values, pos, padded, seed, panel, (context, mass, lse),
+               (query, keys, values, pos, padded, seed, panel, (out.context, out.mass, out.lse),
                 (b, c, rows, groups, length, d, width),
-                (of_queries, of_keys, key_strides(values), of_pos, of_padding, by_image(context))),
+                (of_queries, of_keys, key_strides(values), of_pos, of_padding, by_image(out.context))),
                **common, **tiling)  # fmt: skip
-        if need_weights:
+        if x.need_weights:
             launch(_weight_kernel, b * groups * row_blocks * ceil_div(length, tile.block_n),
-                   (query, keys, pos, padded, seed, lse, weights, (b, c, rows, groups, length, d),
+                   (query, keys, pos, padded, seed, out.lse, out.weights, (b, c, rows, groups, length, d),
                     (of_queries, of_keys, of_pos, of_padding)),
                    **common, **tiling)  # fmt: skip
 
     if b > 0:
         kind = _tiles.kind_of(query.dtype, precision)
         run(_tune.choose("label_attention_core", part, kind, (b * groups, rows, length, d), run))
-    return context, mass, weights, lse

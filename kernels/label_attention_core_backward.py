@@ -213,46 +213,27 @@ def _key_gradient_kernel(
              mask=(offs_l < L)[:, None] & (offs_w < D)[None, :])  # fmt: skip
 
 
-def label_attention_core_backward(
-    grad_context: Tensor,
-    grad_mass: Tensor | None,
-    grad_weights: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    pos: Tensor | None,
-    padded: Tensor | None,
-    seed: Tensor | None,
-    context: Tensor,
-    mass: Tensor,
-    weights: Tensor,
-    lse: Tensor,
-    scale: float,
-    dropout: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, see :mod:`sadcl.ops.label_attention_core`."""
+def label_attention_core_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+    """Fill the gradients of queries, keys and values that are there, see :mod:`sadcl.ops.label_attention_core`."""
+    query, keys, lse = x.query, x.keys, saved.lse
     part = part_of(query.device)
     require_dtype(part, query.dtype)
     b, length, groups, d = keys.shape
     _, c, h, _ = query.shape
     extra = of_weights = None
-    if grad_weights is not None:
-        of_weights = grad_weights.to(lse.dtype).contiguous()
-        extra = (weights * of_weights).sum(-1)
+    if x.need_weights and upstream.grad_weights is not None:
+        of_weights = upstream.grad_weights.to(lse.dtype).contiguous()
+        extra = (saved.weights * of_weights).sum(-1)
     # Without dropout the mass is a constant.
-    of_mass = grad_mass.to(lse.dtype).contiguous() if grad_mass is not None and seed is not None else None
-    if of_mass is not None:
-        extra = of_mass * mass if extra is None else extra + of_mass * mass
-    padded = mask_for(query, padded)
+    of_mass = None
+    if upstream.grad_mass is not None and x.seed is not None:
+        of_mass = upstream.grad_mass.to(lse.dtype).contiguous()
+        extra = of_mass * saved.mass if extra is None else extra + of_mass * saved.mass
     problem = _Problem(
-        part, query, keys, keys if values is None else values, pos, padded, seed, grad_context.to(query.dtype), context,
-        lse, of_mass, of_weights, extra, scale, dropout,
+        part, query, keys, keys if x.values is None else x.values, x.pos, mask_for(query, x.padded), x.seed,
+        upstream.grad_context.to(query.dtype), saved.context, lse, of_mass, of_weights, extra, x.scale, x.dropout,
     )  # fmt: skip
-    for_query, for_keys, for_values = wanted
-    merged = values is None and for_keys and not for_values
-    grad_keys = keys.new_empty(keys.shape if for_keys else (0,))
-    grad_values = keys.new_empty(keys.shape if for_values else (0,))
+    merged = x.values is None and out.keys is not None and out.values is None
     shared = query.shape[0] == 1
     width = problem.padded_length()
     chunk = max(1, min(b, SCRATCH_BYTES // (2 * h * c * width * query.element_size())))
@@ -260,20 +241,21 @@ def label_attention_core_backward(
     for first in range(0, b, chunk):
         images = min(chunk, b - first)
         weight, slope = problem.scores(first, images, width)
-        if for_query:
+        if out.query is not None:
             parts.append(problem.query_gradient(slope, first, images, width, shared))
         if merged:
-            problem.key_gradient((slope, query), (weight, problem.upstream), grad_keys, first, images, width)
-        elif for_keys:
-            problem.key_gradient((slope, query), None, grad_keys, first, images, width)
-        if for_values:
-            problem.key_gradient((weight, problem.upstream), None, grad_values, first, images, width)
-    if not for_query or not parts:
-        return query.new_zeros(query.shape if for_query else (0,)), grad_keys, grad_values
+            problem.key_gradient((slope, query), (weight, problem.upstream), out.keys, first, images, width)
+        elif out.keys is not None:
+            problem.key_gradient((slope, query), None, out.keys, first, images, width)
+        if out.values is not None:
+            problem.key_gradient((weight, problem.upstream), None, out.values, first, images, width)
+    if out.query is None:
+        return
+    if not parts:
+        out.query.zero_()
+        return
     grad_query = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if shared and grad_query.shape[0] > 1:
-        grad_query = grad_query.sum(0, keepdim=True)
-    return grad_query.to(query.dtype), grad_keys, grad_values
+    out.query.copy_(grad_query.sum(0, keepdim=True) if shared and grad_query.shape[0] > 1 else grad_query)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ float64 (see the op): that is a few float64 operations an element, under the tim
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sadcl._dtypes import accumulation_dtype
 

@@ -11,12 +11,11 @@ The gradient is in :mod:`.sscl_backward`. The released formulation's pair maximu
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from sadcl._dtypes import accumulation_dtype
 
 from . import _tiles, _tune
 from ._device import operand
@@ -256,23 +255,18 @@ def _pair_maximum_kernel(
         tl.store(out_ptr + rows, total / tl.maximum(last - first - 1, 1).to(ACC), mask=mask_r)
 
 
-def sscl(
-    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``row_loss [B, V, C]``, ``lse``, ``norm`` and an empty tile, see :mod:`sadcl.ops.sscl`.
+def sscl(x: Any, out: Any) -> None:
+    """Fill ``out`` (:class:`sadcl.ops.sscl.Outputs`) from ``x`` (its ``Inputs``); no scores are kept.
 
     ``pairs`` may be shorter than ``B C``: scratch is sized by it, and losses are NaN if the active pairs do not fit.
     """
+    features, pairs = x.features, x.pairs
     part = part_of(features.device)
     require_dtype(part, features.dtype)
     b, v, c, _ = features.shape
-    acc = accumulation_dtype(features.dtype)
     capacity = pairs.shape[0] * v
-    row_loss = features.new_empty((b, v, c), dtype=acc)
-    lse = features.new_empty(capacity, dtype=acc)
-    norm = features.new_empty(capacity, dtype=torch.float64)
-    rows = stage_forward(features, pairs, class_ptr, normalize, norm, lse, row_loss)
-    pair_maximum = _pair_maximum(rows, pairs, temperature, v, c, b, part) if released else None
+    rows = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, out.lse, out.row_loss)
+    pair_maximum = _pair_maximum(rows, pairs, x.temperature, v, c, b, part) if x.released else None
 
     precision = _tiles.precision(features.dtype, part)
     slots = part.processors * _ITEMS_PER_PROCESSOR
@@ -283,16 +277,15 @@ def sscl(
         partial = rows.stat.new_empty(3 * max(slots, row_blocks) * block_m)
         items = min(max(slots, row_blocks), row_blocks * ceil_div(capacity, block_n))
         launch(_sweep_kernel, capped(part, items, 2),
-               (rows.tables, temperature, partial, v, rows.width, capacity),
+               (rows.tables, x.temperature, partial, v, rows.width, capacity),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d,
                PRECISION=precision, **tile.options)  # fmt: skip
         launch(_combine_kernel, capped(part, ceil_div(capacity, 64), 4),
-               (rows.segment, rows.count, partial, pair_maximum, lse, row_loss, v, c, capacity),
-               SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=released, BLOCK_R=64, num_warps=2)  # fmt: skip
+               (rows.segment, rows.count, partial, pair_maximum, out.lse, out.row_loss, v, c, capacity),
+               SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=x.released, BLOCK_R=64, num_warps=2)  # fmt: skip
 
     kind = _tiles.kind_of(features.dtype, precision)
     run(_tune.choose("sscl", part, kind, (capacity, rows.width), run))
-    return row_loss, lse, norm, row_loss.new_empty(0)
 
 
 def _pair_maximum(rows: Rows, pairs: Tensor, temperature: Tensor, v: int, c: int, b: int, part: Part) -> Tensor:

@@ -12,7 +12,8 @@ Memory: scratch per program, not per row. Four launches: stage, sweep, combine, 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -294,34 +295,26 @@ def _temperature_kernel(radial_ptr, count_ptr, temperature_ptr, out_ptr, V, rows
     tl.store(out_ptr, (-tl.sum(total) / (2.0 * tau)).to(out_ptr.dtype.element_ty))
 
 
-def sscl_backward(
-    grad_rows: Tensor,
-    features: Tensor,
-    pairs: Tensor,
-    class_ptr: Tensor,
-    temperature: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    tile: Tensor,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
-    """``grad_features [B, V, C, D]`` and ``grad_temperature``, see :mod:`sadcl.ops.sscl`."""
+def sscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+    """Fill ``grad_features [B, V, C, D]`` and ``grad_temperature``, see :mod:`sadcl.ops.sscl`."""
+    features = x.features
     part = part_of(features.device)
     require_dtype(part, features.dtype)
     v, d = features.shape[1], features.shape[3]
-    rows, peak = stage_backward(grad_rows, features, pairs, class_ptr, lse, norm, normalize)
-    grad_features = features.new_zeros(features.shape)
-    grad_temperature = torch.empty_like(temperature)
+    rows, peak = stage_backward(
+        upstream.grad_row_loss, features, x.pairs, x.class_ptr, saved.lse, saved.norm, x.normalize
+    )
+    out.grad_features.zero_()
     radial = rows.stat.new_empty(rows.capacity)
     precision = _tiles.precision(features.dtype, part)
 
     def run(choice: _tiles.Tile) -> None:
-        _sweep(choice, rows, peak, temperature, grad_features, radial, v, d, normalize, precision)
+        _sweep(choice, rows, peak, x.temperature, out.grad_features, radial, v, d, x.normalize, precision)
 
     kind = _tiles.kind_of(features.dtype, precision)
     run(_tune.choose("sscl_backward", part, kind, (rows.capacity, rows.width), run))
-    launch(_temperature_kernel, 1, (radial, rows.count, temperature, grad_temperature, v, rows.capacity), BLOCK=1024)
-    return grad_features, grad_temperature
+    of_temperature = (radial, rows.count, x.temperature, out.grad_temperature, v, rows.capacity)
+    launch(_temperature_kernel, 1, of_temperature, BLOCK=1024)
 
 
 def _sweep(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ops.label_attention import FORMS, label_attention
-from .ops.linear import Linear
+from .functional.label_attention import FORMS, label_attention
+from .linear import Linear
 
 
 class PackedAttention(nn.Module):
@@ -45,7 +45,7 @@ class LabelAttention(PackedAttention):
     called with ``query``, ``key=memory + memory_pos``, ``value=memory``; a state dict of either loads into
     the other. What differs: queries may be shared by the batch, positions need not be added beforehand, the
     weights come per head, and a fully padded image gives ``out_proj.bias`` instead of NaN. A flop count
-    picks how it is computed (:func:`sadcl.ops.label_attention.forward_macs`).
+    picks how it is computed (:func:`sadcl.functional.label_attention.forward_macs`).
 
     Args:
         embed_dim: E, width of queries, memory and output.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._backends import resolve_implicit
 from ._checks import check_floating, check_tensor
-from .ops.bank import IMPLEMENTED, bank_update
+from .functional.bank import bank_update
 
 
 class MemoryBank(nn.Module):
@@ -99,8 +98,7 @@ class MemoryBank(nn.Module):
                 )
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold: expected a probability, got {threshold}")
-        backend = resolve_implicit("bank_update", self.slots.device, IMPLEMENTED)
-        bank_update(self.slots, label_features, scores, labels, threshold, probabilities, backend)
+        bank_update(self.slots, label_features, scores, labels, threshold, probabilities)
 
     def extra_repr(self) -> str:
         """Sizes shown by print()."""

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._backends import resolve_implicit
 from ._checks import check_floating, check_tensor
 from .bank import MemoryBank
 from .classes import check_indices, fit_width
-from .ops.group_classifier import IMPLEMENTED, group_classifier
-from .ops.linear import Linear
+from .functional.group_classifier import group_classifier
+from .linear import Linear
 from .transformer import DecoderLayer, EncoderLayer, PositionSine
 
 
@@ -52,11 +51,7 @@ class GroupClassifier(nn.Module):
 
     def forward(self, label_features: Tensor) -> Tensor:
         """``[B, C, E]`` to ``[B, C]``."""
-        backend = resolve_implicit("group_classifier", label_features.device, IMPLEMENTED)
-        if backend != "torch":
-            return group_classifier(label_features, self.weight, self.bias, backend)
-        # Plain ATen: exportable, differentiable twice.
-        return (label_features * self.weight).sum(-1) + self.bias
+        return group_classifier(label_features, self.weight, self.bias)
 
 
 class Projection(nn.Module):

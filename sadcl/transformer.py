@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LabelAttention, PackedAttention
-from .ops.linear import Linear, linear
+from .functional.linear import linear
+from .linear import Linear
 
 _CACHED_SIZES = 8
 

@@ -5,17 +5,12 @@ Weights multiply the elements that ``reduction="none"`` returns; the divisor of 
 """
 
 from ..ops.compact import Active
-from ..ops.label_attention import label_attention
 from .asl import asymmetric_loss
+from .compact import ContrastiveStats, compact_labels, contrastive_stats
 from .dual import DualParts, dual_contrastive_loss
-from .sscl import (
-    FORMULATIONS,
-    ContrastiveStats,
-    compact_labels,
-    contrastive_stats,
-    prototype_contrastive_loss,
-    sample_contrastive_loss,
-)
+from .label_attention import label_attention
+from .pscl import prototype_contrastive_loss
+from .sscl import FORMULATIONS, sample_contrastive_loss
 from .supcon import supcon_loss
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Arguments that several losses share: checks that name them, and the weights in the accumulation dtype."""
+"""Arguments that several losses share: checks that name them, before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..ops.asl import Focus
+from .._dtypes import accumulation_dtype
+from ._reduce import Weights
+
+FORMULATIONS = ("paper", "released")
 
 
-def weighted(values: Tensor, class_weight: Tensor | None, sample_weight: Tensor | None) -> Tensor:
-    """Multiply ``values [B, ..., C]`` (or ``[C]``) by the weights."""
-    if class_weight is not None:
-        values = values * class_scale(class_weight, values.shape[-1], values)
-    if sample_weight is not None:
-        weight = sample_scale(sample_weight, values.shape[0], values)
-        values = values * weight.reshape(-1, *[1] * (values.dim() - 1))
-    return values
+def check_weights(
+    class_weight: Tensor | None, sample_weight: Tensor | None, b: int, c: int | None, like: Tensor
+) -> Weights:
+    """The weights ``[C]`` and ``[B]`` in the accumulation dtype of ``like``, on its device."""
+    return Weights(
+        None if class_weight is None else _check_weight("class_weight", class_weight, c, "C", like),
+        None if sample_weight is None else _check_weight("sample_weight", sample_weight, b, "B", like),
+    )
 
 
-def class_scale(weight: Tensor, c: int, like: Tensor) -> Tensor:
-    check.check_tensor("class_weight", weight, (1,), "[C]")
-    check.check_size("class_weight", weight, 0, c, "C", "labels")
+def _check_weight(name: str, weight: Tensor, size: int | None, axis: str, like: Tensor) -> Tensor:
+    check.check_tensor(name, weight, (1,), f"[{axis}]")
+    assert size is not None
+    check.check_size(name, weight, 0, size, axis, "labels")
     return weight.to(device=like.device, dtype=accumulation_dtype(like.dtype))
 
 
-def sample_scale(weight: Tensor, b: int, like: Tensor) -> Tensor:
-    check.check_tensor("sample_weight", weight, (1,), "[B]")
-    check.check_size("sample_weight", weight, 0, b, "B", "labels")
-    return weight.to(device=like.device, dtype=accumulation_dtype(like.dtype))
+def check_scale(temperature: Tensor, base_temperature: float | None, like: Tensor) -> Tensor | None:
+    """``temperature / base_temperature``, or None for 1."""
+    if base_temperature is None:
+        return None
+    return temperature / check.as_temperature(base_temperature, like, "base_temperature")
 
 
 def check_labels(labels: Tensor, b: int, c: int, like: Tensor, other: str = "features") -> None:
@@ -54,15 +59,15 @@ def check_prototypes(prototypes: Tensor, features: Tensor) -> Tensor:
     return prototypes
 
 
-def check_focus(focus: Focus) -> Focus:
-    for name in ("gamma_neg", "gamma_pos"):
-        if not 0.0 <= getattr(focus, name) < float("inf"):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(focus, name)}")
-    if not 0.0 <= focus.clip < 1.0:
-        raise ValueError(f"clip: expected a number in [0, 1), got {focus.clip}")
-    if not 0.0 < focus.eps < 1.0:
-        raise ValueError(f"eps: expected a number in (0, 1), got {focus.eps}")
-    return focus
+def check_focus(gamma_neg: float, gamma_pos: float, clip: float, eps: float) -> tuple[float, float, float, float]:
+    for name, gamma in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos)):
+        if not 0.0 <= gamma < float("inf"):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {gamma}")
+    if not 0.0 <= clip < 1.0:
+        raise ValueError(f"clip: expected a number in [0, 1), got {clip}")
+    if not 0.0 < eps < 1.0:
+        raise ValueError(f"eps: expected a number in (0, 1), got {eps}")
+    return float(gamma_neg), float(gamma_pos), float(clip), float(eps)
 
 
 def check_groups(labels: Tensor | None, b: int, features: Tensor) -> Tensor:

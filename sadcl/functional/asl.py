@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
+from .._dtypes import accumulation_dtype
 from ..ops import asl as _asl
 from . import _arguments as arguments
-from ._reduce import REDUCTIONS, reduce
+from ._reduce import REDUCTIONS, Weights, reduce
+
+BACKENDS = _asl.asl.backends
 
 
 def asymmetric_loss(
@@ -65,20 +69,20 @@ def asymmetric_loss(
     b, c = logits.shape
     arguments.check_labels(labels, b, c, logits, other="logits")
     check.check_choice("reduction", reduction, (*REDUCTIONS, "released"))
-    focus = arguments.check_focus(_asl.Focus(gamma_neg, gamma_pos, clip, eps, detach_focal_weight))
-    name = resolve(backend, "asl", logits.device, _asl.IMPLEMENTED)
+    focus = arguments.check_focus(gamma_neg, gamma_pos, clip, eps)
+    weights = arguments.check_weights(class_weight, sample_weight, b, c, logits)
+    name = resolve(backend, "asl", logits.device, BACKENDS)
 
     by_image = reduction != "none"
     if name == "reference":
-        loss = reference.asl(logits, labels, gamma_neg, gamma_pos, clip, eps, detach_focal_weight)
-        loss = arguments.weighted(loss.to(accumulation_dtype(logits.dtype)), class_weight, None)
+        loss = reference.asl(logits, labels, *focus, detach_focal_weight)
+        loss = weights.by_class(loss.to(accumulation_dtype(logits.dtype)))
         loss = loss.sum(dim=1) if by_image else loss
     else:
-        weight = None if class_weight is None else arguments.class_scale(class_weight, c, logits)
-        loss = _asl.asl(logits, labels, weight, focus, by_image, name)
-    if sample_weight is not None:
-        weight = arguments.sample_scale(sample_weight, b, loss)
-        loss = loss * (weight if by_image else weight[:, None])
+        save = torch.is_grad_enabled() and logits.requires_grad
+        x = _asl.Inputs(logits, labels, weights.of_class, *focus, detach_focal_weight, by_image, save)
+        loss = _asl.asl(x, name).loss
+    loss = Weights(None, weights.of_sample).apply(loss)
     if reduction == "none":
         return loss
     if reduction == "sum":  # before the labels are counted, which costs a fourth of the loss

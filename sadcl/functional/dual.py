@@ -9,16 +9,14 @@ from torch import Tensor
 from .. import _checks as check
 from .._backends import resolve
 from ..ops import dual as _dual
+from ..ops import sscl as _sscl
 from ..ops.compact import Active
 from . import _arguments as arguments
-from ._reduce import reduce
-from .sscl import (
-    FORMULATIONS,
-    check_active,
-    prototype_contrastive_loss,
-    released_anchors,
-    sample_contrastive_loss,
-)
+from . import pscl, sscl
+from ._arguments import FORMULATIONS
+from .compact import check_active
+
+BACKENDS = sscl.BACKENDS  # here, or as the two ops
 
 
 class DualParts(NamedTuple):
@@ -77,38 +75,37 @@ def dual_contrastive_loss(
     b, c, _ = embeddings.shape
     arguments.check_labels(labels, b, c, embeddings, other="embeddings")
     check.check_choice("formulation", formulation, FORMULATIONS)
-    active = check_active(active, labels, backend)
-    name = resolve(backend, "dual", embeddings.device, _dual.ALSO_COMPOSED)
+    name = resolve(backend, "dual", embeddings.device, BACKENDS)
 
-    if name not in _dual.IMPLEMENTED:
+    if name not in _dual.dual.backends:
         same: dict[str, Any] = {
             "formulation": formulation,
             "class_weight": class_weight,
-            "active": active,
+            "active": check_active(active, labels, backend),
             "backend": name,
         }
         views = _dual.stacked(embeddings, bank_embeddings)
         return DualParts(
-            sample_contrastive_loss(views, labels, temperature=sample_temperature, **same),
-            prototype_contrastive_loss(embeddings, prototypes, labels, temperature=prototype_temperature, **same),
+            sscl.sample_contrastive_loss(views, labels, temperature=sample_temperature, **same),
+            pscl.prototype_contrastive_loss(embeddings, prototypes, labels, temperature=prototype_temperature, **same),
         )
 
-    prototypes = arguments.check_prototypes(prototypes, embeddings)
-    released = formulation == "released"
-    rows, classes = _dual.dual(
-        _dual.Inputs(embeddings, bank_embeddings, prototypes, *active),
-        check.as_temperature(sample_temperature, embeddings),
-        check.as_temperature(prototype_temperature, embeddings),
-        released,
-        name,
+    x = _dual.Inputs(
+        embeddings,
+        bank_embeddings,
+        arguments.check_prototypes(prototypes, embeddings),
+        *(active := check_active(active, labels, backend)),
+        sample_temperature=check.as_temperature(sample_temperature, embeddings, "sample_temperature"),
+        prototype_temperature=check.as_temperature(prototype_temperature, embeddings, "prototype_temperature"),
+        released=formulation == "released",
+        keep=0,
     )
-    count = active.class_ptr[-1]
-    if released:
-        rows = rows * released_anchors(active.target, rows.shape[1])
-        classes = classes * (count > 0)
+    weights = arguments.check_weights(class_weight, None, b, c, embeddings)
+    rows = _sscl.Inputs(_dual.views_of(x), x.pairs, x.class_ptr, x.sample_temperature, True, x.released, 0)
+    out = _dual.dual(x._replace(keep=_sscl.scores_to_keep(rows, name)), name)
     return DualParts(
-        reduce(arguments.weighted(rows, class_weight, None), count * rows.shape[1], "mean"),
-        reduce(arguments.weighted(classes, class_weight, None), count, "mean"),
+        sscl.finish(out.row_loss, active, x.released, None, weights, "mean"),
+        pscl.finish(out.class_loss, active, x.released, weights, "mean"),
     )
 
 

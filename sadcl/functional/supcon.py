@@ -12,6 +12,8 @@ from ..ops import sscl as _sscl
 from . import _arguments as arguments
 from ._reduce import REDUCTIONS
 
+BACKENDS = _sscl.sscl.backends
+
 
 def supcon_loss(
     features: Tensor,
@@ -64,6 +66,8 @@ def supcon_loss(
         raise ValueError("labels and mask: expected at most one of them, got both")
     b, v, _ = features.shape
     tau = check.as_temperature(temperature, features)
+    scale = arguments.check_scale(tau, base_temperature, features)
+    weights = arguments.check_weights(None, sample_weight, b, None, features)
 
     if mask is not None:
         arguments.check_mask(mask, b, features)
@@ -73,19 +77,19 @@ def supcon_loss(
             rows = run(features, mask, tau)
     else:
         group = arguments.check_groups(labels, b, features)
-        name = resolve(backend, "supcon", features.device, _sscl.IMPLEMENTED)
+        name = resolve(backend, "supcon", features.device, BACKENDS)
         if name == "reference":
             rows = reference.supcon(features, group[:, None] == group[None, :], tau)
         else:
             pairs, group_ptr = _group_rows(group)
-            rows = _sscl.sscl(features[:, :, None], pairs, group_ptr, tau, name, normalize=False)[:, :, 0]
+            x = _sscl.Inputs(features[:, :, None], pairs, group_ptr, tau, normalize=False, released=False, keep=0)
+            rows = _sscl.sscl(x._replace(keep=_sscl.scores_to_keep(x, name)), name).row_loss[:, :, 0]
     rows = rows.to(tau.dtype)
     if contrast_mode == "one":
         rows = rows[:, :1]
-    if base_temperature is not None:
-        rows = rows * (tau / check.as_temperature(base_temperature, features, "base_temperature"))
-    if sample_weight is not None:
-        rows = rows * arguments.sample_scale(sample_weight, b, rows)[:, None]
+    if scale is not None:
+        rows = rows * scale
+    rows = weights.apply(rows)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 

@@ -181,7 +181,7 @@ class _Derivative:
         return upstream, self.op.inputs(*x), self.op.outputs(*saved), wanted
 
     def allocate(self, x: Any, wanted: tuple[str, ...]) -> Any:
-        """Uninitialised gradients; ``given`` has a tensor of the right device for those of an input that is not kept."""
+        """Uninitialised gradients, None for those that are not made."""
         if self.backward.allocate is not None:
             return self.backward.allocate(x, wanted)
         made = []
@@ -235,7 +235,8 @@ class _Derivative:
             first = torch.zeros(shape, dtype=dtype, device=device)
         tensors, constants = iter(ctx.saved_tensors), iter(ctx.constants)  # read once: checkpointing allows no more
         x = [next(tensors if is_tensor else constants) for is_tensor in self.is_tensor]
-        grads = self.fills(*_several(call(f"{self.op.name}_backward", first, *others, *x, *tensors, wanted, ctx.backend)))
+        got = call(f"{self.op.name}_backward", first, *others, *x, *tensors, wanted, ctx.backend)
+        grads = self.fills(*(None if grad.shape == (0,) else grad for grad in _several(got)))
         if self.backward.spread is not None:
             _, inputs, _, _ = self.unpack((first, *others, *x, *[None] * len(self.out_at), wanted))
             by_name = self.backward.spread(grads, inputs)

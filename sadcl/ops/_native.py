@@ -38,7 +38,7 @@ def array(tensor: Tensor) -> Any:
 def native(name: str) -> Callable[..., Any]:
     """``sadcl._C.<name>`` as a function of NamedTuples, whose fields are its arguments: ``run(x, out)``.
 
-    Tensors go as arrays, everything else as it is; arrays and constants in ``others`` come on top or take a field's place.
+    Tensors go as arrays, everything else as it is; ``others`` come on top.
     """
 
     def run(*parts: Any, **others: Any) -> Any:
@@ -73,7 +73,7 @@ def resolved(op: str, x: Any) -> Any:
             if device is None:
                 first, device = name, value.device
             elif value.device != device:
-                raise ValueError(f"{name}: expected a tensor on {device} as {first} is, got one on {value.device} ({op})")
+                raise ValueError(f"{name}: expected a tensor on {device}, as {first} is, got {value.device} ({op})")
             lazy = lazy or value.is_neg() or value.is_conj() or value._is_zerotensor()
     return type(x)(*(_materialised(value) for value in x)) if lazy else x
 

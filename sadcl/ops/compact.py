@@ -87,9 +87,11 @@ _compact = Op(
     {
         "cpp": _bounded(native("compact")),
         "triton": _bounded(triton_kernel("compact", "compact")),
-        "torch": _bounded(portable.forward_into),
+        "torch": _bounded(portable.compact),
     },
 )
+
+BACKENDS = _compact.backends
 
 
 def compact(labels: Tensor, capacity: int | None, backend: str) -> Active:

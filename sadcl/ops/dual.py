@@ -17,33 +17,53 @@ import torch
 from torch import Tensor
 
 from . import pscl, sscl
-from ._library import (
-    DTYPE_CODES,
-    array,
-    call,
-    extension,
-    implemented,
-    refuse_second_derivative,
-    register,
-    register_autograd,
-)
-
-Outputs = tuple[Tensor, ...]
+from ._library import Backward, Into, Op
+from ._native import DTYPE_CODES, array, extension, native
 
 
 class Inputs(NamedTuple):
-    """What both losses work on: ``[B, C, D]`` views (the second may be missing), prototypes ``[C, D]``, labels."""
+    """What both losses are of, see their ops."""
 
-    embeddings: Tensor
-    bank: Tensor | None
+    embeddings: Tensor  # [B, C, D], the first view
+    bank: Tensor | None  # [B, C, D], the second
+    prototypes: Tensor  # [C, D]
+    pairs: Tensor  # int32 [capacity]
+    class_ptr: Tensor  # int32 [C + 1]
+    target: Tensor  # int8 [B, C]
+    sample_temperature: Tensor  # [] in the accumulation dtype
+    prototype_temperature: Tensor  # []
+    released: bool
+    keep: int
+
+
+class Outputs(NamedTuple):
+    """Both losses, then both ops' statistics."""
+
+    row_loss: Tensor
+    class_loss: Tensor
+    lse: Tensor
+    norm: Tensor
+    kept: Tensor
+    score: Tensor
+    norm_x: Tensor
+    norm_p: Tensor
+    class_lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """What the backward fills."""
+
+    views: Tensor  # [V, B, C, D]
     prototypes: Tensor
-    pairs: Tensor
-    class_ptr: Tensor
-    target: Tensor
+    sample_temperature: Tensor
+    prototype_temperature: Tensor
 
 
-_INPUTS = "Tensor embeddings, Tensor? bank, Tensor prototypes, Tensor pairs, Tensor class_ptr, Tensor target"
-_TEMPERATURES = "Tensor sample_temperature, Tensor prototype_temperature"
+class _Upstream(NamedTuple):
+    """What the two backward kernels take from above."""
+
+    grad_row_loss: Tensor
+    grad_class_loss: Tensor
 
 
 def stacked(embeddings: Tensor, bank: Tensor | None) -> Tensor:
@@ -66,182 +86,93 @@ def _views(embeddings: Tensor, bank: Tensor | None) -> tuple[Any, Tensor | None]
     return extension().Array(embeddings.data_ptr(), DTYPE_CODES[embeddings.dtype], shape, strides), None
 
 
-def _allocate(embeddings: Tensor, bank: Tensor | None, prototypes: Tensor, pairs: Tensor, keep: int) -> Outputs:
-    """Uninitialised: sscl's (row_loss, lse, norm, tile) and pscl's (class_loss, score, norm_x, norm_p, class_lse)."""
-    b, c, d = embeddings.shape
-    rows = embeddings.as_strided((b, 1 if bank is None else 2, c, d), (0, 0, 0, 0))  # its shape and dtype are asked for
-    return *sscl._allocate(rows, pairs, keep), *pscl._allocate(embeddings, prototypes)
-
-
-def _fake(
-    embeddings: Tensor,
-    bank: Tensor | None,
-    prototypes: Tensor,
-    pairs: Tensor,
-    class_ptr: Tensor,
-    target: Tensor,
-    sample_temperature: Tensor,
-    prototype_temperature: Tensor,
-    released: bool,
-    keep: int,
-    backend: str,
-) -> Outputs:
-    return _allocate(embeddings, bank, prototypes, pairs, keep)
-
-
-def _cpp(
-    embeddings: Tensor,
-    bank: Tensor | None,
-    prototypes: Tensor,
-    pairs: Tensor,
-    class_ptr: Tensor,
-    target: Tensor,
-    sample_temperature: Tensor,
-    prototype_temperature: Tensor,
-    released: bool,
-    keep: int,
-) -> Outputs:
-    outputs = _allocate(embeddings, bank, prototypes, pairs, keep)
-    arrays, threads = [array(output) for output in outputs], torch.get_num_threads()
-    views, _copy = _views(embeddings, bank)
-    extension().sscl_forward(
-        views, array(pairs), array(class_ptr), sample_temperature.item(), True, released, *arrays[:4], threads
-    )
-    extension().pscl_forward(
-        array(embeddings),
-        array(prototypes),
-        array(target),
-        prototype_temperature.item(),
-        released,
-        *arrays[4:],
-        threads,
-    )
-    return outputs
-
-
-def _backward_fake(
-    grad_rows: Tensor,
-    grad_class: Tensor,
-    embeddings: Tensor,
-    bank: Tensor | None,
-    prototypes: Tensor,
-    pairs: Tensor,
-    class_ptr: Tensor,
-    target: Tensor,
-    sample_temperature: Tensor,
-    prototype_temperature: Tensor,
-    saved: list[Tensor],
-    released: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _apart(x: Inputs, views: Any) -> tuple[sscl.Inputs, pscl.Inputs]:
+    """The two ops' inputs."""
     return (
-        embeddings.new_empty((1 if bank is None else 2, *embeddings.shape)),
-        prototypes.new_empty(prototypes.shape),
-        torch.empty_like(sample_temperature),
-        torch.empty_like(prototype_temperature),
+        sscl.Inputs(views, x.pairs, x.class_ptr, x.sample_temperature, True, x.released, x.keep),
+        pscl.Inputs(x.embeddings, x.prototypes, x.target, x.prototype_temperature, x.released),
     )
 
 
-def _backward_cpp(
-    grad_rows: Tensor,
-    grad_class: Tensor,
-    embeddings: Tensor,
-    bank: Tensor | None,
-    prototypes: Tensor,
-    pairs: Tensor,
-    class_ptr: Tensor,
-    target: Tensor,
-    sample_temperature: Tensor,
-    prototype_temperature: Tensor,
-    saved: list[Tensor],
-    released: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_views = embeddings.new_empty((1 if bank is None else 2, *embeddings.shape))
-    grad_prototypes = prototypes.new_empty(prototypes.shape)
-    statistics, threads = [array(x) for x in saved], torch.get_num_threads()
-    views, _copy = _views(embeddings, bank)
-    grad_prototype_temperature = extension().pscl_backward(
-        array(grad_class), array(embeddings), array(prototypes), array(target), prototype_temperature.item(),
-        *statistics[3:], released, array(grad_views[0]), array(grad_prototypes), threads,
-    )  # fmt: skip
-    grad_sample_temperature = extension().sscl_backward(
-        array(grad_rows), views, array(pairs), array(class_ptr), sample_temperature.item(),
-        *statistics[:3], True, array(grad_views.transpose(0, 1)), True, threads,
-    )  # fmt: skip
+def _outputs_apart(out: Outputs) -> tuple[sscl.Outputs, pscl.Outputs]:
     return (
-        grad_views,
-        grad_prototypes,
-        torch.full_like(sample_temperature, grad_sample_temperature),
-        torch.full_like(prototype_temperature, grad_prototype_temperature),
+        sscl.Outputs(out.row_loss, out.lse, out.norm, out.kept),
+        pscl.Outputs(out.class_loss, out.score, out.norm_x, out.norm_p, out.class_lse),
     )
 
 
-_IMPLEMENTATIONS = {"cpp": _cpp}
-IMPLEMENTED = implemented(_IMPLEMENTATIONS)
-ALSO_COMPOSED = sscl.IMPLEMENTED  # what the loss runs on: here, or as the two ops
+def views_of(x: Inputs) -> Tensor:
+    """A stand-in for both views, of which shape, dtype and device may be asked and whether a gradient is wanted."""
+    first = x.embeddings if x.bank is None or x.embeddings.requires_grad else x.bank
+    return first[:, None].expand(-1, 1 if x.bank is None else 2, -1, -1)
 
-register(
+
+def allocate(x: Inputs) -> Outputs:
+    """Uninitialised outputs."""
+    of_rows, of_classes = _apart(x, views_of(x))
+    row_loss, lse, norm, kept = sscl.allocate(of_rows)
+    class_loss, score, norm_x, norm_p, class_lse = pscl.allocate(of_classes)
+    return Outputs(row_loss, class_loss, lse, norm, kept, score, norm_x, norm_p, class_lse)
+
+
+def _cpp(x: Inputs, out: Outputs) -> None:
+    views, _copy = _views(x.embeddings, x.bank)
+    (x_rows, x_classes), (out_rows, out_classes) = _apart(x, views), _outputs_apart(out)
+    native("sscl_forward")(x_rows, out_rows)
+    native("pscl_forward")(x_classes, out_classes)
+
+
+def _allocate_gradients(x: Inputs, wanted: tuple[str, ...]) -> Gradients:
+    return Gradients(
+        views=x.embeddings.new_empty((1 if x.bank is None else 2, *x.embeddings.shape)),
+        prototypes=x.prototypes.new_empty(x.prototypes.shape),
+        sample_temperature=torch.empty_like(x.sample_temperature),
+        prototype_temperature=torch.empty_like(x.prototype_temperature),
+    )
+
+
+def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Gradients) -> None:
+    views, _copy = _views(x.embeddings, x.bank)
+    (x_rows, x_classes), (rows, classes) = _apart(x, views), _outputs_apart(saved)
+    of_classes = upstream.grad_class_loss
+    if of_classes is None:
+        of_classes = upstream.grad_row_loss.new_zeros(x.prototypes.shape[0])
+    given = _Upstream(upstream.grad_row_loss, of_classes)
+    native("pscl_backward")(
+        given, x_classes, classes,
+        grad_features=array(out.views[0]), grad_prototypes=array(out.prototypes),
+        grad_temperature=array(out.prototype_temperature),
+    )  # fmt: skip
+    native("sscl_backward")(
+        given, x_rows, rows,
+        grad_features=array(out.views.transpose(0, 1)), grad_temperature=array(out.sample_temperature),
+        add_to_first=True,
+    )  # fmt: skip
+
+
+def _spread(grads: Gradients, x: Inputs) -> dict[str, Tensor | None]:
+    return {
+        "grad_embeddings": grads.views[0],
+        "grad_bank": None if x.bank is None else grads.views[1],
+        "grad_prototypes": grads.prototypes,
+        "grad_sample_temperature": grads.sample_temperature,
+        "grad_prototype_temperature": grads.prototype_temperature,
+    }
+
+
+dual = Op(
     "dual",
-    f"({_INPUTS}, {_TEMPERATURES}, bool released, int keep, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _IMPLEMENTATIONS,
-    _fake,
+    Inputs,
+    Outputs,
+    allocate,
+    {"cpp": Into(_cpp)},
+    Backward(
+        gradients=("embeddings", "bank", "prototypes", "sample_temperature", "prototype_temperature"),
+        implementations={"cpp": Into(_backward_cpp)},
+        needs=(*(name for name in Inputs._fields if name != "keep"), *Outputs._fields[2:]),
+        fills=Gradients,
+        allocate=_allocate_gradients,
+        spread=_spread,
+    ),
+    results=2,
 )
-register(
-    "dual_backward",
-    f"(Tensor grad_rows, Tensor grad_class, {_INPUTS}, {_TEMPERATURES}, Tensor[] saved, bool released, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpp": _backward_cpp},
-    _backward_fake,
-)
-refuse_second_derivative("dual_backward")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    *tensors, released, _, backend = inputs
-    statistics = (*output[1:4], *output[5:])
-    ctx.save_for_backward(*tensors, *statistics)
-    ctx.mark_non_differentiable(*statistics)
-    ctx.losses = [(output[i].shape, output[i].dtype) for i in (0, 4)]
-    ctx.released, ctx.backend = released, backend
-
-
-def _autograd(
-    ctx: Any, grad_rows: Tensor | None, _lse: Any, _norm: Any, _tile: Any, grad_class: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    upstream = [
-        tensors[0].new_zeros(shape, dtype=dtype) if grad is None else grad
-        for grad, (shape, dtype) in zip((grad_rows, grad_class), ctx.losses, strict=True)
-    ]
-    grad_views, grad_prototypes, grad_sample_temperature, grad_prototype_temperature = call(
-        "dual_backward", *upstream, *tensors[:8], list(tensors[8:]), ctx.released, ctx.backend
-    )
-    grad_bank = grad_views[1] if tensors[1] is not None else None
-    return (
-        grad_views[0], grad_bank, grad_prototypes, None, None, None,
-        grad_sample_temperature, grad_prototype_temperature, None, None, None,
-    )  # fmt: skip
-
-
-register_autograd("dual", _autograd, _setup_context)
-
-
-def dual(
-    inputs: Inputs, sample_temperature: Tensor, prototype_temperature: Tensor, released: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Loss of every anchor ``[B, V, C]`` and of every class ``[C]``, in the accumulation dtype.
-
-    Args:
-        inputs: views, prototypes and compacted labels.
-        sample_temperature: 0-d tensor of the accumulation dtype.
-        prototype_temperature: the same.
-        released: the released code's values.
-        backend: a name out of :data:`IMPLEMENTED`.
-    """
-    differentiable = (inputs.embeddings, inputs.bank, sample_temperature)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    rows = inputs.embeddings[:, None].expand(-1, 1 if inputs.bank is None else 2, -1, -1)  # a shape
-    keep = sscl.scores_to_keep(rows, inputs.pairs, inputs.class_ptr, backend) if save else 0
-    outputs = call("dual", *inputs, sample_temperature, prototype_temperature, released, keep, backend)
-    return outputs[0], outputs[4]

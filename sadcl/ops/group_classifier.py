@@ -5,143 +5,98 @@ Oracle: :func:`sadcl.reference.group_classifier.group_classifier`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from ._library import (
-    array,
-    call,
-    extension,
-    implemented,
-    refuse_second_derivative,
-    register,
-    register_autograd,
-    triton_kernel,
-)
+from ..portable import group_classifier as portable
+from ._library import Backward, Into, Op
+from ._native import native, triton_kernel
 
 
-def _dtype(features: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(features.dtype, weight.dtype)
+class Inputs(NamedTuple):
+    """What is classified, and by what."""
+
+    features: Tensor  # label features h [B, C, E] of any strides
+    weight: Tensor  # [C, E]
+    bias: Tensor  # [C]
 
 
-def _fake(features: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    return features.new_empty(features.shape[:2], dtype=_dtype(features, weight))
+class Outputs(NamedTuple):
+    """The result."""
+
+    logits: Tensor  # [B, C], in the dtype that features and weight promote to
 
 
-def _cpp(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    dtype = _dtype(features, weight)
-    acc = accumulation_dtype(dtype)
-    features, weight = _same_width(features, weight)
-    bias = bias.to(acc).contiguous()
-    logits = features.new_empty(features.shape[:2], dtype=acc)
-    extension().group_classifier_forward(
-        array(features), array(weight), array(bias), array(logits), torch.get_num_threads()
-    )
-    return logits.to(dtype)
+class _Upstream(NamedTuple):
+    grad_logits: Tensor
 
 
-def _same_width(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def allocate(x: Inputs) -> Outputs:
+    """Uninitialised outputs."""
+    dtype = torch.promote_types(x.features.dtype, x.weight.dtype)
+    return Outputs(x.features.new_empty(x.features.shape[:2], dtype=dtype))
+
+
+def _same_width(x: Inputs) -> Inputs:
     """The kernel reads mixed half and float32 in place, but float64 only together with float64."""
-    if (features.dtype == torch.float64) == (weight.dtype == torch.float64):
-        return features, weight
-    return features.double(), weight.double()
+    if (x.features.dtype == torch.float64) == (x.weight.dtype == torch.float64):
+        return x
+    return x._replace(features=x.features.double(), weight=x.weight.double())
 
 
-def _torch(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    dtype = _dtype(features, weight)
+def _cpp(x: Inputs) -> Outputs:
+    dtype = torch.promote_types(x.features.dtype, x.weight.dtype)
     acc = accumulation_dtype(dtype)
-    return ((features.to(acc) * weight.to(acc)).sum(dim=-1) + bias.to(acc)).to(dtype)
+    out = Outputs(x.features.new_empty(x.features.shape[:2], dtype=acc))
+    native("group_classifier_forward")(_same_width(x)._replace(bias=x.bias.to(acc).contiguous()), out)
+    return Outputs(out.logits.to(dtype))
 
 
-def _backward_fake(
-    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return (
-        features.new_empty(features.shape if need_features else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
+def _with_bias(of_others: Any) -> Into:
+    """``of_others``, and the bias's gradient."""
+
+    def run(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+        if out.grad_features is not None or out.grad_weight is not None:
+            of_others(upstream, x, saved, out)
+        if out.grad_bias is not None:
+            out.grad_bias.copy_(upstream.grad_logits.sum(dim=0))
+
+    return Into(run)
+
+
+def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
+    same = _same_width(x)
+    given = _Upstream(upstream.grad_logits.to(accumulation_dtype(same.features.dtype)))
+    if same is x:
+        native("group_classifier_backward")(given, same, out)
+        return
+    wide = out._replace(
+        grad_features=None if out.grad_features is None else out.grad_features.double(),
+        grad_weight=None if out.grad_weight is None else out.grad_weight.double(),
     )
+    native("group_classifier_backward")(given, same, wide)
+    for narrow, value in ((out.grad_features, wide.grad_features), (out.grad_weight, wide.grad_weight)):
+        if narrow is not None and narrow is not value:
+            narrow.copy_(value)
 
 
-def _backward_cpp(
-    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    x, w = _same_width(features, weight)
-    upstream = grad_logits.to(accumulation_dtype(x.dtype))
-    grads = _backward_fake(grad_logits, x, w, need_features, need_weight, "cpp")
-    extension().group_classifier_backward(
-        array(upstream), array(x), array(w),
-        array(grads[0]) if need_features else None, array(grads[1]) if need_weight else None, torch.get_num_threads(),
-    )  # fmt: skip
-    return grads[0].to(features.dtype), grads[1].to(weight.dtype)
-
-
-def _backward_torch(
-    grad_logits: Tensor, features: Tensor, weight: Tensor, need_features: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    acc = accumulation_dtype(_dtype(features, weight))
-    upstream = grad_logits.to(acc)[..., None]
-    grads = list(_backward_fake(grad_logits, features, weight, False, False, "torch"))
-    if need_features:
-        grads[0] = (upstream * weight.to(acc)).to(features.dtype).contiguous()
-    if need_weight:
-        grads[1] = (upstream * features.to(acc)).sum(dim=0).to(weight.dtype).contiguous()
-    return grads[0], grads[1]
-
-
-_IMPLEMENTATIONS = {"cpp": _cpp, "triton": triton_kernel("group_classifier", "group_classifier"), "torch": _torch}
-IMPLEMENTED = implemented(_IMPLEMENTATIONS)
-
-register(
-    "group_classifier", "(Tensor features, Tensor weight, Tensor bias, str backend) -> Tensor", _IMPLEMENTATIONS, _fake
+group_classifier = Op(
+    "group_classifier",
+    Inputs,
+    Outputs,
+    allocate,
+    {"cpp": _cpp, "triton": Into(triton_kernel("group_classifier", "group_classifier")), "torch": portable.forward},
+    Backward(
+        gradients=("features", "weight", "bias"),
+        implementations={
+            "cpp": _with_bias(_backward_cpp),
+            "triton": _with_bias(triton_kernel("group_classifier", "group_classifier_backward")),
+            "torch": _with_bias(portable.backward),
+        },
+        partial=True,
+        twice="sadcl.portable.group_classifier is differentiable twice",
+    ),
 )
-register(
-    "group_classifier_backward",
-    "(Tensor grad_logits, Tensor features, Tensor weight, bool need_features, bool need_weight, str backend)"
-    " -> (Tensor, Tensor)",
-    {
-        "cpp": _backward_cpp,
-        "triton": triton_kernel("group_classifier", "group_classifier_backward"),
-        "torch": _backward_torch,
-    },
-    _backward_fake,
-)
-refuse_second_derivative("group_classifier_backward")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, weight, bias, backend = inputs
-    ctx.save_for_backward(features, weight)
-    ctx.bias_dtype, ctx.backend = bias.dtype, backend
-
-
-def _autograd(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
-    need_features, need_weight, need_bias, _ = ctx.needs_input_grad
-    grad_features = grad_weight = None
-    if need_features or need_weight:
-        grad_features, grad_weight = call(
-            "group_classifier_backward", grad_logits, *ctx.saved_tensors, need_features, need_weight, ctx.backend
-        )
-    return (
-        grad_features if need_features else None,
-        grad_weight if need_weight else None,
-        grad_logits.sum(dim=0).to(ctx.bias_dtype) if need_bias else None,
-        None,
-    )
-
-
-register_autograd("group_classifier", _autograd, _setup_context)
-
-
-def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    """Logits ``[B, C]``, in the dtype that features and weight promote to.
-
-    Args:
-        features: label features h ``[B, C, E]`` of any strides.
-        weight: ``[C, E]``.
-        bias: ``[C]``.
-        backend: a name out of :data:`IMPLEMENTED`.
-    """
-    return call("group_classifier", features, weight, bias, backend)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import sscl as portable
 from ._library import Backward, Into, Op
 from ._native import extension, native, triton_kernel
@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
 
     row_loss: Tensor  # accumulation dtype [B, V, C], 0 where inactive
     lse: Tensor  # accumulation dtype [capacity * V]; +inf for an anchor without a positive
-    norm: Tensor  # float64 [capacity * V]
+    norm: Tensor  # norm dtype [capacity * V]
     kept: Tensor  # accumulation dtype [keep]
 
 
@@ -62,7 +62,7 @@ def allocate(x: Inputs) -> Outputs:
     return Outputs(
         row_loss=x.features.new_empty((b, v, c), dtype=dtype),
         lse=x.features.new_empty(rows, dtype=dtype),
-        norm=x.features.new_empty(rows, dtype=torch.float64),
+        norm=x.features.new_empty(rows, dtype=norm_dtype(x.features.device)),
         kept=x.features.new_empty(x.keep, dtype=dtype),
     )
 

@@ -5,7 +5,7 @@ Runs on any device. It reads the number of active pairs (a sync on a GPU), which
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,12 +64,11 @@ def _scores(z: Tensor, block: slice, temperature: Tensor) -> Tensor:
     return s
 
 
-def forward(
-    features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, normalize: bool, released: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``row_loss [B, V, C]``, ``lse [capacity]`` and ``norm [capacity]``, see the op's docstring."""
-    b, v, c, _ = features.shape
-    rows = _gather(features, pairs, class_ptr, normalize)
+def forward(x: Any) -> dict[str, Tensor]:
+    """Outputs of :class:`sadcl.ops.sscl.Inputs`; no scores are kept."""
+    b, v, c, _ = x.features.shape
+    temperature, released = x.temperature, x.released
+    rows = _gather(x.features, x.pairs, x.class_ptr, x.normalize)
     z, n = rows.z, rows.z.shape[0]
     mean_positive = (z * (_group_sum(rows, z)[rows.group] - z)).sum(dim=1) / temperature / rows.peers.clamp(min=1)
     lse, pivot = z.new_empty(n), z.new_zeros(n)
@@ -87,11 +86,11 @@ def forward(
 
     row_loss = z.new_zeros(b, v, c)
     row_loss[rows.image, :, rows.label] = loss.reshape(-1, v)
-    capacity = pairs.shape[0] * v
-    all_lse, all_norm = z.new_zeros(capacity), rows.norm.new_zeros(capacity, dtype=torch.float64)
+    capacity = x.pairs.shape[0] * v
+    all_lse, all_norm = z.new_zeros(capacity), rows.norm.new_zeros(capacity)
     all_lse[:n] = lse.masked_fill(~has_positive, float("inf"))
     all_norm[:n] = rows.norm
-    return row_loss, all_lse, all_norm
+    return {"row_loss": row_loss, "lse": all_lse, "norm": all_norm, "kept": z.new_empty(0)}
 
 
 def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor) -> Tensor:
@@ -123,22 +122,13 @@ def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor)
     return total / rows.peers.clamp(min=1)
 
 
-def backward(
-    grad_rows: Tensor,
-    features: Tensor,
-    pairs: Tensor,
-    class_ptr: Tensor,
-    temperature: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    tile: Tensor,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return ``grad_features [B, V, C, D]`` and ``grad_temperature []`` by the closed form of the op's docstring."""
+def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    """Gradients of features and temperature by the closed form of docs/architecture.md."""
+    features, temperature, grad_rows = x.features, x.temperature, upstream.grad_row_loss
     v = features.shape[1]
-    rows = _gather(features, pairs, class_ptr, normalize)
+    rows = _gather(features, x.pairs, x.class_ptr, x.normalize)
     z, n = rows.z, rows.z.shape[0]
-    lse = lse[:n]
+    lse = saved.lse[:n]
     m = grad_rows[rows.image, :, rows.label].reshape(-1).to(z.dtype)
     m = torch.where(torch.isposinf(lse), 0.0, m)
     g = torch.empty_like(z)
@@ -152,10 +142,10 @@ def backward(
     g = (g - torch.where(rows.peers[:, None] > 0, numerator / rows.peers.clamp(min=1)[:, None], 0.0)) / temperature
     radial = (z * g).sum(dim=1)
     grad_temperature = -radial.sum() / (2.0 * temperature)
-    if normalize:
-        scale = norm[:n, None]
+    if x.normalize:
+        scale = saved.norm[:n, None]
         tangential = (g - z * radial[:, None]).to(scale.dtype)
         g = torch.where(scale == 0, 0.0, tangential / scale).to(z.dtype)
     grad_features = features.new_zeros(features.shape)
     grad_features[rows.image, :, rows.label] = g.reshape(-1, v, features.shape[3]).to(features.dtype)
-    return grad_features, grad_temperature
+    return {"grad_features": grad_features, "grad_temperature": grad_temperature}

@@ -1,0 +1,73 @@
+"""Labels compacted once for all losses, and what they hold, as functions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._backends import resolve
+from ..ops import compact as _compact
+from ..ops.compact import Active
+
+BACKENDS = _compact.BACKENDS
+
+
+class ContrastiveStats(NamedTuple):
+    """What a contrastive loss worked on, as 0-d tensors (nothing is read back from the device).
+
+    Attributes:
+        anchors: anchors with at least one positive.
+        positives: (anchor, positive) pairs.
+    """
+
+    anchors: Tensor
+    positives: Tensor
+
+
+def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int | None = None) -> Active:
+    """Compact labels once for several losses; pass the result as their ``active=``.
+
+    Args:
+        labels: ``[B, C]`` of any real dtype; 1 active, 0 not, -1 ignored.
+        backend: ``None``, ``"cpp"``, ``"triton"`` or ``"torch"``.
+        capacity: the most active pairs there can be; the losses' buffers follow it. Default: ``B * C``.
+
+    Returns:
+        :class:`sadcl.ops.compact.Active`, whose docstring has a worked example.
+
+    Raises:
+        ValueError: if the rank is not 2, a dimension is empty, or (on a CPU, or with ``SADCL_CHECK=1``) a value is
+            something else, or there are more active pairs than ``capacity``. (On a GPU without the check the losses
+            become NaN then, and :attr:`Active.overflowed` is true.)
+        TypeError: if ``labels`` is not a tensor or is complex.
+    """
+    check.check_tensor("labels", labels, (2,), "[B, C]")
+    check.check_nonempty("labels", labels)
+    if labels.is_complex():
+        raise TypeError(f"labels: expected a real dtype, got {labels.dtype}")
+    name = resolve(backend, "compact", labels.device, BACKENDS)
+    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+        raise ValueError(f"capacity: expected None or an integer > 0, got {capacity!r}")
+    return _compact.compact(labels, capacity, "torch" if name == "reference" else name)
+
+
+def contrastive_stats(labels: Tensor, views: int = 1, *, active: Active | None = None) -> ContrastiveStats:
+    """Count the anchors and positives that SSCL finds in ``labels [B, C]`` with ``views`` views of every image.
+
+    A loss of 0 because nothing could be contrasted is thereby told from a perfect one.
+    """
+    rows = check_active(active, labels, None).class_ptr.diff().long() * views
+    return ContrastiveStats(torch.where(rows > 1, rows, 0).sum(), (rows * (rows - 1).clamp(min=0)).sum())
+
+
+def check_active(active: Active | None, labels: Tensor, backend: str | None) -> Active:
+    if active is None:
+        return compact_labels(labels, backend)
+    if not isinstance(active, Active):
+        raise TypeError(f"active: expected the result of compact_labels, got {type(active).__name__}")
+    if active.target.shape != labels.shape:
+        raise ValueError(f"active: expected it from labels {tuple(labels.shape)}, got {tuple(active.target.shape)}")
+    return active

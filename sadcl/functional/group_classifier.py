@@ -1,0 +1,31 @@
+"""The group-wise classifier as a function."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._backends import resolve_implicit
+from ..ops import group_classifier as _group_classifier
+from ..portable.group_classifier import classify
+
+BACKENDS = _group_classifier.group_classifier.backends
+
+
+def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
+    """``logit[b, c] = <weight[c], features[b, c]> + bias[c]``.
+
+    Source: SADCL (ECAI 2023), the group-wise classifier of SARL.
+
+    Args:
+        features: label features h ``[B, C, E]`` of any strides.
+        weight: ``[C, E]``.
+        bias: ``[C]``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``[B, C]``, in the dtype that features and weight promote to.
+    """
+    name = backend or resolve_implicit("group_classifier", features.device, BACKENDS)
+    if name == "torch":  # plain ATen: exportable, differentiable twice
+        return classify(features, weight, bias)
+    return _group_classifier.group_classifier(_group_classifier.Inputs(features, weight, bias), name).logits
