@@ -34,7 +34,7 @@ SsclRows make_rows(const Array& features, const Array& pairs, const Array& class
 
 void bind_sscl_forward(const Array& features, const Array& pairs, const Array& class_ptr, double temperature,
                        bool normalize, bool released, const Array& row_loss, const Array& lse, const Array& norm,
-                       const Array& tile, int threads) {
+                       const Array& kept, int threads) {
   SsclForward args;
   args.rows = make_rows(features, pairs, class_ptr, temperature, normalize, threads);
   args.released = released;
@@ -43,19 +43,19 @@ void bind_sscl_forward(const Array& features, const Array& pairs, const Array& c
   check_buffer("row_loss", row_loss, acc, features.shape[0] * features.shape[1] * features.shape[2]);
   check_buffer("lse", lse, acc, rows);
   check_buffer("norm", norm, kF64, rows);
-  check_buffer("tile", tile, acc, count(tile));
+  check_buffer("kept", kept, acc, count(kept));
   args.row_loss = row_loss.data;
   args.lse = lse.data;
   args.norm = static_cast<double*>(norm.data);
-  args.tile = tile.data;
-  args.tile_size = count(tile);
+  args.kept = kept.data;
+  args.kept_size = count(kept);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   table.sscl_forward(args);
 }
 
 double bind_sscl_backward(const Array& grad_rows, const Array& features, const Array& pairs, const Array& class_ptr,
-                          double temperature, const Array& lse, const Array& norm, const Array& tile, bool normalize,
+                          double temperature, const Array& lse, const Array& norm, const Array& kept, bool normalize,
                           const Array& grad_features, bool add_to_first, int threads) {
   SsclBackward args;
   args.rows = make_rows(features, pairs, class_ptr, temperature, normalize, threads);
@@ -69,7 +69,7 @@ double bind_sscl_backward(const Array& grad_rows, const Array& features, const A
                             ", got shape " + shape_text(grad_rows));
   check_buffer("lse", lse, acc, rows);
   check_buffer("norm", norm, kF64, rows);
-  check_buffer("tile", tile, acc, count(tile));
+  check_buffer("kept", kept, acc, count(kept));
   check_dtype("grad_features", grad_features, features.dtype);
   check_shape("grad_features", grad_features, {features.shape[0], features.shape[1], features.shape[2], features.shape[3]});
   Array by_view = grad_features;  // [V, B, C, D]
@@ -80,8 +80,8 @@ double bind_sscl_backward(const Array& grad_rows, const Array& features, const A
   args.grad_rows = grad_rows;
   args.lse = lse.data;
   args.norm = static_cast<const double*>(norm.data);
-  args.tile = tile.data;
-  args.tile_size = count(tile);
+  args.kept = kept.data;
+  args.kept_size = count(kept);
   args.grad_features = grad_features;
   args.add_to_first = add_to_first;
   const KernelTable& table = kernels();
@@ -92,11 +92,14 @@ double bind_sscl_backward(const Array& grad_rows, const Array& features, const A
 }  // namespace
 
 void bind_sscl(py::module_& m) {
+  m.attr("SSCL_FEW_SCORES") = kFewScores;
+  m.def("sscl_keep", &sscl_keep, py::arg("n"), py::arg("width"),
+        "How many scores of n rows of `width` features are worth keeping; SSCL_FEW_SCORES: up to this many always");
   m.def("sscl_forward", &bind_sscl_forward, py::arg("features"), py::arg("pairs"), py::arg("class_ptr"),
         py::arg("temperature"), py::arg("normalize"), py::arg("released"), py::arg("row_loss"), py::arg("lse"),
-        py::arg("norm"), py::arg("tile"), py::arg("threads"));
+        py::arg("norm"), py::arg("kept"), py::arg("threads"));
   m.def("sscl_backward", &bind_sscl_backward, py::arg("grad_rows"), py::arg("features"), py::arg("pairs"),
-        py::arg("class_ptr"), py::arg("temperature"), py::arg("lse"), py::arg("norm"), py::arg("tile"),
+        py::arg("class_ptr"), py::arg("temperature"), py::arg("lse"), py::arg("norm"), py::arg("kept"),
         py::arg("normalize"), py::arg("grad_features"), py::arg("add_to_first"), py::arg("threads"));
 }
 

@@ -93,7 +93,7 @@ void to_weights(const Rows<T>& rows, const Block<T>& block, const Anchors<T>& an
 }
 
 template <class T>
-void load_scores(const Block<T>& block, const T* tile) {
+void load_scores(const Block<T>& block, const T* square) {
   constexpr int P = Block<T>::P;
   const int64_t n = block.n;
   for (int jp = 0; jp < block.panels; ++jp)
@@ -101,7 +101,7 @@ void load_scores(const Block<T>& block, const T* tile) {
       const int64_t row = block.i0 + i, j = block.j0 + int64_t(jp) * P;
       T* s = block.at(jp, i);
       const int64_t count = row >= n ? 0 : n - j < P ? n - j : P;
-      for (int64_t l = 0; l < P; ++l) s[l] = l < count ? tile[row * n + j + l] : T(0);
+      for (int64_t l = 0; l < P; ++l) s[l] = l < count ? square[row * n + j + l] : T(0);
     }
 }
 
@@ -148,7 +148,7 @@ template <class T>
 void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, T* gradients) {
   constexpr int P = Rows<T>::P;
   const Blocks<T> blocks(rows.panels, rows.threads);
-  const Kept<T> kept(static_cast<T*>(const_cast<void*>(args.tile)), args.tile_size, blocks);
+  const Kept<T> kept(static_cast<T*>(const_cast<void*>(args.kept)), args.kept_size, blocks);
   const bool valid = kept.valid();
   Scratch<Workspace<T>> workspaces(rows.threads);
   for_all_pairs(blocks.count, rows.threads, [&](int64_t a, int64_t b) {
@@ -206,14 +206,14 @@ class InactiveRows {
 // Few rows, scores at hand: a panel at a time from its weights to the gradient's rows, no rounds and nothing to transpose.
 // Zeroing waits for memory and the products do not, so the two take turns in one queue.
 template <class T>
-void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
+void backward_from_square(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
   constexpr int P = Rows<T>::P;
-  const int64_t square = rows.panels * P * P, panel_size = rows.depth * P;
+  const int64_t size = rows.panels * P * P, panel_size = rows.depth * P;
   const InactiveRows<T> inactive(rows, args);
   // Few rows may be active in a gradient that is worth a second thread's zeros.
   const int threads = inactive.pieces() > 4 ? team_size(rows.in.threads) : rows.threads;
   const int64_t tasks = rows.panels + inactive.pieces();
-  Scratch<T> weights(threads * square), gradients(threads * panel_size);
+  Scratch<T> weights(threads * size), gradients(threads * panel_size);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t task = tasks - 1; task >= 0; --task) {  // a panel comes first, the shorter pieces last
     const int64_t p = task * rows.panels / tasks;
@@ -221,10 +221,10 @@ void backward_from_tile(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
       inactive.zero(task - p);
       continue;
     }
-    T* w = weights.get() + thread_index() * square;
+    T* w = weights.get() + thread_index() * size;
     T* g = gradients.get() + thread_index() * panel_size;
     const Block<T> block = {0, p * P, rows.n, int(rows.panels) * P, 1, w};  // all rows against this panel's
-    load_scores(block, static_cast<const T*>(args.tile));
+    load_scores(block, static_cast<const T*>(args.kept));
     to_weights(rows, block, anchors);
     memset(g, 0, size_t(panel_size) * sizeof(T));
     mix_panels(w, 1, rows.z.get(), int(rows.panels), rows.depth, g);
@@ -248,14 +248,14 @@ double backward(const SsclBackward& args) {
   const Array& out = args.grad_features;
   const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
   const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
-  const bool fits = rows.n * rows.n <= kTileScores && rows.n * rows.n <= args.tile_size;
+  const bool fits = rows.n * rows.n <= kFewScores && rows.n * rows.n <= args.kept_size;
   want_huge_pages(out.data, size_t(bytes));
   gather(rows, const_cast<double*>(args.norm), true,
          {Fill{static_cast<char*>(out.data) + kept, fits ? 0 : bytes - kept}});
   Anchors<T> anchors(rows, args);
   const double tau = args.rows.temperature, scale = anchors.scale / tau;
   Scratch<double> radial(rows.panels + 1);
-  fits ? backward_from_tile(rows, anchors, args, scale, radial.get())
+  fits ? backward_from_square(rows, anchors, args, scale, radial.get())
        : backward_by_blocks(rows, anchors, args, scale, radial.get());
   double total = 0;
   for (int64_t p = 0; p < rows.panels; ++p) total += radial[p];

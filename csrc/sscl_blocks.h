@@ -8,13 +8,14 @@ SADCL_KERNELS_BEGIN
 
 constexpr double kLog2E = 1.4426950408889634074;
 
-// Panels [first, last) form a block. 192 rows: w and its transpose (2 x 147 KB) stay in L2, and a panel of weights
-// (192 x P) in L1 while mix_panels runs over it.
+// Panels [first, last) form a block. 192 rows (kBlockRows): w and its transpose (2 x 147 KB) stay in L2, and a panel of
+// weights (192 x P) in L1 while mix_panels runs over it.
 template <class T>
 struct Blocks {
   static constexpr int P = Tile<T>::P;
   static constexpr int kFit = 27 * 1024 / (P * int(sizeof(T)));
-  static constexpr int kMaxPanels = (kFit < 192 ? kFit : 192) / P;
+  static constexpr int kMaxPanels = (kFit < kBlockRows ? kFit : kBlockRows) / P;
+  static_assert(kWidestPanel % P == 0, "sscl_keep counts in panels of kWidestPanel");
   int64_t panels, count;
 
   // At least two blocks a thread, so that a round of `for_all_pairs` has a task for everybody.
@@ -32,6 +33,7 @@ template <class T>
 class Kept {
  public:
   static constexpr int64_t kHead = 64 / sizeof(T);
+  static_assert(kHead <= kKeptHead, "sscl_keep leaves room for the head");
 
   Kept(T* data, int64_t size, const Blocks<T>& blocks) : data_(data), size_(size), blocks_(blocks), start_(blocks.count + 1) {
     int64_t at = kHead;

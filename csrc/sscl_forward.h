@@ -1,4 +1,4 @@
-// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; kept are those that `tile` has room for.
+// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; kept are those that `kept` has room for.
 #pragma once
 #include "sscl_blocks.h"
 #include "sscl_released.h"
@@ -83,8 +83,6 @@ void add_positives(const Rows<T>& rows, const Block<T>& block, Workspace<T>& ws,
 
 // --- few rows: all scores fit a cache ---
 
-constexpr int64_t kTileScores = 1 << 18;  // 1 MB of float32; the size that the op layer allocates for `tile`
-
 template <class T>
 T largest_of(const T* s, int64_t n) {
   T value = T(-HUGE_VAL);
@@ -103,32 +101,32 @@ double sum_exp(const T* s, int64_t n, T pivot, Scale<T> scale) {
   return double(sum<T>(total + exp2<T>(tail - pivot, scale)));
 }
 
-// Scores of panel p against itself and those after it, written to both places of the symmetric tile [n][n].
+// Scores of panel p against itself and those after it, written to both places of the symmetric square [n][n].
 template <class T>
-void fill_tile_panel(Rows<T>& rows, int64_t p, T* w, T* tile) {
+void fill_square_panel(Rows<T>& rows, int64_t p, T* w, T* square) {
   constexpr int P = Rows<T>::P;
   const int64_t n = rows.n, i1 = (p + 1) * P < n ? (p + 1) * P : n;
   const Block<T> block = {p * P, p * P, n, P, int(rows.panels - p), w};
   compute_scores(rows, block);
   for (int64_t i = p * P; i < i1; ++i)
-    for (int64_t j = p * P; j < n; ++j) tile[i * n + j] = block.score(i, j);
+    for (int64_t j = p * P; j < n; ++j) square[i * n + j] = block.score(i, j);
   for (int64_t j = i1; j < n; ++j)
-    for (int64_t i = p * P; i < i1; ++i) tile[j * n + i] = tile[i * n + j];
+    for (int64_t i = p * P; i < i1; ++i) square[j * n + i] = square[i * n + j];
 }
 
 // Half of the scores computed, all kept; then every row by itself. No rounds: nobody adds to another's sums.
 template <class T>
-void fill_tile(Rows<T>& rows, T* tile, Statistics<T>& stats) {
-  const int64_t n = rows.n, square = rows.panels * Rows<T>::P * Rows<T>::P;
+void fill_square(Rows<T>& rows, T* square, Statistics<T>& stats) {
+  const int64_t n = rows.n, size = rows.panels * Rows<T>::P * Rows<T>::P;
   const Scale<T> scale(kLog2E / rows.in.temperature);
-  Scratch<T> scores(rows.threads * square);
+  Scratch<T> scores(rows.threads * size);
 #pragma omp parallel num_threads(rows.threads)
   {
 #pragma omp for schedule(dynamic, 1)  // the longest first
-    for (int64_t p = 0; p < rows.panels; ++p) fill_tile_panel(rows, p, scores.get() + thread_index() * square, tile);
+    for (int64_t p = 0; p < rows.panels; ++p) fill_square_panel(rows, p, scores.get() + thread_index() * size, square);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
-      const T* s = tile + i * n;
+      const T* s = square + i * n;
       const T left = largest_of(s, i), right = largest_of(s + i + 1, n - i - 1), peak = left > right ? left : right;
       const T pivot = peak == T(-HUGE_VAL) ? T(0) : peak;
       stats.peak[i] = peak;
@@ -255,21 +253,21 @@ template <class T>
 void forward(const SsclForward& args) {
   Rows<T> rows(args.rows, !args.released);
   const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
-  const bool small = squared <= kTileScores, fits = small && squared <= args.tile_size;
-  T* kept = static_cast<T*>(args.tile);
-  want_huge_pages(kept, size_t(args.tile_size) * sizeof(T));
+  const bool small = squared <= kFewScores, fits = small && squared <= args.kept_size;
+  T* kept = static_cast<T*>(args.kept);
+  want_huge_pages(kept, size_t(args.kept_size) * sizeof(T));
   gather(rows, args.norm, false,
          {rest(static_cast<T*>(args.row_loss), 0, rows.in.features.shape[0] * rows.V * rows.C),
           rest(static_cast<T*>(args.lse), rows.n, capacity), rest(args.norm, rows.n, capacity),
-          rest(kept, fits ? squared : 0, small ? args.tile_size : 0)});
+          rest(kept, fits ? squared : 0, small ? args.kept_size : 0)});
 
   Scratch<T> own(small && !fits ? squared : 1);
-  T* tile = !small ? nullptr : fits ? kept : own.get();
+  T* square = !small ? nullptr : fits ? kept : own.get();
   Statistics<T> stats(rows.n);
-  if (small) fill_tile(rows, tile, stats);
-  else sweep_forward(rows, !args.released && rows.bound <= kFixedBound, stats, kept, args.tile_size);
+  if (small) fill_square(rows, square, stats);
+  else sweep_forward(rows, !args.released && rows.bound <= kFixedBound, stats, kept, args.kept_size);
   Scratch<double> maxima(args.released ? rows.n + 1 : 1);
-  if (args.released) released_maxima(rows, tile, maxima.get());
+  if (args.released) released_maxima(rows, square, maxima.get());
   write_rows(rows, args, stats, maxima.get());
 }
 

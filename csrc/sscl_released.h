@@ -13,7 +13,7 @@ constexpr int64_t kStripeEntries = 1 << 20;  // of R, for each thread (4 MB)
 template <class T>
 struct Stripe {
   Rows<T>& rows;
-  const T* tile;         // [n][n] z_i.z_j, or null: compute them
+  const T* square;         // [n][n] z_i.z_j, or null: compute them
   int64_t image0, image1;
   T* entries;            // [(image1 - image0) * V][B * V]
   const uint8_t* full;   // [B] does the image have every class?
@@ -49,10 +49,10 @@ struct Stripe {
   void add_class(const Range& all, const Range& mine, T* block) const {
     constexpr int P = Rows<T>::P;
     const T factor = T(1 / rows.in.temperature);
-    if (tile != nullptr) {
+    if (square != nullptr) {
       for (int64_t i = mine.first; i < mine.last; ++i)
         for (int64_t j = all.first; j < all.last; ++j)
-          if (i != j) raise(i, j, tile[i * rows.n + j] * factor);
+          if (i != j) raise(i, j, square[i * rows.n + j] * factor);
       return;
     }
     for (int64_t ip = mine.first / P; ip * P < mine.last; ++ip)
@@ -80,7 +80,7 @@ struct Stripe {
 
 // mean[i], for rows with at least one positive.
 template <class T>
-void released_maxima(Rows<T>& rows, const T* tile, double* mean) {
+void released_maxima(Rows<T>& rows, const T* square, double* mean) {
   constexpr int P = Rows<T>::P;
   const SsclRows& in = rows.in;
   const int64_t images = in.features.shape[0], width = images * rows.V, active = rows.n / rows.V;
@@ -99,7 +99,7 @@ void released_maxima(Rows<T>& rows, const T* tile, double* mean) {
 #pragma omp parallel for num_threads(rows.threads) schedule(dynamic, 1)
   for (int64_t image = 0; image < images; image += step) {
     const int thread = thread_index();
-    const Stripe<T> stripe{rows, tile, image, image + step < images ? image + step : images,
+    const Stripe<T> stripe{rows, square, image, image + step < images ? image + step : images,
                            entries.get() + thread * stripe_size, full.get()};
     stripe.reset();
     for (int64_t c = 0; c < in.num_classes; ++c) {

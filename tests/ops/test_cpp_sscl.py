@@ -21,7 +21,6 @@ from torch import Tensor
 _C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("sscl_*.npz"))
-TILE = 1 << 18
 DTYPES = {
     torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4,
     torch.int8: 5, torch.int16: 6, torch.int32: 7, torch.int64: 8,
@@ -73,7 +72,7 @@ class Run:
     row_loss: Tensor = field(init=False)
     lse: Tensor = field(init=False)
     norm: Tensor = field(init=False)
-    tile: Tensor = field(init=False)
+    kept: Tensor = field(init=False)
     grad: Tensor = field(init=False)
     grad_temperature: float = field(init=False)
 
@@ -85,9 +84,9 @@ class Run:
         rows = V * pairs.numel()
         self.row_loss, self.lse = poisoned(B, V, C, dtype=acc), poisoned(rows, dtype=acc)
         self.norm = poisoned(rows, dtype=torch.float64)
-        self.tile = poisoned(min(rows * rows, TILE) if self.keep is None else self.keep, dtype=acc)
+        self.kept = poisoned(min(rows * rows, _C.SSCL_FEW_SCORES) if self.keep is None else self.keep, dtype=acc)
         head = (array(x), array(pairs), array(class_ptr), self.temperature)
-        outputs = [array(t) for t in (self.row_loss, self.lse, self.norm, self.tile)]
+        outputs = [array(t) for t in (self.row_loss, self.lse, self.norm, self.kept)]
         _C.sscl_forward(*head, self.normalize, self.released, *outputs, self.threads)
         if self.anchor_weights is None:
             self.anchor_weights = torch.full((B, V, C), 1 / max(V * int(class_ptr[-1]), 1), dtype=acc)
@@ -104,7 +103,7 @@ class Run:
         self.active = V * int(class_ptr[-1])
 
     def tensors(self) -> list[Tensor]:
-        return [self.row_loss, self.lse, self.norm, self.tile, self.grad, torch.tensor(self.grad_temperature)]
+        return [self.row_loss, self.lse, self.norm, self.kept, self.grad, torch.tensor(self.grad_temperature)]
 
 
 @dataclass
@@ -289,14 +288,14 @@ def test_ragged(case: str, views: int, isa: str) -> None:
 
 @pytest.mark.parametrize("keep", [None, 0])
 @pytest.mark.parametrize("rows", [500, 512, 520, 1300])
-def test_around_the_tile_limit(rows: int, keep: int | None, isa: str) -> None:
+def test_around_the_limit_of_few_scores(rows: int, keep: int | None, isa: str) -> None:
     x, labels, weights = make(rows // 4, 1, 8, 24, density=0.0)
     labels.view(-1)[torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(1))[:rows]] = 1
     run = Run(x, labels, keep=keep, anchor_weights=weights)
     assert run.active == rows
     check(run, oracle(x, labels, 0.2, weights), 3e-5)
-    assert torch.isfinite(run.tile).all() and run.tile[: rows * rows].any() == (keep is None)
-    assert not run.tile[rows * rows :].any()
+    assert torch.isfinite(run.kept).all() and run.kept[: rows * rows].any() == (keep is None)
+    assert not run.kept[rows * rows :].any()
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -309,13 +308,33 @@ def test_kept_scores_change_nothing(dtype: torch.dtype, released: bool, isa: str
     for threads in (1, 3):
         want = Run(x, labels, keep=0, threads=threads, **same)
         assert want.active > 1000
-        for keep in (7, 100, 1 << 18, 1 << 20):
+        for keep in (7, 100, _C.SSCL_FEW_SCORES, 1 << 20):
             got = Run(x, labels, keep=keep, threads=threads, **same)
-            assert torch.isfinite(got.tile).all() and got.tile.any() == (keep > 7)
+            assert torch.isfinite(got.kept).all() and got.kept.any() == (keep > 7)
             for a, b in zip(got.tensors(), want.tensors(), strict=True):
-                assert a is got.tile or torch.equal(a, b)
+                assert a is got.kept or torch.equal(a, b)
         other = Run(x, labels, keep=1 << 20, threads=threads, backward_threads=2, **same)
         torch.testing.assert_close(other.grad, want.grad, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_there_is_room_for_the_scores_that_are_worth_keeping(dtype: torch.dtype, isa: str) -> None:
+    """sscl_keep follows the blocks: where it says all, a larger buffer holds not one score more."""
+    for rows in (513, 4 * 192, 1100):
+        keep = _C.sscl_keep(rows, 1000)
+        assert rows * rows // 2 < keep < rows * rows
+        x, labels, weights = make(rows, 1, 1, 4, density=2.0)
+        for threads in (1, 2, 3):
+            given = Run(x.to(dtype), labels, anchor_weights=weights.to(dtype), keep=keep, threads=threads).kept
+            more = Run(x.to(dtype), labels, anchor_weights=weights.to(dtype), keep=2 * keep, threads=threads).kept
+            assert torch.equal(given, more[:keep]) and not more[keep:].any()
+
+
+def test_what_is_worth_keeping() -> None:
+    few = math.isqrt(_C.SSCL_FEW_SCORES)
+    assert [_C.sscl_keep(n, 1) for n in (0, 3, few, few + 1)] == [0, 9, _C.SSCL_FEW_SCORES, 0]
+    wide, half, narrow = (_C.sscl_keep(2000, width) for width in (400, 200, 100))
+    assert wide > 2000 * 2000 / 2 and half == 3.5 * 2000 * 200 and narrow == 0
 
 
 def test_released_maxima_in_stripes(isa: str) -> None:
