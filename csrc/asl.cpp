@@ -262,7 +262,7 @@ bool forward(const AslForward& a) {
   Scratch<double> part(B * chunks);  // sums by chunk, so that the order does not depend on the threads
   const T* weight = static_cast<const T*>(a.class_weight);
   bool bad = false;
-  if (a.grad != nullptr) want_huge_pages(a.grad, size_t(B * C) * sizeof(T));
+  if (a.slope != nullptr) want_huge_pages(a.slope, size_t(B * C) * sizeof(T));
 
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(|| : bad)
   for (int64_t i = 0; i < B * chunks; ++i) {
@@ -272,7 +272,7 @@ bool forward(const AslForward& a) {
     const T* y = contiguous<T>(a.labels, b, c, n, buffer[1], wide);
     const T* x = contiguous<T>(a.logits, b, c, n, buffer[0], ignore);
     T* loss = a.sum_classes ? nullptr : static_cast<T*>(a.loss) + at;
-    T* grad = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + at;
+    T* grad = a.slope == nullptr ? nullptr : static_cast<T*>(a.slope) + at;
     part[i] = chunk<T, kClip>(n, x, y, weight ? weight + c : nullptr, loss, grad, focus, wrong);
     bad = bad || wrong || wide;
   }
@@ -298,7 +298,7 @@ void backward(const AslBackward& a) {
   for (int64_t i = 0; i < B * chunks; ++i) {
     const int64_t b = i / chunks, c = i % chunks * kChunk, n = C - c < kChunk ? C - c : kChunk, at = b * C + c;
     const T* upstream = static_cast<const T*>(a.grad_loss.data) + b * a.grad_loss.stride[0] + c * stride;
-    const T* grad = static_cast<const T*>(a.grad) + at;
+    const T* grad = static_cast<const T*>(a.slope) + at;
     T buffer[kChunk];
     T* row = out.dtype == kF32 || out.dtype == kF64 ? static_cast<T*>(out.data) + at : buffer;
     if (stride == 0) {

@@ -12,13 +12,13 @@ struct AslForward {
   bool detach_focal_weight;
   bool sum_classes;
   void* loss;  // T [B, C], or T [B] if sum_classes
-  void* grad;  // T [B, C], or null if nothing will be differentiated
+  void* slope; // T [B, C], or null if nothing will be differentiated
   int threads;
 };
 
 struct AslBackward {
   Array grad_loss;    // T [B, C], any strides (0 in dimension 1 for the sum over classes)
-  const void* grad;   // T [B, C]
+  const void* slope;  // T [B, C]
   Array grad_logits;  // [B, C] contiguous, logits' dtype
   int threads;
 };

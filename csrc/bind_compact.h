@@ -4,28 +4,30 @@
 #include <cmath>
 #include <cstdio>
 
-#include "bind.h"
 #include "compact.h"
+#include "fields.h"
 
 namespace sadcl {
 namespace {
 
-void bind_compact_of(const Array& labels, const Array& pairs, const Array& class_ptr, const Array& target, int threads) {
-  check_rank("labels", labels, 2);
-  const int64_t size = count(labels);
+void bind_compact_of(const py::kwargs& fields) {
+  const Fields given(fields);
+  Compact a;
+  a.labels = given.tensor("labels");
+  check_rank("labels", a.labels, 2);
+  const int64_t size = count(a.labels);
   if (size > INT32_MAX)
-    throw py::value_error("labels: expected fewer than 2^31 elements, got shape " + shape_text(labels));
-  check_buffer("pairs", pairs, kI32, size);
-  check_buffer("class_ptr", class_ptr, kI32, labels.shape[1] + 1);
-  check_buffer("target", target, kI8, size);
+    throw py::value_error("labels: expected fewer than 2^31 elements, got shape " + shape_text(a.labels));
+  a.pairs = given.buffer<int32_t>("pairs", kI32, size);
+  a.class_ptr = given.buffer<int32_t>("class_ptr", kI32, a.labels.shape[1] + 1);
+  a.target = given.buffer<int8_t>("target", kI8, size);
+  a.threads = given.threads();
   constexpr int kShown = 5;
   double bad[kShown + 1];
   int found;
   {
     py::gil_scoped_release release;
-    found = compact({labels, static_cast<int32_t*>(pairs.data), static_cast<int32_t*>(class_ptr.data),
-                     static_cast<int8_t*>(target.data), threads},
-                    bad, kShown + 1);
+    found = compact(a, bad, kShown + 1);
   }
   if (found == 0) return;
   std::string text = "labels: expected 0, 1 or -1 (ignored), got values ";
@@ -40,8 +42,7 @@ void bind_compact_of(const Array& labels, const Array& pairs, const Array& class
 }  // namespace
 
 void bind_compact(py::module_& m) {
-  m.def("compact", &bind_compact_of, py::arg("labels"), py::arg("pairs"), py::arg("class_ptr"), py::arg("target"),
-        py::arg("threads") = 1);
+  m.def("compact", &bind_compact_of, "The fields of sadcl.ops.compact.Inputs and Active, for all B * C pairs");
 }
 
 }  // namespace sadcl

@@ -56,6 +56,7 @@ class Fields {
     else *buffer<float>(name, kF32, 1) = static_cast<float>(value);
   }
 
+  bool has(const char* name) const { return PyDict_GetItemString(given_.ptr(), name) != nullptr; }
   bool flag(const char* name) const { return get(name).cast<bool>(); }
   double number(const char* name) const { return get(name).cast<double>(); }
   int64_t integer(const char* name) const { return get(name).cast<int64_t>(); }

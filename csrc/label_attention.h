@@ -17,7 +17,7 @@ struct LabelAttention {
   Array out_weight;         // [E, E]
   Array out_bias;           // [E], or no data
   const uint8_t* padded;    // [B, L] or null
-  const uint8_t* kept;      // [B, L, heads * C] or null: what dropout leaves
+  const uint8_t* survivors; // [B, L, heads * C] or null: what dropout leaves
   double keep_scale;        // ... and by what it multiplies it
   int64_t heads;
   bool folded;
@@ -25,7 +25,7 @@ struct LabelAttention {
 
   void* out;      // T [B, C, E]
   void* weights;  // T [B, L, heads * C] as applied
-  void* soft;     // T, before dropout; only with `kept`
+  void* soft;     // T, before dropout; only with `survivors`
   void* mass;     // T [heads, B, C], sums of `weights` over positions
   void* q;        // T [Q * C, E] projected queries
   void* keys;     // T folded: [Q, heads, C, E] queries times key weights; plain: [B, L, E] projected keys

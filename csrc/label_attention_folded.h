@@ -42,7 +42,7 @@ struct Folded {
        result(keys, head_rows(), p.C * E));
     mm(over_positions(rows(), width(), E), p.positions(true, false, shared), operand(by_image(keys, false, shared)),
        result(weights, {width()}, p.L * width()));
-    normalise(p, weights, p.a.kept ? static_cast<T*>(p.a.soft) : nullptr, mass, mm.threads());
+    normalise(p, weights, p.a.survivors ? static_cast<T*>(p.a.soft) : nullptr, mass, mm.threads());
     mm({width(), E, p.L, {p.B, 1}}, operand(of_weights(weights, true)), p.positions(false, true, false),
        result(values, {E}, width() * E));
     Result<T> c = result(context, {E}, p.d);

@@ -148,7 +148,7 @@ void normalise(const Problem<T>& p, T* scores, T* soft, T* mass, int threads) {
       }
       for (int j = 0; j < n; ++j) row[j] *= total[j];
       if (soft) {
-        const uint8_t* keep = p.a.kept + (row - scores);
+        const uint8_t* keep = p.a.survivors + (row - scores);
         memcpy(soft + (row - scores), row, n * sizeof(T));
         for (int j = 0; j < n; ++j) row[j] = keep[j] ? row[j] * T(p.a.keep_scale) : T(0);
       }
@@ -163,7 +163,7 @@ void normalise(const Problem<T>& p, T* scores, T* soft, T* mass, int threads) {
 template <class T>
 void normalise_backward(const Problem<T>& p, T* grad, const T* added, const T* more, int threads) {
   const int64_t width = p.H * p.C;
-  const T* soft = static_cast<const T*>(p.a.kept == nullptr ? p.a.weights : p.a.soft);
+  const T* soft = static_cast<const T*>(p.a.survivors == nullptr ? p.a.weights : p.a.soft);
   for_chunks(p, threads, [&](int64_t b, int64_t j0, int n) {
     T sum[kChunk] = {}, start[kChunk] = {};
     const int64_t at = b * p.L * width + j0;
@@ -178,8 +178,8 @@ void normalise_backward(const Problem<T>& p, T* grad, const T* added, const T* m
       for (int j = 0; j < n; ++j) g[j] += start[j];
       if (more)
         for (int j = 0; j < n; ++j) g[j] += more[at + l * width + j];
-      if (p.a.kept)
-        for (int j = 0; j < n; ++j) g[j] = p.a.kept[at + l * width + j] ? g[j] * T(p.a.keep_scale) : T(0);
+      if (p.a.survivors)
+        for (int j = 0; j < n; ++j) g[j] = p.a.survivors[at + l * width + j] ? g[j] * T(p.a.keep_scale) : T(0);
       for (int j = 0; j < n; ++j) sum[j] += g[j] * soft[at + l * width + j];
     }
     for (int64_t l = 0; l < p.L; ++l) {

@@ -36,7 +36,7 @@ struct Plain {
     mm({p.B * p.L, E, E}, p.positions(true, false, true), operand(p.weight(1, true, false)), k);
     mm({p.B * p.L, E, E}, p.positions(false, false, true), operand(p.weight(2, true, false)), v);
     mm({p.L, p.C, p.d, {p.B, p.H}}, operand(head(keys, p.L, false)), operand(of_queries(false)), to_weights(weights));
-    normalise(p, weights, p.a.kept ? static_cast<T*>(p.a.soft) : nullptr, mass, mm.threads());
+    normalise(p, weights, p.a.survivors ? static_cast<T*>(p.a.soft) : nullptr, mass, mm.threads());
     mm({p.C, p.d, p.L, {p.B, p.H}}, operand(of_weights(weights, true)), kept(head(values, p.L, true)), to_head(context, p.C));
   }
 

@@ -246,23 +246,28 @@ class _Derivative:
         return tuple(answer)
 
 
+def watched(*args: Any) -> bool:
+    """Whether somebody watches what runs: a tracer, a dispatch mode (fake tensors, a FLOP counter), torch.func."""
+    return (
+        is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in _PLAIN for x in args)
+    )
+
+
 def call(name: str, *args: Any) -> Any:
     """Run ``sadcl::name``: through torch's dispatcher where somebody watches, else straight to the kernel.
 
-    Who watches: a compiler or tracer, a dispatch mode (fake tensors, a FLOP counter), a tensor subclass, meta tensors.
-    For everybody else the way through the dispatcher and torch.library's wrappers is 0.1 ms a call, more than a small
-    loss takes.
+    Who watches: a compiler or tracer, a dispatch mode, a tensor subclass, meta tensors. For everybody else the way
+    through the dispatcher and torch.library's wrappers is 0.1 ms a call, more than a small loss takes.
     """
-    if (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
-        or args[0].is_meta
-        or any(type(x) not in _PLAIN for x in args)
-    ):
+    if torch.compiler.is_compiling():
         return getattr(torch.ops.sadcl, name)(*args)
-    if torch._C._are_functorch_transforms_active():
-        return _TRANSFORMED[name](*args)
+    if args[0].is_meta or watched(*args):
+        if torch._C._are_functorch_transforms_active() and not is_in_torch_dispatch_mode():
+            return _TRANSFORMED[name](*args)
+        return getattr(torch.ops.sadcl, name)(*args)
     return _EAGER[name](*args)
 
 

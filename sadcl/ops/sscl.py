@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._backends import backends
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import sscl as portable
-from ._library import Backward, Into, Op
+from ._library import Backward, Into, Op, watched
 from ._native import extension, native, triton_kernel
 
 
@@ -43,16 +44,19 @@ class Outputs(NamedTuple):
     kept: Tensor  # accumulation dtype [keep]
 
 
+# A traced shape must not depend on the labels: under a compiler no more than what is kept of every small problem.
+_FEW_SCORES = extension().SSCL_FEW_SCORES if backends()["cpp"].available else 0
+
+
 def scores_to_keep(x: Inputs, backend: str) -> int:
     """How many scores the forward keeps for the backward: none, unless one is coming."""
     if backend != "cpp" or not torch.is_grad_enabled() or not (x.features.requires_grad or x.temperature.requires_grad):
         return 0
     v, d = x.features.shape[1], x.features.shape[3]
-    rows = x.pairs.shape[0] * v
-    # A traced shape must not depend on the labels.
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        rows = v * int(x.class_ptr[-1])
-    return extension().sscl_keep(rows, d)
+    most = (x.pairs.shape[0] * v) ** 2
+    if most <= _FEW_SCORES or torch.compiler.is_compiling() or watched(x.class_ptr):
+        return min(most, _FEW_SCORES)
+    return extension().sscl_keep(v * int(x.class_ptr[-1]), d)
 
 
 def allocate(x: Inputs) -> Outputs:
