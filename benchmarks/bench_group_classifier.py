@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from sadcl import reference
-from sadcl.ops.group_classifier import group_classifier
+from sadcl.functional.group_classifier import group_classifier
 from sadcl.testing import make_features, value_and_grads
 
 BATCH, CLASSES, WIDTH = 32, 80, 2048

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from sadcl.attention import LabelAttention
-from sadcl.ops.label_attention import choose_form, forward_macs
+from sadcl.functional.label_attention import choose_form, forward_macs
 
 Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -35,7 +35,7 @@ from benchmarks import (
 from sadcl import functional as F
 from sadcl import reference
 from sadcl.bank import MemoryBank
-from sadcl.ops.group_classifier import group_classifier
+from sadcl.functional.group_classifier import group_classifier
 from sadcl.reference.label_attention import label_attention as attention_oracle
 from sadcl.testing import Shape, make_features, make_labels
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sadcl.ops.label_attention import backward_macs, choose_form, forward_macs
+from sadcl.functional.label_attention import backward_macs, choose_form, forward_macs
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 ELEMENT = 2  # bytes of a bfloat16

@@ -33,7 +33,7 @@ def _seeded() -> None:
 def backends_here(op: str, *also: str) -> list[object]:
     """Parameters for the CPU backends of ``op`` and for ``also``: what cannot run here is skipped, and says why."""
     known = sadcl.backends()
-    wanted = [name for name in importlib.import_module(f"sadcl.ops.{op}").IMPLEMENTED if name != "triton"]
+    wanted = [name for name in importlib.import_module(f"sadcl.functional.{op}").BACKENDS if name != "triton"]
     return [
         pytest.param(
             name,

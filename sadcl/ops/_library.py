@@ -100,6 +100,7 @@ class Op:
     results: int = 1
     mutates: str | None = None
     backends: tuple[str, ...] = field(init=False)
+    derivative: _Derivative | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(name for name in PREFERENCE if name in self.implementations))
@@ -107,26 +108,25 @@ class Op:
         schema = [f"{_SCHEMA[types[name]]} {name}" for name in self.inputs._fields]
         if self.mutates is not None:
             schema[self.inputs._fields.index(self.mutates)] = f"Tensor(a!) {self.mutates}"
-        runs = {name: self._forward(implementation) for name, implementation in self.implementations.items()}
+        runs = {name: functools.partial(self.run, backend=name) for name in self.implementations}
         _register(self.name, schema, len(self.outputs._fields), self.inputs, runs, self.allocate)
         if self.backward is not None:
-            _Derivative(self, self.backward, types).register()
+            object.__setattr__(self, "derivative", _Derivative(self, self.backward, types))
         OPS[self.name] = self
 
     def __call__(self, inputs: Any, backend: str) -> Any:
         """Run the implementation ``backend``, which resolve() has found able to run."""
         return self.outputs(*_several(call(self.name, *inputs, backend)))
 
-    def _forward(self, implementation: Implementation) -> Callable[[Any], Any]:
-        def run(x: Any) -> Any:
-            if isinstance(implementation, Into):
-                out = self.allocate(x)
-                implementation.run(x, out)
-                return out
-            given = implementation(x)
-            return self.outputs(**given) if isinstance(given, Mapping) else given
-
-        return run
+    def run(self, x: Any, backend: str) -> Any:
+        """Outputs by one implementation, past the dispatcher and autograd."""
+        implementation = self.implementations[backend]
+        if isinstance(implementation, Into):
+            out = self.allocate(x)
+            implementation.run(x, out)
+            return out
+        given = implementation(x)
+        return self.outputs(**given) if isinstance(given, Mapping) else given
 
 
 class _Derivative:
@@ -152,11 +152,12 @@ class _Derivative:
         self.schema += [f"Tensor {outputs[i]}" for i in self.out_at]
         self.schema += ["bool[] wanted"]
         self.arguments: Any = namedtuple("arguments", [part.split()[1] for part in self.schema])  # type: ignore[misc]
+        self._register()
 
-    def register(self) -> None:
+    def _register(self) -> None:
         """Define the op, its fake, the first derivative, and the refusal of the second."""
         name = f"{self.op.name}_backward"
-        runs = {key: functools.partial(self.run, value) for key, value in self.backward.implementations.items()}
+        runs = {key: functools.partial(self.run, backend=key) for key in self.backward.implementations}
         _register(name, self.schema, len(self.fills._fields), self.arguments, runs, self.fake)
 
         def refuse(ctx: Any, *_: Any) -> Any:
@@ -191,8 +192,14 @@ class _Derivative:
             made.append(None if left_out else like.new_empty(like.shape))
         return self.fills(*made)
 
-    def run(self, implementation: Implementation, given: Any) -> tuple[Tensor, ...]:
+    def pack(self, upstream: tuple[Tensor | None, ...], x: Any, out: Any, wanted: tuple[str, ...] | None = None) -> Any:
+        """The backward op's arguments, but for the backend; ``wanted`` None: all gradients of inputs that are there."""
+        asked = [getattr(x, name) is not None if wanted is None else name in wanted for name in self.backward.gradients]
+        return self.arguments(*upstream, *(x[i] for i in self.x_at), *(out[i] for i in self.out_at), asked)
+
+    def run(self, given: Any, backend: str) -> tuple[Tensor, ...]:
         """Run one backend's implementation; what it left out is a tensor of no elements."""
+        implementation = self.backward.implementations[backend]
         upstream, x, saved, wanted = self.unpack(given)
         if isinstance(implementation, Into):
             grads = self.allocate(x, wanted)

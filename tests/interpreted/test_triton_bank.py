@@ -8,7 +8,7 @@ from sadcl.kernels import _launch
 
 from sadcl import reference
 from sadcl.bank import MemoryBank
-from sadcl.ops.bank import bank_update
+from sadcl.functional.bank import bank_update
 from sadcl.testing import RAGGED, layouts, make_labels
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

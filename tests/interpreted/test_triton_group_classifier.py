@@ -10,8 +10,8 @@ from sadcl.kernels import _launch
 from torch import Tensor
 
 from sadcl import reference
+from sadcl.functional.group_classifier import group_classifier
 from sadcl.head import GroupClassifier
-from sadcl.ops.group_classifier import group_classifier
 from sadcl.testing import assert_within_budget, layouts, make_features, poisoned_allocations, value_and_grads
 
 

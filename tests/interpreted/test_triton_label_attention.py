@@ -10,7 +10,7 @@ from sadcl.kernels import _launch, label_attention_core_backward
 from torch import Tensor
 from torch.library import opcheck
 
-from sadcl.ops.label_attention import FORMS, label_attention
+from sadcl.functional.label_attention import FORMS, label_attention
 from sadcl.reference.label_attention import label_attention as oracle
 from sadcl.testing import layouts, poisoned_allocations
 

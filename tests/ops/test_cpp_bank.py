@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from sadcl import reference
 from sadcl.bank import MemoryBank
-from sadcl.ops.bank import bank_update
+from sadcl.functional.bank import bank_update
 from sadcl.testing import layouts, make_labels
 
 BACKENDS = backends_here("bank")

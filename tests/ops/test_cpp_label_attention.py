@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from sadcl.ops.label_attention import FORMS, label_attention
+from sadcl.functional.label_attention import FORMS, label_attention
 from sadcl.reference.label_attention import label_attention as oracle
 
 _C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")

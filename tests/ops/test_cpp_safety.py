@@ -14,8 +14,8 @@ from torch import Tensor
 from sadcl import functional as F
 from sadcl import metrics
 from sadcl.bank import MemoryBank
+from sadcl.functional.linear import linear
 from sadcl.head import GroupClassifier
-from sadcl.ops.linear import linear
 from sadcl.testing import make_features, make_labels, value_and_grads
 
 pytest.importorskip("sadcl._C", reason="the CPU extension is not built")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from sadcl import reference
+from sadcl.functional.group_classifier import group_classifier
 from sadcl.head import GroupClassifier
-from sadcl.ops.group_classifier import group_classifier
 from sadcl.testing import assert_within_budget, layouts, make_features, poisoned_allocations, value_and_grads
 
 BACKENDS = backends_here("group_classifier")

@@ -10,7 +10,7 @@ from conftest import backends_here
 from torch import Tensor, nn
 
 from sadcl.attention import LabelAttention
-from sadcl.ops.label_attention import FORMS, backward_macs, choose_form, forward_macs, label_attention
+from sadcl.functional.label_attention import FORMS, backward_macs, choose_form, forward_macs, label_attention
 from sadcl.reference.label_attention import label_attention as oracle
 
 B, C, L, E, H = 3, 5, 11, 24, 4

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from sadcl.ops import linear as ops
-from sadcl.ops.linear import Linear, linear
+from sadcl.functional import linear as ops
+from sadcl.functional.linear import linear
+from sadcl.linear import Linear
 
 pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sadcl import functional as F
 from sadcl import reference
-from sadcl.ops.group_classifier import group_classifier
-from sadcl.ops.label_attention import FORMS, label_attention
+from sadcl.functional.group_classifier import group_classifier
+from sadcl.functional.label_attention import FORMS, label_attention
 from sadcl.reference.label_attention import label_attention as attention_oracle
 from sadcl.testing import RAGGED, layouts, make_features, make_labels, poisoned_allocations, value_and_grads
 
