@@ -143,7 +143,8 @@ def job_of(launch: Any, arch: str, operands: str) -> Job:
 
     def describe(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
-            return tuple(describe(part, (*path, index)) for index, part in enumerate(value))
+            parts = [describe(part, (*path, index)) for index, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]

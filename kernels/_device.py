@@ -10,6 +10,8 @@ import triton.language as tl
 # The interpreter multiplies bfloat16 operands as integers, truncates where it should round, and loses subnormals.
 # There, operands of 16 bits are widened to float32 before a dot: the tensor-core path is compiled, not executed.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -65,3 +67,30 @@ def atanh_series(t, TERMS: tl.constexpr):
     for i in tl.static_range(TERMS):
         total = total * square + 1.0 / (2 * (TERMS - 1 - i) + 1)
     return 2.0 * t * total
+
+
+@triton.jit
+def finite(highest):
+    """``highest``, and 0 while nothing was seen: what exponentials are taken against is finite."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
+def online_step(highest, total, s, AXIS: tl.constexpr = 1, BASE_2: tl.constexpr = True):
+    """One step of a log-sum-exp over ``AXIS`` of ``s``: the maximum so far, the sum of exponentials against it."""
+    grown = tl.maximum(highest, tl.max(s, axis=AXIS))
+    pivot = finite(grown)
+    below = s - tl.expand_dims(pivot, AXIS)
+    if BASE_2:
+        total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(below), axis=AXIS)
+    else:
+        total = total * tl.exp(highest - pivot) + tl.sum(tl.exp(below), axis=AXIS)
+    return grown, total
+
+
+@triton.jit
+def online_merge(highest, total, other_highest, other_total):
+    """Two such pairs, in base 2, become one."""
+    grown = tl.maximum(highest, other_highest)
+    pivot = finite(grown)
+    return grown, total * tl.exp2(highest - pivot) + other_total * tl.exp2(other_highest - pivot)

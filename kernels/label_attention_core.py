@@ -34,7 +34,7 @@ from torch import Tensor
 from sadcl._dtypes import accumulation_dtype
 
 from . import _tiles, _tune
-from ._device import INTERPRET, narrow, operand, widen
+from ._device import INTERPRET, finite, narrow, online_step, operand, widen
 from ._launch import capped, ceil_div, launch, part_of, require_dtype
 
 
@@ -162,13 +162,9 @@ def _attend_kernel(
                            (query_strides[3], key_strides, pos_strides), BLOCK_D, ACC, PRECISION)  # fmt: skip
             s = tl.where(valid[None, :], s * SCALE, float("-inf"))
             tl.store(score_ptr + own + offs_l[None, :], s)
-            grown = tl.maximum(highest, tl.max(s, axis=1))
-            pivot = tl.where(grown == float("-inf"), 0.0, grown)
-            total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(s - pivot[:, None]), axis=1)
-            highest = grown
-        pivot = tl.where(highest == float("-inf"), 0.0, highest)
+            highest, total = online_step(highest, total, s)
         # No position at all: weights 2^(-inf - inf) = 0.
-        lse = tl.where(total == 0, float("inf"), pivot + tl.log2(tl.where(total == 0, 1.0, total)))
+        lse = tl.where(total == 0, float("inf"), finite(highest) + tl.log2(tl.where(total == 0, 1.0, total)))
         tl.store(lse_ptr + image_row, lse, mask=mask_m)
 
         tl.debug_barrier()

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiles, _tune
-from ._device import narrow, operand, widen
+from ._device import LOG2E, narrow, operand, widen
 from ._launch import Part, ceil_div, launch, part_of, require_dtype
 from .label_attention_core import (
     by_head,
@@ -73,7 +73,6 @@ def _score_gradient_kernel(
     first_image, C, R, groups, L, D, keys, splits, per_split = sizes
     query_strides, key_strides, value_strides, pos_strides, pad_strides, up_strides, context_strides = strides
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    LOG2E: tl.constexpr = 1.4426950408889634
     image, g, row_block = locate(tl.program_id(0) // splits, tl.cdiv(R, BLOCK_M), groups)
     b = image + first_image
     local = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -244,11 +243,11 @@ def label_attention_core_backward(upstream: Any, x: Any, saved: Any, out: Any) -
         if out.query is not None:
             parts.append(problem.query_gradient(slope, first, images, width, shared))
         if merged:
-            problem.key_gradient((slope, query), (weight, problem.upstream), out.keys, first, images, width)
+            problem.key_gradient(((slope, query), (weight, problem.upstream)), out.keys, first, images, width)
         elif out.keys is not None:
-            problem.key_gradient((slope, query), None, out.keys, first, images, width)
+            problem.key_gradient(((slope, query),), out.keys, first, images, width)
         if out.values is not None:
-            problem.key_gradient((weight, problem.upstream), None, out.values, first, images, width)
+            problem.key_gradient(((weight, problem.upstream),), out.values, first, images, width)
     if out.query is None:
         return
     if not parts:
@@ -358,18 +357,11 @@ class _Problem:
         return results[0]
 
     def key_gradient(
-        self,
-        pair: tuple[Tensor, Tensor],
-        other: tuple[Tensor, Tensor] | None,
-        out: Tensor,
-        first: int,
-        images: int,
-        width: int,
+        self, pairs: tuple[tuple[Tensor, Tensor], ...], out: Tensor, first: int, images: int, width: int
     ) -> None:
         """Sum over a group's rows of matrix times rows, for one or two such pairs, into ``out [B, L, groups, D]``."""
         c, rows, groups, length, d = self.sizes
-        matrix, x = pair
-        other_matrix, other_x = other if other is not None else (None, None)
+        (matrix, x), (other_matrix, other_x) = (*pairs, (None, None))[:2]
         strides = by_head(x), by_image(other_x) if other_x is not None else (0,) * 4
 
         def run(tile: _tiles.Tile) -> None:

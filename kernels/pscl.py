@@ -15,7 +15,7 @@ import triton.language as tl
 
 from sadcl._dtypes import accumulation_dtype
 
-from ._device import narrow, power_of_two_scale, reciprocal, widen
+from ._device import finite, narrow, online_step, power_of_two_scale, reciprocal, widen
 from ._launch import ceil_div, launch, part_of, require_dtype
 
 _BLOCK_BATCH = 128  # images a step of the per-class reduction
@@ -69,18 +69,8 @@ def _score_kernel(
 
 
 @triton.jit
-def _grow(highest, total, score, chosen):
-    """One online step of a log-sum-exp over the images; the pivot stays finite while nothing was chosen."""
-    score = tl.where(chosen, score, float("-inf"))
-    grown = tl.maximum(highest, tl.max(score, axis=0))
-    pivot = tl.where(grown == float("-inf"), 0.0, grown)
-    return grown, total * tl.exp(highest - pivot) + tl.sum(tl.exp(score - pivot[None, :]), axis=0)
-
-
-@triton.jit
 def _log_sum(highest, total):
-    pivot = tl.where(highest == float("-inf"), 0.0, highest)
-    return tl.where(total == 0, float("-inf"), pivot + tl.log(tl.where(total == 0, 1.0, total)))
+    return tl.where(total == 0, float("-inf"), finite(highest) + tl.log(tl.where(total == 0, 1.0, total)))
 
 
 @triton.jit
@@ -101,8 +91,10 @@ def _class_kernel(
         offsets = offs_b.to(tl.int64)[:, None] * C + offs_c[None, :]
         target = tl.load(target_ptr + offsets, mask=mask, other=-1)  # [BLOCK_B, BLOCK_C]
         score = tl.load(score_ptr + offsets, mask=mask, other=0)
-        high_all, sum_all = _grow(high_all, sum_all, score, target != -1)
-        high_pos, sum_pos = _grow(high_pos, sum_pos, score, target == 1)
+        valid_score = tl.where(target != -1, score, float("-inf"))
+        high_all, sum_all = online_step(high_all, sum_all, valid_score, 0, False)
+        positive_score = tl.where(target == 1, score, float("-inf"))
+        high_pos, sum_pos = online_step(high_pos, sum_pos, positive_score, 0, False)
         positives += tl.sum((target == 1).to(tl.int32), axis=0)
         valid += tl.sum((target != -1).to(tl.int32), axis=0)
     lse_all = _log_sum(high_all, sum_all)

@@ -18,12 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiles, _tune
-from ._device import operand
+from ._device import LN2, LOG2E, finite, online_merge, online_step, operand
 from ._launch import Part, capped, ceil_div, launch, part_of, require_dtype
-from ._rows import Rows, count_rows, load_rows, overflowed, stage_forward
+from ._rows import Rows, count_rows, load_rows, overflowed, segment, slot, stage_forward, unit_factor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 _ITEMS_PER_PROCESSOR = 4  # evens out the last wave: 185 row blocks on 132 processors are 370 half items, not 2 waves
 
 
@@ -38,35 +36,23 @@ def partition(n, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def product(
-    z_ptr,
-    rows,
-    mask_r,
-    cols,
-    mask_c,
-    width,
-    ACC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def product(table, rows, mask_r, cols, mask_c, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Tile ``[rows, cols]`` of products of scaled rows."""
+    ACC: tl.constexpr = table.stat.dtype.element_ty
     tile = tl.zeros([rows.shape[0], cols.shape[0]], ACC)
-    for start in range(0, width, BLOCK_D):
+    for start in range(0, table.width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        a = load_rows(z_ptr, rows, mask_r, offs_d, width)
-        b = load_rows(z_ptr, cols, mask_c, offs_d, width)
+        a = load_rows(table, rows, mask_r, offs_d)
+        b = load_rows(table, cols, mask_c, offs_d)
         tile = tl.dot(operand(a), tl.trans(operand(b)), tile, input_precision=PRECISION, out_dtype=ACC)
     return tile
 
 
 @triton.jit
 def _sweep_kernel(
-    tables,
+    table,
     temperature_ptr,
     partial_ptr,
-    V,
-    width,
-    rows_cap,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,19 +60,17 @@ def _sweep_kernel(
     PRECISION: tl.constexpr,
 ):
     """Per row and split: maximum, sum of exponentials (both in base 2) and the sum over its positives."""
-    z_ptr, stat_ptr, segment_ptr, count_ptr = tables
-    ACC: tl.constexpr = stat_ptr.dtype.element_ty
-    n = count_rows(count_ptr, V, rows_cap)
+    ACC: tl.constexpr = table.stat.dtype.element_ty
+    n = count_rows(table)
     row_blocks, splits, per_split = partition(n, SLOTS, BLOCK_M, BLOCK_N)
-    plane = tl.maximum(SLOTS, tl.cdiv(rows_cap, BLOCK_M)) * BLOCK_M
+    plane = tl.cast(tl.maximum(SLOTS, tl.cdiv(table.capacity, BLOCK_M)), tl.int64) * BLOCK_M
     over_tau = LOG2E / tl.load(temperature_ptr).to(ACC)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         row_block, split = item % row_blocks, item // row_blocks
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_r = rows < n
-        over_r = tl.load(stat_ptr + rows, mask=mask_r, other=0) * over_tau  # [BLOCK_M]
-        first = tl.load(segment_ptr + rows, mask=mask_r, other=0)
-        last = tl.load(segment_ptr + rows_cap + rows, mask=mask_r, other=0)
+        over_r = unit_factor(table, rows, mask_r) * over_tau
+        first, last = segment(table, rows, mask_r)
         highest = tl.full([BLOCK_M], float("-inf"), ACC)
         total = tl.zeros([BLOCK_M], ACC)
         positive = tl.zeros([BLOCK_M], ACC)
@@ -94,17 +78,13 @@ def _sweep_kernel(
         for start in range(split * per_split * BLOCK_N, stop, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
             mask_c = cols < n
-            over_c = tl.load(stat_ptr + cols, mask=mask_c, other=0)  # [BLOCK_N]
-            s = product(z_ptr, rows, mask_r, cols, mask_c, width, ACC, BLOCK_D, PRECISION)
+            over_c = unit_factor(table, cols, mask_c)
+            s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
             s = s * over_r[:, None] * over_c[None, :]
             other = mask_c[None, :] & (cols[None, :] != rows[:, None])
             same = other & (cols[None, :] >= first[:, None]) & (cols[None, :] < last[:, None])
             positive += tl.sum(tl.where(same, s, 0.0), axis=1)
-            s = tl.where(other, s, float("-inf"))
-            grown = tl.maximum(highest, tl.max(s, axis=1))
-            pivot = tl.where(grown == float("-inf"), 0.0, grown)
-            total = total * tl.exp2(highest - pivot) + tl.sum(tl.exp2(s - pivot[:, None]), axis=1)
-            highest = grown
+            highest, total = online_step(highest, total, tl.where(other, s, float("-inf")))
         out = partial_ptr + tl.cast(item, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [3, plane]
         tl.store(out, highest)
         tl.store(out + plane, total)
@@ -113,15 +93,11 @@ def _sweep_kernel(
 
 @triton.jit
 def _combine_kernel(
-    segment_ptr,
-    count_ptr,
+    table,
     partial_ptr,
     pair_maximum_ptr,
     lse_ptr,
     loss_ptr,
-    V,
-    C,
-    rows_cap,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,9 +106,9 @@ def _combine_kernel(
 ):
     """Merge the splits; write the rows' loss and log-sum-exp."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    n = count_rows(count_ptr, V, rows_cap)
+    n = count_rows(table)
     row_blocks, splits, _ = partition(n, SLOTS, BLOCK_M, BLOCK_N)
-    plane = tl.maximum(SLOTS, tl.cdiv(rows_cap, BLOCK_M)) * BLOCK_M
+    plane = tl.cast(tl.maximum(SLOTS, tl.cdiv(table.capacity, BLOCK_M)), tl.int64) * BLOCK_M
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_R), tl.num_programs(0)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = rows < n
@@ -142,18 +118,13 @@ def _combine_kernel(
         for split in range(splits):
             place = partial_ptr + tl.cast(split * row_blocks, tl.int64) * BLOCK_M + rows
             high = tl.load(place, mask=mask, other=float("-inf"))
-            grown = tl.maximum(highest, high)
-            pivot = tl.where(grown == float("-inf"), 0.0, grown)
-            total = total * tl.exp2(highest - pivot) + tl.load(place + plane, mask=mask, other=0) * tl.exp2(
-                high - pivot
-            )
+            more = tl.load(place + plane, mask=mask, other=0)
+            highest, total = online_merge(highest, total, high, more)
             positive += tl.load(place + 2 * plane, mask=mask, other=0)
-            highest = grown
-        first = tl.load(segment_ptr + rows, mask=mask, other=0)
-        last = tl.load(segment_ptr + rows_cap + rows, mask=mask, other=0)
+        first, last = segment(table, rows, mask)
         peers = last - first - 1
         mean = positive * LN2 / tl.maximum(peers, 1).to(ACC)
-        pivot = tl.where(highest == float("-inf"), 0.0, highest)
+        pivot = finite(highest)
         if RELEASED:
             pivot = tl.maximum(pivot, 0.0)
             total = 1e-5 + total * tl.exp2(highest - pivot)
@@ -166,12 +137,11 @@ def _combine_kernel(
             loss = lse - mean
         loss = tl.where(peers > 0, loss, 0.0)
         lse = tl.where(peers > 0, lse, float("inf"))
-        if overflowed(count_ptr, V, rows_cap):
+        if overflowed(table):
             loss = tl.full([BLOCK_R], float("nan"), ACC)
             lse = loss
-        slot = tl.load(segment_ptr + 2 * rows_cap + rows, mask=mask, other=0)
         tl.store(lse_ptr + rows, lse, mask=mask)
-        tl.store(loss_ptr + slot, loss, mask=mask)  # [B, V, C]
+        tl.store(loss_ptr + slot(table, rows, mask), loss, mask=mask)  # [B, V, C]
 
 
 @triton.jit
@@ -186,15 +156,12 @@ def _index_kernel(pairs_ptr, count_ptr, index_ptr, capacity, BLOCK: tl.constexpr
 
 @triton.jit
 def _pair_maximum_kernel(
-    tables,
+    table,
     pairs_ptr,
     index_ptr,
     temperature_ptr,
     out_ptr,
-    V,
     C,
-    width,
-    rows_cap,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -206,22 +173,20 @@ def _pair_maximum_kernel(
     classes, and multiplies where both sides have any. Nothing (B V)^2 is stored. A class that is missing on either side
     counts as 0, so R >= 0 unless all C are shared.
     """
-    z_ptr, stat_ptr, segment_ptr, count_ptr = tables
-    ACC: tl.constexpr = stat_ptr.dtype.element_ty
-    n = count_rows(count_ptr, V, rows_cap)
+    ACC: tl.constexpr = table.stat.dtype.element_ty
+    n = count_rows(table)
     over_tau = 1.0 / tl.load(temperature_ptr).to(ACC)
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         rows = block * BLOCK + tl.arange(0, BLOCK)
         mask_r = rows < n
-        image_r = tl.load(pairs_ptr + rows // V, mask=mask_r, other=0) // C
-        first = tl.load(segment_ptr + rows, mask=mask_r, other=0)
-        last = tl.load(segment_ptr + rows_cap + rows, mask=mask_r, other=0)
+        image_r = tl.load(pairs_ptr + rows // table.views, mask=mask_r, other=0) // C
+        first, last = segment(table, rows, mask_r)
         total = tl.zeros([BLOCK], ACC)
         begin = tl.min(tl.where(mask_r, first, n))
         for start in range(begin, tl.max(last), BLOCK):
             cols = start + tl.arange(0, BLOCK)
             mask_c = cols < n
-            image_c = tl.load(pairs_ptr + cols // V, mask=mask_c, other=0) // C
+            image_c = tl.load(pairs_ptr + cols // table.views, mask=mask_c, other=0) // C
             best = tl.full([BLOCK, BLOCK], float("-inf"), ACC)
             shared = tl.zeros([BLOCK, BLOCK], tl.int32)
             for first_c in range(0, C, BLOCK_C):
@@ -239,11 +204,11 @@ def _pair_maximum_kernel(
                         pair_c = tl.load(index_ptr + image_c * C + k, mask=mask_c, other=-1)
                         if tl.minimum(tl.max(pair_r), tl.max(pair_c)) >= 0:
                             in_r, in_c = pair_r >= 0, pair_c >= 0
-                            row_k = tl.where(in_r, pair_r * V + rows % V, 0)
-                            col_k = tl.where(in_c, pair_c * V + cols % V, 0)
-                            s = product(z_ptr, row_k, in_r, col_k, in_c, width, ACC, BLOCK_D, PRECISION)
-                            over_r = tl.load(stat_ptr + row_k, mask=in_r, other=0) * over_tau
-                            over_c = tl.load(stat_ptr + col_k, mask=in_c, other=0)
+                            row_k = tl.where(in_r, pair_r * table.views + rows % table.views, 0)
+                            col_k = tl.where(in_c, pair_c * table.views + cols % table.views, 0)
+                            s = product(table, row_k, in_r, col_k, in_c, BLOCK_D, PRECISION)
+                            over_r = unit_factor(table, row_k, in_r) * over_tau
+                            over_c = unit_factor(table, col_k, in_c)
                             both = in_r[:, None] & in_c[None, :]
                             best = tl.where(both, tl.maximum(best, s * over_r[:, None] * over_c[None, :]), best)
                             shared += both.to(tl.int32)
@@ -265,8 +230,8 @@ def sscl(x: Any, out: Any) -> None:
     require_dtype(part, features.dtype)
     b, v, c, _ = features.shape
     capacity = pairs.shape[0] * v
-    rows = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, out.lse, out.row_loss)
-    pair_maximum = _pair_maximum(rows, pairs, x.temperature, v, c, b, part) if x.released else None
+    table = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, out.lse, out.row_loss)
+    pair_maximum = _pair_maximum(table, pairs, x.temperature, b, c, part) if x.released else None
 
     precision = _tiles.precision(features.dtype, part)
     slots = part.processors * _ITEMS_PER_PROCESSOR
@@ -274,32 +239,32 @@ def sscl(x: Any, out: Any) -> None:
     def run(tile: _tiles.Tile) -> None:
         block_m, block_n = tile.block_m, tile.block_n
         row_blocks = ceil_div(capacity, block_m)
-        partial = rows.stat.new_empty(3 * max(slots, row_blocks) * block_m)
+        partial = table.stat.new_empty(3 * max(slots, row_blocks) * block_m)
         items = min(max(slots, row_blocks), row_blocks * ceil_div(capacity, block_n))
         launch(_sweep_kernel, capped(part, items, 2),
-               (rows.tables, x.temperature, partial, v, rows.width, capacity),
+               (table, x.temperature, partial),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d,
                PRECISION=precision, **tile.options)  # fmt: skip
         launch(_combine_kernel, capped(part, ceil_div(capacity, 64), 4),
-               (rows.segment, rows.count, partial, pair_maximum, out.lse, out.row_loss, v, c, capacity),
+               (table, partial, pair_maximum, out.lse, out.row_loss),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=x.released, BLOCK_R=64, num_warps=2)  # fmt: skip
 
     kind = _tiles.kind_of(features.dtype, precision)
-    run(_tune.choose("sscl", part, kind, (capacity, rows.width), run))
+    run(_tune.choose("sscl", part, kind, (capacity, table.width), run))
 
 
-def _pair_maximum(rows: Rows, pairs: Tensor, temperature: Tensor, v: int, c: int, b: int, part: Part) -> Tensor:
+def _pair_maximum(table: Rows, pairs: Tensor, temperature: Tensor, b: int, c: int, part: Part) -> Tensor:
     """Mean of R over each row's positives, ``[rows]``."""
     index = pairs.new_full((b * c,), -1)
-    launch(_index_kernel, capped(part, ceil_div(pairs.shape[0], 1024)), (pairs, rows.count, index, pairs.shape[0]),
+    launch(_index_kernel, capped(part, ceil_div(pairs.shape[0], 1024)), (pairs, table.count, index, pairs.shape[0]),
            BLOCK=1024)  # fmt: skip
-    out = rows.stat.new_empty(rows.capacity)
-    precision = _tiles.precision(rows.z.dtype, part)
-    half = rows.z.element_size() == 2 and part.arch != "sm_75"  # without tensor cores a step of 64 spills 168 bytes
+    out = table.stat.new_empty(table.capacity)
+    precision = _tiles.precision(table.z.dtype, part)
+    half = table.z.element_size() == 2 and part.arch != "sm_75"  # without tensor cores a step of 64 spills 168 bytes
     launch(
         _pair_maximum_kernel,
-        capped(part, ceil_div(rows.capacity, 16), 8),
-        (rows.tables, pairs, index, temperature, out, v, c, rows.width, rows.capacity),
+        capped(part, ceil_div(table.capacity, 16), 8),
+        (table, pairs, index, temperature, out, c),
         BLOCK=16,
         BLOCK_C=32,
         BLOCK_D=64 if half else 16,
