@@ -27,14 +27,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from sadcl.testing.examples import EXAMPLES, PUBLISHED, Maker
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -252,48 +254,18 @@ def examine(job: Job) -> Result:
 
 def record(arch: str, dtype: torch.dtype) -> list[Any]:
     """What a COCO training step (B=32, V=2, C=80, D=1024, E=2048) launches with operands of ``dtype``."""
-    from sadcl.kernels import _launch, asl, bank, compact, group_classifier, pscl, sscl, sscl_backward
+    from sadcl.kernels import _launch
 
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    from sadcl.ops._library import OPS
 
-    b, v, c, d, e = 32, 2, 80, 1024, 2048
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
     with _launch.recording(_launch.PARTS[arch]) as launches:
-        pairs, class_ptr, target = compact.compact(meta(b, c))
-        compact.compact(meta(4096, c))
-        features, prototypes, tau = meta(b, v, c, d, dtype=dtype), meta(c, d, dtype=dtype), meta(dtype=acc)
-        for normalize, released in ((True, True), (True, False), (False, False)):  # the last is SupCon
-            saved = sscl.sscl(features, pairs, class_ptr, tau, normalize, released, False)
-            sscl_backward.sscl_backward(saved[0], features, pairs, class_ptr, tau, *saved[1:], normalize)
-        saved = pscl.pscl(features[:, 0], prototypes, target, tau, False)
-        pscl.pscl_backward(saved[0], features[:, 0], prototypes, target, tau, *saved[1:], False)
-        loss, grad = asl.asl(meta(b, c, dtype=dtype), meta(b, c), None, 4.0, 1.0, 0.05, 1e-8, False, True, True)
-        asl.asl_backward(loss, grad, meta(b, c, dtype=dtype))
-        h, weight = meta(b, c, e, dtype=dtype), meta(c, e, dtype=dtype)
-        logits = group_classifier.group_classifier(h, weight, meta(c, dtype=dtype))
-        group_classifier.group_classifier_backward(logits, h, weight, True, True)
-        bank.bank_update(meta(b, c, e), h, logits, meta(b, c), 0.8, False)
-        _record_label_attention(meta, dtype)
+        for name, op in sorted((name, op) for name, op in OPS.items() if "triton" in op.backends):
+            sizes = (PUBLISHED, replace(PUBLISHED, b=4096)) if name == "compact" else (PUBLISHED,)
+            for x in (x for size in sizes for x in EXAMPLES[name](Maker(size, dtype, "meta"))):
+                out = op.run(x, "triton")
+                if op.derivative is not None:
+                    op.derivative.run(op.derivative.pack(out[: op.results], x, out), "triton")
     return launches
-
-
-def _record_label_attention(meta: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
-    """The published head: 80 labels, 196 positions, width 2048, 4 heads. Folded with shared queries, positions and
-    dropout, then plain with padding and weights."""
-    from sadcl.kernels.label_attention_core import label_attention_core
-    from sadcl.kernels.label_attention_core_backward import label_attention_core_backward
-
-    b, c, length, heads, d = 32, 80, 196, 4, 512
-    memory, pos = meta(b, length, 1, heads * d, dtype=dtype), meta(b, length, heads * d, dtype=dtype)
-    query, seed = meta(1, c, heads, heads * d, dtype=dtype), meta(1, dtype=torch.int64)
-    folded = (query, memory, None, pos, None, seed)
-    key, value = (meta(b, length, heads, d, dtype=dtype) for _ in range(2))
-    plain = (meta(b, c, heads, d, dtype=dtype), key, value, None, meta(b, length, dtype=torch.bool), None)
-    for inputs, dropout, need_weights in ((folded, 0.1, False), (plain, 0.0, True)):
-        context, mass, weights, lse = label_attention_core(*inputs, d**-0.5, dropout, need_weights)
-        label_attention_core_backward(context, None, weights if need_weights else None, *inputs, context, mass, weights,
-                                 lse, d**-0.5, dropout, [True, True, need_weights])  # fmt: skip
 
 
 def operands_of(arch: str, everything: bool) -> dict[str, tuple[torch.dtype, str]]:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from .._backends import resolve
 from .._checks import check_floating, check_same_device, check_size, check_tensor
 from ..ops import label_attention as _label_attention
 from ..ops.label_attention import FORMS
 from ..portable import label_attention as portable
+from ..reference.label_attention import label_attention as _reference
 from . import label_attention_core as core
 
 BACKENDS = ("cpp", "triton", "torch")
@@ -70,7 +70,7 @@ def label_attention(
         if dropout > 0.0:
             shape = (memory.shape[0], num_heads, query.shape[-2], memory.shape[1])
             dropped = F.dropout(memory.new_ones(shape), dropout)
-        out, applied = reference.label_attention(
+        out, applied = _reference(
             query,
             memory,
             in_proj_weight,

@@ -111,10 +111,12 @@ def _pscl(make: Maker) -> Iterator[Any]:
 
 
 def _asl(make: Maker) -> Iterator[Any]:
-    logits, labels = make.normal(make.size.b, make.size.c), make.labels()
+    """Soft labels and class weights, which have gradients; then hard labels, some of them ignored."""
+    logits = make.normal(make.size.b, make.size.c)
+    soft = 0.1 + 0.7 * make.labels("random").to(make.acc)
     weight = make.normal(make.size.c, dtype=make.acc, seed=3).abs()
-    yield asl.Inputs(logits, labels, weight, 4.0, 1.0, 0.05, 1e-8, False, True, True)
-    yield asl.Inputs(logits, labels, None, 4.0, 0.0, 0.0, 1e-5, True, False, True)
+    yield asl.Inputs(logits, soft, weight, 4.0, 1.0, 0.05, 1e-8, False, True, True)
+    yield asl.Inputs(logits, make.labels().to(torch.int8), None, 4.0, 0.0, 0.0, 1e-5, True, False, True)
 
 
 def _dual(make: Maker) -> Iterator[Any]:

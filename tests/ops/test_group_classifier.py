@@ -83,6 +83,9 @@ def test_registration(backend: str) -> None:
         opcheck(torch.ops.sadcl.group_classifier.default, (*inputs, backend))
     assert torch.autograd.gradcheck(lambda *v: group_classifier(*v, backend), inputs)
     (grad,) = torch.autograd.grad(group_classifier(*inputs, backend).square().sum(), inputs[0], create_graph=True)
+    if backend == "torch":
+        assert torch.autograd.gradgradcheck(lambda *v: group_classifier(*v, backend), inputs)
+        return
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         grad.sum().backward()
 

@@ -13,6 +13,7 @@ from torch.library import opcheck
 from sadcl.functional import linear as ops
 from sadcl.functional.linear import linear
 from sadcl.linear import Linear
+from sadcl.ops import linear as linear_op
 
 pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
@@ -75,8 +76,8 @@ def test_compiles_whole() -> None:
 
 def test_the_switch(monkeypatch) -> None:
     calls: list[str] = []
-    product = ops._product
-    monkeypatch.setattr(ops, "_product", lambda *a: (calls.append("cpp"), product(*a))[1])
+    product = linear_op.product
+    monkeypatch.setattr(linear_op, "product", lambda *a: (calls.append("cpp"), product(*a))[1])
     layer, x = Linear(5, 3), torch.randn(4, 5)
     with torch.no_grad():
         layer(x)

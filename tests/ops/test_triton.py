@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sadcl import _checks
 from sadcl.head import SADCLHead
-from sadcl.ops import asl, bank, compact, group_classifier, label_attention, pscl, sscl  # noqa: F401 (all register)
+from sadcl.ops import compact
+from sadcl.ops._library import OPS
+from sadcl.testing.examples import EXAMPLES, SMALL, Maker
 
 TESTS = Path(__file__).parents[1]
 OP = torch.ops.sadcl
@@ -94,26 +97,31 @@ def test_the_ops_around_them_do_not_either(name: str) -> None:
 def test_label_values_on_a_device_are_read_only_when_asked(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors stand for a GPU's: they are not on a CPU, and nothing can be read from them."""
     from sadcl.kernels import _launch
-    from sadcl.kernels import asl as asl_kernel
-    from sadcl.kernels import compact as compact_kernel
 
     monkeypatch.setenv("SADCL_CHECK", "1" if asked else "0")
     read: list[str] = []
     monkeypatch.setattr(_checks, "check_label_values", lambda labels: read.append("compact"))
     monkeypatch.setattr(_checks, "check_soft_labels", lambda labels: read.append("asl"))
     labels = torch.empty(4, 5, device="meta")
+    of_asl = next(EXAMPLES["asl"](Maker(SMALL, torch.float32, "meta")))
     with _launch.recording(_launch.PARTS["sm_90"]) as launches:
-        pairs, _, target = compact_kernel.compact(labels)
-        asl_kernel.asl(labels, labels, None, 4.0, 1.0, 0.05, 1e-8, False, True, True)
+        OPS["compact"].run(compact.Inputs(labels, 20), "triton")
+        OPS["asl"].run(of_asl, "triton")
     assert read == (["compact", "asl"] if asked else [])
     assert [launch.name for launch in launches] == ["_compact_small_kernel", "_asl_kernel"]
+
     # More pairs than a bound: five here.
-    bounded = compact._bounded(lambda labels: (pairs, torch.tensor([0, 2, 5]), target))
+    def five(x: compact.Inputs, out: compact.Active) -> None:
+        pass
+
+    bounded = compact._bounded(five)
+    made = compact.allocate(compact.Inputs(labels, 20))
+    monkeypatch.setattr(compact, "allocate", lambda x: made._replace(class_ptr=torch.tensor([0, 1, 2, 3, 4, 5])))
     if asked:
         with pytest.raises(ValueError, match="capacity: the labels have 5 active pairs, more than 4"):
-            bounded(labels, 4)
+            bounded(compact.Inputs(labels, 4))
     else:
-        assert bounded(labels, 4)[0].shape == (4,)
+        assert bounded(compact.Inputs(labels, 4)).pairs.shape == (4,)
 
 
 @needs_triton
@@ -131,100 +139,45 @@ def test_a_head_traces_on_meta_tensors(compiled: bool, monkeypatch: pytest.Monke
     assert out.logits.shape == (2, 3) and out.logits.device.type == "meta"
 
 
-def arguments(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    b, v, c, d = 4, 2, 5, 24
-    return {
-        "features": torch.empty(b, v, c, d, dtype=dtype, device=device),
-        "pairs": torch.empty(b * c, dtype=torch.int32, device=device),
-        "class_ptr": torch.empty(c + 1, dtype=torch.int32, device=device),
-        "target": torch.empty(b, c, dtype=torch.int8, device=device),
-        "labels": torch.empty(b, c, device=device),
-        "prototypes": torch.empty(c, d, dtype=dtype, device=device),
-        "logits": torch.empty(b, c, dtype=dtype, device=device),
-        "tau": torch.empty((), device=device),
-        "bias": torch.empty(c, device=device),
-        "memory": torch.empty(b, 7, d, dtype=dtype, device=device),
-        "padded": torch.empty(b, 7, dtype=torch.bool, device=device),
-        "seed": torch.empty(1, dtype=torch.int64, device=device),
-        "slots": torch.empty(b, c, d, device=device),
-    }
+TRITON = sorted(name for name, op in OPS.items() if "triton" in op.backends)
 
 
-def run_label_attention(
-    memory: torch.Tensor, padded: torch.Tensor, seed: torch.Tensor, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """The folded form with positions and dropout, the plain one with weights."""
-    b, length, e = memory.shape
-    memory = memory.to(dtype)
-    outputs: list[torch.Tensor] = []
-    for query, keys, values, pos in (
-        (memory.new_empty(1, 5, 2, e), memory[:, :, None], None, memory),
-        (memory.new_empty(b, 5, 2, e // 2), *[memory.view(b, length, 2, -1)] * 2, None),
-    ):
-        need = values is not None
-        inputs = (query, keys, values, pos, padded, None if need else seed)
-        forward = OP.label_attention_core(*inputs, 0.25, 0.0 if need else 0.1, need, "triton")
-        outputs += forward
-        outputs += OP.label_attention_core_backward(
-            forward[0], forward[1], forward[2] if need else None, *inputs, *forward, 0.25, 0.0 if need else 0.1,
-            [True, True, need], "triton",
-        )  # fmt: skip
-    return outputs
-
-
-def run_ops(a: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
-    """Every op, forward and backward called directly; what comes out."""
-    active = OP.compact(a["labels"], a["labels"].numel(), "triton")
-    outputs = list(active)
-    x, tau = a["features"], a["tau"]
-    forward = OP.sscl(x, *active[:2], tau, True, False, 0, "triton")
-    outputs += [*forward, *OP.sscl_backward(forward[0], x, *active[:2], tau, *forward[1:], True, "triton")]
-    forward = OP.pscl(x[:, 0], a["prototypes"], active[2], tau, False, "triton")
-    outputs += [
-        *forward,
-        *OP.pscl_backward(forward[0], x[:, 0], a["prototypes"], active[2], tau, *forward[1:], False, "triton"),
-    ]
-    loss, grad = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")
-    outputs += [loss, grad, OP.asl_backward(loss, grad, a["logits"], "triton")]
-    h, weight = x[:, 0], a["prototypes"]
-    logits = OP.group_classifier(h, weight, a["bias"], "triton")
-    outputs += [logits, *OP.group_classifier_backward(logits, h, weight, True, True, "triton")]
-    OP.bank_update(a["slots"], h, logits, a["labels"], 0.8, False, "triton")
-    outputs += run_label_attention(a["memory"], a["padded"], a["seed"], x.dtype)
+def run_op(name: str, device: str) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
+    """An op, forward and backward called directly, on its examples; what comes out."""
+    op, outputs = OPS[name], []
+    for x in EXAMPLES[name](Maker(SMALL, torch.bfloat16, device)):
+        out = op(x, "triton")
+        outputs += out
+        if op.derivative is not None:
+            given = op.derivative.pack(out[: op.results], x, out)
+            made = getattr(OP, f"{name}_backward")(*given, "triton")
+            outputs += [made] if isinstance(made, torch.Tensor) else made
     return [(tuple(x.shape), x.dtype, x.device.type) for x in outputs]
 
 
-def test_fake_cuda_tensors_pass_through_every_op() -> None:
+@pytest.mark.parametrize("name", TRITON)
+def test_fake_cuda_tensors_pass_through_every_op(name: str) -> None:
     with FakeTensorMode(), torch.no_grad():
-        outputs = run_ops(arguments("cuda"))
-    assert {device for _, _, device in outputs} == {"cuda"}
-    meta = run_ops(arguments("meta"))
+        outputs = run_op(name, "cuda")
+    assert {device for _, _, device in outputs} <= {"cuda"}
+    meta = run_op(name, "meta")
     assert [entry[:2] for entry in outputs] == [entry[:2] for entry in meta]
 
 
-def total(a: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A training step's losses, with autograd."""
-    pairs, class_ptr, target = OP.compact(a["labels"], a["labels"].numel(), "triton")
-    samples = OP.sscl(a["features"], pairs, class_ptr, a["tau"], True, False, 0, "triton")[0]
-    classes = OP.pscl(a["features"][:, 0], a["prototypes"], target, a["tau"], False, "triton")[0]
-    images = OP.asl(a["logits"], a["labels"], None, 4.0, 1.0, 0.05, 1e-8, False, True, True, "triton")[0]
-    logits = OP.group_classifier(a["features"][:, 1], a["prototypes"], a["bias"], "triton")
-    e = a["memory"].shape[-1]
-    weights = a["prototypes"].new_empty(3 * e, e), a["bias"].new_empty(3 * e), a["prototypes"].new_empty(e, e), None
-    attended = [
-        label_attention.label_attention(
-            a["prototypes"], a["memory"], *weights, 2, memory_pos=a["memory"][0], key_padding_mask=a["padded"],
-            dropout=0.1, form=form, backend="triton",
-        )[0].sum()
-        for form in label_attention.FORMS
-    ]  # fmt: skip
-    return samples.sum() + classes.sum() + images.sum() + logits.sum() + attended[0] + attended[1]
-
-
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autograd_traces_on_meta_tensors(compiled: bool) -> None:
-    a = arguments("meta", torch.float32)
-    leaves = [a[name].requires_grad_() for name in ("features", "prototypes", "logits", "tau", "bias", "memory")]
-    function = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
-    grads = torch.autograd.grad(function(a), leaves)
-    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+@pytest.mark.parametrize("name", [name for name in TRITON if OPS[name].backward is not None])
+def test_autograd_traces_on_meta_tensors(name: str, compiled: bool) -> None:
+    op = OPS[name]
+    torch._dynamo.reset()
+    for x in EXAMPLES[name](Maker(SMALL, torch.float32, "meta")):
+        given = {field: getattr(x, field) for field in op.backward.gradients}
+        fields = [field for field, v in given.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        leaves = [getattr(x, field).clone().requires_grad_() for field in fields]
+
+        def total(*leaves: torch.Tensor, x: Any = x, fields: list[str] = fields) -> torch.Tensor:
+            out = op(x._replace(**dict(zip(fields, leaves, strict=True))), "triton")
+            return sum(part.sum() for part in out[: op.results])
+
+        function = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
+        grads = torch.autograd.grad(function(*leaves), leaves)
+        assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
