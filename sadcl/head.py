@@ -94,9 +94,6 @@ class SADCLHead(nn.Module):
         ValueError: if sizes do not fit together.
     """
 
-    # A bank belongs to its process: DistributedDataParallel must not broadcast rank 0's.
-    _ddp_params_and_buffers_to_ignore = ("memory_bank.slots",)
-
     def __init__(
         self,
         in_channels: int,

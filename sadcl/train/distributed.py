@@ -136,8 +136,8 @@ def main_first() -> Iterator[None]:
 def parallel(forward: Any, device: torch.device) -> Any:
     """A module whose backward averages the gradients over the processes; in one process the module itself.
 
-    Weights and buffers are made equal to the main process's, except that every process keeps its own memory bank (the
-    model names it in ``_ddp_params_and_buffers_to_ignore``).
+    Weights and buffers are made equal to the main process's; every process keeps its own memory bank, which is no
+    buffer.
     """
     if world() == 1:
         return forward
