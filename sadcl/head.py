@@ -208,10 +208,11 @@ class SADCLHead(nn.Module):
         elif prototypes.shape != like.shape:
             raise ValueError(f"prototypes: expected [C, E]={list(like.shape)}, got {list(prototypes.shape)}")
         prototypes = prototypes.detach().to(like)
-        if self.projection is None:
-            self.projection = Projection(self.hidden_dim, self.proj_dim).to(like)
-        self.prototypes = nn.Parameter(prototypes.clone())
-        self.memory_bank = MemoryBank(batch_slots, self.num_classes, self.hidden_dim).to(like)
+        with _where(like):
+            if self.projection is None:
+                self.projection = Projection(self.hidden_dim, self.proj_dim).to(like)
+            self.prototypes = nn.Parameter(prototypes.clone())
+            self.memory_bank = MemoryBank(batch_slots, self.num_classes, self.hidden_dim).to(like)
         self.memory_bank.fill(prototypes)
 
     def update_bank(self, output: SADCLOutput, labels: Tensor, threshold: float = 0.8) -> None:
@@ -260,9 +261,11 @@ class SADCLHead(nn.Module):
         count = new if isinstance(new, int) else new.shape[0]
         if isinstance(new, bool) or count < 1:
             raise ValueError(f"new: expected a number of classes >= 1 or embeddings [n, E'], got {new!r}")
-        queries = torch.randn(count, self.hidden_dim) if isinstance(new, int) else fit_width(new, self.hidden_dim)
-        fresh = GroupClassifier(count, self.hidden_dim)
-        prototypes = torch.randn(count, self.hidden_dim)
+        where, width = _where(self.queries), self.hidden_dim
+        queries = torch.randn(count, width, device=where) if isinstance(new, int) else fit_width(new, width)
+        with where:
+            fresh = GroupClassifier(count, width)
+        prototypes = torch.randn(count, width, device=where)
         added = {
             "queries": queries,
             "weight": fresh.weight.detach(),
@@ -293,6 +296,11 @@ class SADCLHead(nn.Module):
         if self.memory_bank is not None:
             self.memory_bank.slots = change(self.memory_bank.slots, "slots")
         self.num_classes = self.queries.shape[0]
+
+
+def _where(like: Tensor) -> torch.device:
+    """Where to make what joins ``like``, whatever the default device: with the CPU's random numbers, or on meta."""
+    return torch.device("meta" if like.is_meta else "cpu")
 
 
 def _check_sizes(
