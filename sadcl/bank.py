@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_floating, check_tensor
+from ._checks import check_devices, check_floating, check_tensor
 from ._own import OwnTensors
 from .functional.bank import bank_update
 
@@ -84,7 +84,7 @@ class MemoryBank(OwnTensors):
             probabilities: whether ``scores`` are probabilities already.
 
         Raises:
-            ValueError: if shapes do not fit or B exceeds the number of slots.
+            ValueError: if shapes or devices do not fit or B exceeds the number of slots.
         """
         check_floating("label_features", check_tensor("label_features", label_features, (3,), "[B, C, E]"))
         batch = label_features.shape[0]
@@ -101,6 +101,7 @@ class MemoryBank(OwnTensors):
                     f"{name}: expected [B, C]={list(label_features.shape[:2])} as in label_features, "
                     f"got {list(value.shape)}"
                 )
+        check_devices(slots=self.slots, label_features=label_features, scores=scores, labels=labels)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold: expected a probability, got {threshold}")
         bank_update(self.slots, label_features, scores, labels, threshold, probabilities)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_floating, check_tensor
+from ._checks import check_devices, check_floating, check_tensor
 from .bank import MemoryBank
 from .classes import check_indices, fit_width
 from .functional.group_classifier import group_classifier
@@ -155,13 +155,14 @@ class SADCLHead(nn.Module):
             A :class:`SADCLOutput`.
 
         Raises:
-            ValueError: if the shape is wrong, or the batch larger than the memory bank while ``contrastive``.
+            ValueError: if the shape or device is wrong, or the batch larger than the memory bank while ``contrastive``.
         """
         check_floating("feature_map", check_tensor("feature_map", feature_map, (4,), "[B, in_channels, H, W]"))
         if feature_map.shape[1] != self.in_channels or 0 in feature_map.shape[2:]:
             raise ValueError(
                 f"feature_map: expected [B, {self.in_channels}, H, W] with H, W >= 1, got {list(feature_map.shape)}"
             )
+        check_devices(feature_map=feature_map, queries=self.queries)
         label_features, attention = self._decode(feature_map, need_weights)
         output = SADCLOutput(self.classifier(label_features), label_features, attention=attention)
         if not contrastive or self.projection is None or self.memory_bank is None or self.prototypes is None:
