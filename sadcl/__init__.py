@@ -1,5 +1,8 @@
 """Fused kernels and models for multi-label classification with label-level attention and dual contrastive losses."""
 
+import importlib
+from typing import Any
+
 from ._backends import BackendInfo, backends
 from .attention import LabelAttention
 from .bank import MemoryBank
@@ -28,3 +31,16 @@ __all__ = [
     "SupConLoss",
     "backends",
 ]
+
+_LATER = ("checkpoint", "compat", "metrics", "prototypes", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module of the package when ``sadcl.<name>`` is first asked for: ``import sadcl`` stays light."""
+    if name in _LATER:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

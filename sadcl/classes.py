@@ -54,7 +54,7 @@ def fit_width(embeddings: Tensor, width: int) -> Tensor:
 
 def check_indices(indices: Sequence[int] | Tensor, num_classes: int) -> Tensor:
     """Class indices as an int64 tensor: at least one, each in range, none twice."""
-    index = torch.as_tensor(indices).detach().cpu()
+    index = torch.as_tensor(indices, device="cpu").detach()
     if index.dim() != 1 or index.numel() == 0 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"indices: expected a non-empty list of class indices, got {indices!r}")
     index = index.long()

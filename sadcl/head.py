@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_floating, check_tensor
+from ._checks import check_devices, check_floating, check_tensor
 from .bank import MemoryBank
 from .classes import check_indices, fit_width
 from .functional.group_classifier import group_classifier
@@ -94,9 +94,6 @@ class SADCLHead(nn.Module):
         ValueError: if sizes do not fit together.
     """
 
-    # A bank belongs to its process: DistributedDataParallel must not broadcast rank 0's.
-    _ddp_params_and_buffers_to_ignore = ("memory_bank.slots",)
-
     def __init__(
         self,
         in_channels: int,
@@ -158,13 +155,14 @@ class SADCLHead(nn.Module):
             A :class:`SADCLOutput`.
 
         Raises:
-            ValueError: if the shape is wrong, or the batch larger than the memory bank while ``contrastive``.
+            ValueError: if the shape or device is wrong, or the batch larger than the memory bank while ``contrastive``.
         """
         check_floating("feature_map", check_tensor("feature_map", feature_map, (4,), "[B, in_channels, H, W]"))
         if feature_map.shape[1] != self.in_channels or 0 in feature_map.shape[2:]:
             raise ValueError(
                 f"feature_map: expected [B, {self.in_channels}, H, W] with H, W >= 1, got {list(feature_map.shape)}"
             )
+        check_devices(feature_map=feature_map, queries=self.queries)
         label_features, attention = self._decode(feature_map, need_weights)
         output = SADCLOutput(self.classifier(label_features), label_features, attention=attention)
         if not contrastive or self.projection is None or self.memory_bank is None or self.prototypes is None:
@@ -211,10 +209,11 @@ class SADCLHead(nn.Module):
         elif prototypes.shape != like.shape:
             raise ValueError(f"prototypes: expected [C, E]={list(like.shape)}, got {list(prototypes.shape)}")
         prototypes = prototypes.detach().to(like)
-        if self.projection is None:
-            self.projection = Projection(self.hidden_dim, self.proj_dim).to(like)
-        self.prototypes = nn.Parameter(prototypes.clone())
-        self.memory_bank = MemoryBank(batch_slots, self.num_classes, self.hidden_dim).to(like)
+        with _where(like):
+            if self.projection is None:
+                self.projection = Projection(self.hidden_dim, self.proj_dim).to(like)
+            self.prototypes = nn.Parameter(prototypes.clone())
+            self.memory_bank = MemoryBank(batch_slots, self.num_classes, self.hidden_dim).to(like)
         self.memory_bank.fill(prototypes)
 
     def update_bank(self, output: SADCLOutput, labels: Tensor, threshold: float = 0.8) -> None:
@@ -263,9 +262,11 @@ class SADCLHead(nn.Module):
         count = new if isinstance(new, int) else new.shape[0]
         if isinstance(new, bool) or count < 1:
             raise ValueError(f"new: expected a number of classes >= 1 or embeddings [n, E'], got {new!r}")
-        queries = torch.randn(count, self.hidden_dim) if isinstance(new, int) else fit_width(new, self.hidden_dim)
-        fresh = GroupClassifier(count, self.hidden_dim)
-        prototypes = torch.randn(count, self.hidden_dim)
+        where, width = _where(self.queries), self.hidden_dim
+        queries = torch.randn(count, width, device=where) if isinstance(new, int) else fit_width(new, width)
+        with where:
+            fresh = GroupClassifier(count, width)
+        prototypes = torch.randn(count, width, device=where)
         added = {
             "queries": queries,
             "weight": fresh.weight.detach(),
@@ -296,6 +297,11 @@ class SADCLHead(nn.Module):
         if self.memory_bank is not None:
             self.memory_bank.slots = change(self.memory_bank.slots, "slots")
         self.num_classes = self.queries.shape[0]
+
+
+def _where(like: Tensor) -> torch.device:
+    """Where to make what joins ``like``, whatever the default device: with the CPU's random numbers, or on meta."""
+    return torch.device("meta" if like.is_meta else "cpu")
 
 
 def _check_sizes(

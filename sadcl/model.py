@@ -41,8 +41,6 @@ class SADCL(nn.Module):
         freeze_norm: keep the backbone's batch norms in eval mode and untrained.
     """
 
-    _ddp_params_and_buffers_to_ignore = ("head.memory_bank.slots",)
-
     def __init__(
         self,
         num_classes: int,

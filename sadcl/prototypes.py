@@ -97,7 +97,8 @@ class PrototypeSums:
             if generator is None:
                 generator = torch.Generator().manual_seed(0)
             width = means.shape[1]
-            random = torch.randn(len(absent), width, dtype=torch.float64, generator=generator).to(means.device)
+            random = torch.randn(len(absent), width, dtype=torch.float64, device="cpu", generator=generator)
+            random = random.to(means.device)
             usual = means[~empty].norm(dim=1).mean() if len(absent) < use.numel() else means.new_tensor(width**0.5)
             means[empty] = random / random.norm(dim=1, keepdim=True) * usual
         return means.float()

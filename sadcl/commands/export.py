@@ -165,7 +165,7 @@ def _versions(kind: str) -> dict[str, str]:
 
 def _trace(recogniser: _Recogniser, size: tuple[int, int]) -> torch.export.ExportedProgram:
     """The program for any batch size; refused if an operator of ours is in it, which nobody else could run."""
-    example = torch.zeros((2, 3, *size), dtype=torch.uint8)
+    example = torch.zeros((2, 3, *size), dtype=torch.uint8, device="cpu")
     dynamic = {"images": {0: torch.export.Dim("batch", min=1, max=65536)}}
     with plain_operators(), torch.no_grad():
         program = torch.export.export(recogniser, (example,), dynamic_shapes=dynamic, strict=False)
@@ -228,7 +228,8 @@ def _compare(model: SADCL, run: Runner, pictures: Tensor | None) -> dict[str, An
     eager = copy.deepcopy(model).cpu().float().eval()
     size = model.preprocessing.size
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=generator) for n in RANDOM_BATCHES]
+    how: Any = {"dtype": torch.uint8, "generator": generator, "device": "cpu"}
+    batches = [torch.randint(0, 256, (n, 3, *size), **how) for n in RANDOM_BATCHES]
     checked: dict[str, Any] = {"tolerance": TOLERANCE, "random": 0.0, "random_images": sum(RANDOM_BATCHES)}
     checked |= {"real": None, "real_images": 0 if pictures is None else len(pictures)}
     named = [("random", batch) for batch in batches]

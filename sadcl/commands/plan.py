@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from sadcl._own import own_tensors
 from sadcl.losses import DualContrastiveLoss
 from sadcl.model import SADCL
 from sadcl.train.config import AugmentConfig, StepConfig, TrainConfig, augments
@@ -117,7 +118,7 @@ def _memory_lines(config: TrainConfig, model: SADCL) -> list[str]:
     trained = _numel(p for p in model.parameters() if p.requires_grad)
     slots = {"adamw": 2, "sgd": 1 if config.step2.momentum else 0}
     states = max(slots[config.step1.optimizer], slots[config.step2.optimizer])
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in [*model.buffers(), *own_tensors(model)])
     width = 4 if config.amp == "off" else 2
     rows = [
         ("parameters", 4 * parameters, "4 bytes each"),
@@ -142,7 +143,7 @@ def _memory_lines(config: TrainConfig, model: SADCL) -> list[str]:
 def _saved_bytes(config: TrainConfig, model: SADCL, width: int) -> int:
     """Bytes of the tensors that the backward of a forward of step 2 needs, each storage once."""
     kept: dict[int, Tensor] = {}  # the tensors themselves: a freed storage's address could come again
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers(), *own_tensors(model)]}
 
     def pack(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)

@@ -120,13 +120,13 @@ def thresholds_of(content: dict[str, Any], wanted: float | str) -> Tensor:
     """One threshold per class [C]: the same number for all, or (``"tuned"``) those that the checkpoint holds."""
     classes = content["classes"]
     if not isinstance(wanted, str):
-        return torch.full((len(classes),), float(wanted))
+        return torch.full((len(classes),), float(wanted), device="cpu")
     if content.get("thresholds") is None:
         raise ValueError(
             "thresholds: this checkpoint holds no tuned ones (a stage that was not finished, or an older version); "
             "give a number"
         )
-    return torch.tensor(content["thresholds"], dtype=torch.float32)
+    return torch.tensor(content["thresholds"], dtype=torch.float32, device="cpu")
 
 
 def entry(prediction: Prediction, classes: Sequence[str], thresholds: Tensor, top: int) -> dict[str, Any]:

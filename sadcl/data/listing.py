@@ -115,7 +115,7 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
 
     def labels(self, index: int) -> Tensor:
         """Labels of picture ``index``: float32 [C], 1 there, 0 absent, -1 ignored."""
-        labels = torch.zeros(len(self.classes))
+        labels = torch.zeros(len(self.classes), device="cpu")
         labels[list(self.ignored.get(index % len(self), ()))] = -1.0
         labels[list(self.positive[index])] = 1.0
         return labels

@@ -74,7 +74,7 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         scene, placed = self.compose(index)
-        labels = torch.zeros(len(self.classes))
+        labels = torch.zeros(len(self.classes), device="cpu")
         labels[placed] = 1.0
         return torch.from_numpy(scene).permute(2, 0, 1).contiguous(), labels
 

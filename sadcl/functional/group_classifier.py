@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .. import _checks as check
 from .._backends import resolve_implicit
 from ..ops import group_classifier as _group_classifier
 from ..portable.group_classifier import classify
@@ -24,7 +25,15 @@ def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: st
 
     Returns:
         ``[B, C]``, in the dtype that features and weight promote to.
+
+    Raises:
+        ValueError: if shapes or devices do not fit together.
+        TypeError: if the features are no floating point tensor.
     """
+    check.check_floating("features", check.check_tensor("features", features, (3,), "[B, C, E]"))
+    for dim, axis in ((1, "C"), (2, "E")):
+        check.check_size("features", features, dim, weight.shape[dim - 1], axis, "weight")
+    check.check_devices(features=features, weight=weight, bias=bias)
     name = backend or resolve_implicit("group_classifier", features.device, BACKENDS)
     if name == "torch":  # plain ATen: exportable, differentiable twice
         return classify(features, weight, bias)

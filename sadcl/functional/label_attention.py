@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import resolve
-from .._checks import check_floating, check_same_device, check_size, check_tensor
+from .._checks import check_devices, check_floating, check_same_device, check_size, check_tensor
 from ..ops import label_attention as _label_attention
 from ..ops.label_attention import FORMS
 from ..portable import label_attention as portable
@@ -64,6 +64,13 @@ def label_attention(
         RuntimeError: if the backend asked for cannot run.
     """
     _check_inputs(in_proj_weight.shape[-1], query, memory, memory_pos, key_padding_mask)
+    check_devices(
+        memory=memory,
+        in_proj_weight=in_proj_weight,
+        in_proj_bias=in_proj_bias,
+        out_proj_weight=out_proj_weight,
+        out_proj_bias=out_proj_bias,
+    )
     chosen = resolve(backend, "label_attention", memory.device, BACKENDS)
     if chosen == "reference":
         dropped = None

@@ -1,7 +1,8 @@
 """Multi-label metrics: average precision in three protocols, the CP/CR/CF1/OP/OR/OF1 table, a streaming form.
 
 Scores ``[n, C]`` and labels ``[n, C]`` belong to n images and C classes. Every result is a fraction in 0..1,
-accumulated in float64. Labels are 1 (positive), 0 (negative) or -1 (ignored).
+accumulated in float64. Labels are 1 (positive), 0 (negative) or -1 (ignored). A place that is masked in either
+(``numpy.ma``, ``torch.masked``) is an ignored pair. Sparse labels are 0 where they store nothing.
 
 An ignored pair takes no part:
 

@@ -19,8 +19,8 @@ def canonical(scores: Array, labels: Array, dims: tuple[int, ...]) -> tuple[Tens
     """Check the inputs and bring them into the one form that the metrics work on.
 
     Args:
-        scores: [n, C] or [n], where ``dims`` allows; a tensor or an array.
-        labels: the same shape.
+        scores: [n, C] or [n], where ``dims`` allows; a tensor or an array. Masked places are ignored pairs.
+        labels: the same shape; masked places are ignored pairs, sparse ones have zeros where nothing is stored.
         dims: the ranks that are allowed.
 
     Returns:
@@ -28,8 +28,9 @@ def canonical(scores: Array, labels: Array, dims: tuple[int, ...]) -> tuple[Tens
     """
     layout = "[n, C]" if dims == (2,) else "[n, C] or [n]"
     both_tensors = isinstance(scores, Tensor) and isinstance(labels, Tensor)
-    scores = check_tensor("scores", _as_tensor("scores", scores), dims, layout)
-    labels = check_tensor("labels", _as_tensor("labels", labels), dims, layout)
+    (scores, unscored), (labels, unlabelled) = _as_tensor("scores", scores), _as_tensor("labels", labels)
+    scores = check_tensor("scores", scores, dims, layout)
+    labels = check_tensor("labels", labels, dims, layout)
     check_floating("scores", scores)
     if labels.shape != scores.shape:
         raise ValueError(f"labels: expected the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
@@ -41,14 +42,44 @@ def canonical(scores: Array, labels: Array, dims: tuple[int, ...]) -> tuple[Tens
     device = scores.device if scores.device.type in ("cpu", "cuda") else torch.device("cpu")
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     scores = scores.detach().to(device=device, dtype=dtype)
+    if unscored is not None:
+        scores = scores.masked_fill(unscored.to(device), 0.0)
     _check_no_nan(scores)
-    return scores, _canonical_labels(labels.detach().to(device))
+    ignored = [mask.to(device) for mask in (unscored, unlabelled) if mask is not None]
+    labels = labels.detach().to(device)
+    for mask in ignored:
+        labels = labels.masked_fill(mask, 0)
+    target = _canonical_labels(labels)
+    for mask in ignored:
+        target = target.masked_fill(mask, -1)
+    return scores, target
 
 
-def _as_tensor(name: str, value: object) -> Tensor:
-    """A numpy array of real numbers as a tensor, sharing memory where possible; a tensor as it came."""
-    if isinstance(value, Tensor):
-        return value
+def _as_tensor(name: str, value: object) -> tuple[Tensor, Tensor | None]:
+    """A plain tensor, sharing memory with ``value`` where possible, and where it is masked (None: nowhere)."""
+    if isinstance(value, torch.masked.MaskedTensor):
+        return value.get_data(), ~value.get_mask()
+    if isinstance(value, np.ma.MaskedArray):
+        mask = np.ma.getmask(value)
+        return _from_numpy(name, value.data), None if mask is np.ma.nomask else torch.from_numpy(mask.copy())
+    return _plain(name, value) if isinstance(value, Tensor) else _from_numpy(name, value), None
+
+
+def _plain(name: str, value: Tensor) -> Tensor:
+    """``value`` with an address to read from: dense, and nothing lazy about it."""
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ or value.is_nested:
+        raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__} {value.layout}")
+    if value.layout != torch.strided:
+        if name != "labels":
+            raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+        value = value.to_dense()
+    if value._is_zerotensor():
+        return torch.zeros_like(value)
+    return value.resolve_conj().resolve_neg()
+
+
+def _from_numpy(name: str, value: object) -> Tensor:
+    """A numpy array of real numbers as a tensor, sharing memory where possible."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: expected a torch.Tensor or numpy array, got {type(value).__name__}")
     if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
@@ -88,6 +119,8 @@ def _canonical_labels(labels: Tensor) -> Tensor:
 def canonical_threshold(threshold: Any) -> float | tuple[float, ...]:
     """A float, or a tuple of floats for one threshold per class."""
     kind = type(threshold).__name__
+    if isinstance(threshold, np.ma.MaskedArray):
+        raise TypeError(f"threshold: expected a number or one per class, got {kind} {threshold!r}")
     if isinstance(threshold, Tensor):
         threshold = threshold.detach().cpu().double().numpy()
     try:

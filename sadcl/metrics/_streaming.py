@@ -42,8 +42,8 @@ class MultilabelAccumulator:
         """Forget every image and free the storage."""
         self._size = 0
         width = self._given_classes or 0
-        self._scores = torch.empty(0, width)
-        self._target = torch.empty(0, width, dtype=torch.int8)
+        self._scores = torch.empty(0, width, device="cpu")
+        self._target = torch.empty(0, width, dtype=torch.int8, device="cpu")
 
     def __len__(self) -> int:
         return self._size
@@ -106,8 +106,8 @@ class MultilabelAccumulator:
         capacity = self._target.shape[0]
         if stop > capacity or dtype != self._scores.dtype or not self.num_classes:
             capacity = max(2 * capacity, stop) if stop > capacity else capacity
-            grown = torch.empty(capacity, num_classes, dtype=dtype)
-            grown_target = torch.empty(capacity, num_classes, dtype=torch.int8)
+            grown = torch.empty(capacity, num_classes, dtype=dtype, device="cpu")
+            grown_target = torch.empty(capacity, num_classes, dtype=torch.int8, device="cpu")
             if start:
                 grown[:start], grown_target[:start] = self.scores, self.labels
             self._scores, self._target = grown, grown_target

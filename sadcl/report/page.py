@@ -290,7 +290,7 @@ def _prototypes(shown: Shown) -> Html:
     order = similarity_order(similarity)
     names = [shown.metrics["classes"][i] for i in order]
     drawn = heatmap_figure(similarity[order][:, order].numpy(), names, float(similarity.min()), 1.0, "viridis")
-    above = similarity - 3.0 * torch.eye(len(similarity))
+    above = similarity - 3.0 * torch.eye(len(similarity), device=similarity.device)
     alike = [(int(k) // len(names), int(k) % len(names)) for k in above.flatten().argsort(descending=True)[:20]]
     rows = [
         [shown.metrics["classes"][i], shown.metrics["classes"][j], float(similarity[i, j])] for i, j in alike if i < j

@@ -41,17 +41,17 @@ COCO = Shape(b=32, v=2, c=80, d=1024)
 def make_labels(b: int, c: int, pattern: str = "random", labels_per_image: float = 2.9, seed: int = 0) -> Tensor:
     """Multi-hot float32 labels ``[b, c]`` of a named ragged case out of :data:`RAGGED`."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.zeros(b, c)
+    labels = torch.zeros(b, c, device="cpu")
     if pattern in ("random", "empty_images", "ignored"):
-        labels = (torch.rand(b, c, generator=generator) < labels_per_image / c).float()
+        labels = (torch.rand(b, c, generator=generator, device="cpu") < labels_per_image / c).float()
         if pattern == "empty_images":
             labels[::2] = 0
         if pattern == "ignored":
-            labels[torch.rand(b, c, generator=generator) < 0.2] = -1
+            labels[torch.rand(b, c, generator=generator, device="cpu") < 0.2] = -1
     elif pattern == "single_pair":
         labels[b // 2, c // 2] = 1
     elif pattern == "one_row_per_class":
-        labels[torch.arange(c) % b, torch.arange(c)] = 1
+        labels[[category % b for category in range(c)], list(range(c))] = 1
     elif pattern == "one_huge_class":
         labels[:, c // 2] = 1
     elif pattern == "all_active":
@@ -64,8 +64,8 @@ def make_labels(b: int, c: int, pattern: str = "random", labels_per_image: float
 def make_features(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, clustered: float = 0.5) -> Tensor:
     """Features ``[..., C, D]`` that share a direction per class, so that positives differ from negatives."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(shape[-2], shape[-1], generator=generator)
-    return (torch.randn(*shape, generator=generator) + clustered * centres).to(dtype)
+    centres = torch.randn(shape[-2], shape[-1], generator=generator, device="cpu")
+    return (torch.randn(*shape, generator=generator, device="cpu") + clustered * centres).to(dtype)
 
 
 def value_and_grads(

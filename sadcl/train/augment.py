@@ -85,7 +85,9 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Any, transform: Callable[[Any], Tensor], seed: int, at_least: int | None = None) -> None:
         self.images, self.transform, self.seed, self.at_least = images, transform, seed, at_least
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch and must see it
+        self._epoch = torch.zeros(
+            (), dtype=torch.int64, device="cpu"
+        ).share_memory_()  # workers outlive an epoch and must see it
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,4 +110,4 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _integer(below: int) -> int:
-    return int(torch.randint(below, ()))
+    return int(torch.randint(below, (), device="cpu"))

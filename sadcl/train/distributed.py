@@ -113,7 +113,7 @@ def everyone(agrees: bool) -> bool:
     """Whether ``agrees`` is true in every process."""
     if world() == 1:
         return agrees
-    flag = torch.tensor(int(agrees))
+    flag = torch.tensor(int(agrees), device="cpu")
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
 
@@ -136,8 +136,8 @@ def main_first() -> Iterator[None]:
 def parallel(forward: Any, device: torch.device) -> Any:
     """A module whose backward averages the gradients over the processes; in one process the module itself.
 
-    Weights and buffers are made equal to the main process's, except that every process keeps its own memory bank (the
-    model names it in ``_ddp_params_and_buffers_to_ignore``).
+    Weights and buffers are made equal to the main process's; every process keeps its own memory bank, which is no
+    buffer.
     """
     if world() == 1:
         return forward
@@ -167,6 +167,6 @@ def gather_scores(seen: MultilabelAccumulator, shard: BatchShard) -> None:
         return
     parts = [part for part in gather((list(chain(*shard)), seen.scores, seen.labels)) if part[0]]
     items, scores, labels = zip(*parts, strict=True)
-    order = torch.tensor(list(chain(*items))).argsort()
+    order = torch.tensor(list(chain(*items)), device="cpu").argsort()
     seen.reset()
     seen.update(torch.cat(scores)[order], torch.cat(labels)[order])

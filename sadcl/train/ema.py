@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from sadcl._own import own_tensors
 from sadcl.train.config import EmaConfig
 
 __all__ = ["make_ema"]
@@ -20,4 +22,11 @@ def make_ema(model: nn.Module, config: EmaConfig) -> nn.Module | None:
         return None
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup, exclude_buffers=True)
+    class Average(ModelEmaV3):  # type: ignore[misc, valid-type]
+        @torch.no_grad()
+        def update(self, model: nn.Module, step: int | None = None) -> None:
+            super().update(model, step)
+            for mine, its in zip(own_tensors(self.module), own_tensors(model), strict=True):
+                mine.copy_(its)
+
+    return Average(model, decay=config.decay, use_warmup=config.warmup, exclude_buffers=True)

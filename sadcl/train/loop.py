@@ -317,7 +317,7 @@ class _Fetch:
         self.values = torch.stack([value.detach() for value in parts.values()])
         self.arrived: torch.cuda.Event | None = None
         if self.values.is_cuda:
-            pinned = torch.empty(self.values.shape, dtype=self.values.dtype, pin_memory=True)
+            pinned = torch.empty(self.values.shape, dtype=self.values.dtype, device="cpu", pin_memory=True)
             self.values = pinned.copy_(self.values, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record()

@@ -49,7 +49,7 @@ class ShuffledBatches(Sampler[list[int]]):
         """The batches of the epoch that training has not finished with yet."""
         self.generator.set_state(self._epoch_start)
         # The number DataLoader draws for its workers. Drawn here, so that the order is the same with any workers.
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self.generator)
         shuffled = list(RandomSampler(range(self.images), generator=self.generator))
         mine = shuffled[self.rank : self.count * self.world : self.world]
         yield from islice(BatchSampler(mine, self.batch_size, drop_last=False), self.batch, None)

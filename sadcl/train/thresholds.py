@@ -40,7 +40,8 @@ def tune_thresholds(scores: Array, labels: Array, default: float = 0.5) -> Tenso
     if values.numel() and not (float(values.min()) >= 0.0 and float(values.max()) <= 1.0):
         raise ValueError(f"scores: expected 0..1, got {float(values.min()):g}..{float(values.max()):g}")
     columns = zip(values.cpu().T, target.cpu().T, strict=True)
-    return torch.tensor([_tune_class(s[t >= 0], t[t >= 0] == 1, default) for s, t in columns], dtype=torch.float64)
+    tuned = [_tune_class(s[t >= 0], t[t >= 0] == 1, default) for s, t in columns]
+    return torch.tensor(tuned, dtype=torch.float64, device="cpu")
 
 
 def _tune_class(scores: Tensor, positive: Tensor, default: float) -> float:
@@ -52,9 +53,9 @@ def _tune_class(scores: Tensor, positive: Tensor, default: float) -> float:
     hits = positive[order].cumsum(0)
     below = torch.cat([ranked[1:], ranked.new_zeros(1)])
     ends = ranked > below  # predicting the first k + 1 is possible: a gap follows
-    count = torch.arange(1, len(ranked) + 1)
+    count = torch.arange(1, len(ranked) + 1, device=scores.device)
     f1 = torch.where(ends, 2.0 * hits.double() / (count + total), 0.0)
-    said = scores > torch.tensor(default, dtype=scores.dtype)
+    said = scores > scores.new_tensor(default)
     best = float(f1.max())
     if best <= float(2.0 * (said & positive).sum().double() / (int(said.sum()) + total)):
         return default

@@ -65,7 +65,7 @@ def init_from(model: SADCL, config: TrainConfig, classes: Sequence[str]) -> str:
     known = [(ours, row) for ours, row in enumerate(found) if row is not None]
     if not known:
         raise ValueError(f"model.init_from: {path} has none of the labels {', '.join(classes)}; expected a class_map")
-    ours, rows_of = (torch.tensor(side) for side in zip(*known, strict=True))
+    ours, rows_of = (torch.tensor(side, device="cpu") for side in zip(*known, strict=True))
     for name in ("head.queries", "head.classifier.weight", "head.classifier.bias"):
         if given[name].shape[1:] == state[name].shape[1:]:
             mixed = state[name].clone()

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from sadcl.backbones import Preprocessing, build_backbone, lite0_name
+from sadcl.backbone_weights import lite0_name
+from sadcl.backbones import Preprocessing, build_backbone
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,78 @@ def test_bad_method_and_rank():
         average_precision(S, L, "pascal")
     with pytest.raises(ValueError, match=r"scores: .*\[n, C\], got \(4,\)"):
         multilabel_report(S[:, 0], L[:, 0])
+
+
+# Masked, sparse and lazy inputs ------------------------------------------------------------------------------
+
+
+def masked_both_ways(values, mask):
+    """``values`` with ``mask`` (True: masked) as numpy's masked array and as torch's masked tensor."""
+    yield np.ma.array(values, mask=mask)
+    if values.dtype == np.uint8:
+        return  # torch's has none of that dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        yield torch.masked.masked_tensor(torch.tensor(values), torch.tensor(~mask))
+
+
+@pytest.mark.parametrize("label_dtype", [np.int64, np.uint8, bool, np.float32])
+@pytest.mark.parametrize("which", ["scores", "labels", "both"])
+def test_a_masked_pair_is_an_ignored_pair(which, label_dtype):
+    scores, labels = draw(40, 5)
+    mask = np.random.default_rng(1).random((40, 5)) < 0.3
+    want_labels = np.where(mask, -1, labels)
+    want = multilabel_report(scores, want_labels)
+    garbage = np.where(mask, np.nan, scores)  # what lies under a mask is nobody's business
+    labels = np.where(mask, 1 if label_dtype is bool else 7, labels).astype(label_dtype)
+    hidden_scores, hidden_labels = masked_both_ways(garbage, mask), masked_both_ways(labels, mask)
+    plain = np.where(mask, 0.5, scores), np.where(mask, 1, labels).astype(label_dtype)
+    if which == "scores":
+        pairs = [(s, plain[1] if isinstance(s, np.ndarray) else torch.tensor(plain[1])) for s in hidden_scores]
+    elif which == "labels":
+        pairs = [(plain[0] if isinstance(y, np.ndarray) else torch.tensor(plain[0]), y) for y in hidden_labels]
+    else:
+        pairs = list(zip(hidden_scores, hidden_labels, strict=False))
+    for s, y in pairs:
+        got = multilabel_report(s, y)
+        assert repr(got) == repr(want) and torch.equal(got.ap, want.ap)
+        seen = MultilabelAccumulator()
+        seen.update(s, y)
+        assert torch.equal(seen.labels, torch.tensor(want_labels, dtype=torch.int8)) and seen.scores.isfinite().all()
+    unmasked = np.ma.array(scores)
+    assert torch.equal(average_precision(unmasked, want_labels), want.ap)
+    with pytest.raises(TypeError, match="threshold"):
+        multilabel_report(scores, want_labels, threshold=np.ma.array([0.5] * 5, mask=[True] * 5))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_labels_are_zero_where_nothing_is_stored(layout):
+    scores, labels = (torch.tensor(x) for x in draw(40, 5, ignored=0.1))
+    want = multilabel_report(scores, labels)
+    got = multilabel_report(scores, labels.to_sparse(layout=layout))
+    assert repr(got) == repr(want) and torch.equal(got.ap, want.ap)
+    with pytest.raises(TypeError, match="scores: expected a dense tensor"):
+        average_precision(scores.to_sparse(layout=layout), labels)
+
+
+def test_lazy_views_are_read_as_what_they_stand_for():
+    scores, labels = (torch.tensor(x) for x in draw(40, 5))
+    negated = torch.complex(scores, -scores).conj().imag
+    assert negated.is_neg() and torch.equal(average_precision(negated, labels), average_precision(scores, labels))
+    nothing = torch._efficientzerotensor((40, 5))
+    assert torch.equal(average_precision(nothing, labels), average_precision(torch.zeros(40, 5), labels))
+    assert average_precision(scores, nothing).isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_without_an_address_are_refused_by_name():
+    scores, labels = (torch.tensor(x) for x in draw(4, 2))
+    nested = torch.nested.nested_tensor([torch.rand(2), torch.rand(2)])
+    for wrong in ((nested, labels), (scores, nested)):
+        with pytest.raises(TypeError, match="expected a plain tensor"):
+            average_precision(*wrong)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(scores)
+    with pytest.raises(TypeError, match="scores: expected a plain tensor, got FakeTensor"):
+        average_precision(fake, labels)

@@ -61,3 +61,18 @@ def test_losses_work_without(blocked: list[str], expected: dict[str, str]) -> No
         for name, reason in expected.items()
     )
     run(f"BLOCKED = {blocked!r}\n{BLOCK}\n{USE}\n{checks}")
+
+
+def test_every_public_module_is_an_attribute_without_an_import_of_its_own() -> None:
+    run(
+        """
+        import sys, sadcl
+        later = {"checkpoint", "compat", "metrics", "prototypes", "testing"}
+        assert later <= set(dir(sadcl)) and not {f"sadcl.{name}" for name in later} & set(sys.modules)
+        sadcl.prototypes.build_prototypes, sadcl.compat.load_released_checkpoint, sadcl.metrics.average_precision
+        sadcl.functional.asymmetric_loss, sadcl.losses.SupConLoss, sadcl.attention, sadcl.backbones, sadcl.classes
+        sadcl.reference.sscl, sadcl.testing.make_labels, sadcl.checkpoint
+        assert sadcl.metrics is sys.modules["sadcl.metrics"]
+        assert not hasattr(sadcl, "nothing_of_that_name")
+        """
+    )
