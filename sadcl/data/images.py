@@ -114,7 +114,7 @@ def load_rgb(
     path: str | os.PathLike[str], at_least: int | None = None, pixel_range: Sequence[float] | None = None
 ) -> Image:
     """Decode a picture to RGB, upright (the EXIF orientation is applied) and on white where it is
-    transparent (a picture that is transparent everywhere is taken as if it were not).
+    transparent (a picture that is transparent everywhere and has content is taken as if it were not).
 
     Args:
         path: a file in any format Pillow reads (grayscale, palette, CMYK and 16 bits included).
@@ -142,8 +142,9 @@ def load_rgb(
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
-    if rgba.getchannel("A").getextrema() == (0, 0):  # a fourth band that only happens to be called alpha
-        return rgba.convert("RGB")
+    shown = rgba.convert("RGB")
+    if rgba.getchannel("A").getextrema() == (0, 0) and len(shown.getcolors(shown.width * shown.height) or ()) > 1:
+        return shown  # a fourth band that only happens to be called alpha
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 

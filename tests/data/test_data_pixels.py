@@ -203,6 +203,8 @@ def test_alpha_of_zeros_is_no_alpha(tmp_path: Path) -> None:
     PIL.fromarray(rgba).save(tmp_path / "x.png")
     for path in (tmp_path / "x.png", tiff(tmp_path / "x.tif", rgba, photometric=2, extra=2)):
         assert (np.asarray(load_rgb(path)) == rgba[..., :3]).all()
+    PIL.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "empty.png")
+    assert np.asarray(load_rgb(tmp_path / "empty.png")).min() == 255, "nothing is on white"
     rgba[:20, :, 3] = 255
     PIL.fromarray(rgba).save(tmp_path / "x.png")
     seen = np.asarray(load_rgb(tmp_path / "x.png"))
