@@ -9,7 +9,7 @@ from pathlib import Path
 from sadcl.data.images import ImageFileError
 from sadcl.data.labels import class_index, label_indices, read_class_names
 from sadcl.data.listing import Entry, ImageListing, Keep, Missing
-from sadcl.data.text import read_lines
+from sadcl.data.text import normal, read_lines
 
 __all__ = ["NusWideDataset"]
 
@@ -106,7 +106,7 @@ def _labels(
             return known or made_up, rows, known is None
     for place in LABEL_FOLDERS:
         files = {
-            path.name[len("Labels_") : -len(f"_{split}.txt")]: path
+            normal(path.name[len("Labels_") : -len(f"_{split}.txt")]): path
             for path in (folder / place).glob(f"Labels_*_{split}.txt")
         }
         if files:
