@@ -119,6 +119,7 @@ def _eval(arguments: list[str]) -> int:
     instead.add_argument("--coco-json", metavar="FILE", help="measure on the pictures of this COCO-format file instead")
     instead.add_argument("--voc-archive", metavar="FILE", help="measure nothing: write VOC 2012 test's server archive")
     parser.add_argument("--root", help="folder of the pictures, if they have moved since training")
+    parser.add_argument("--label-separator", metavar="TEXT", help="what stands between the labels of a cell of --csv")
     parser.add_argument(
         "--threshold",
         "--thresholds",
@@ -140,7 +141,9 @@ def _eval(arguments: list[str]) -> int:
         return 0
     source = next((name for name in ("csv", "jsonl", "coco_json") if getattr(options, name)), "csv")
     pictures = getattr(options, source)
-    report, about = evaluate_checkpoint(options.checkpoint, pictures, options.root, options.threshold, source)
+    report, about = evaluate_checkpoint(
+        options.checkpoint, pictures, options.root, options.threshold, source, options.label_separator
+    )
     if options.json:
         print(json.dumps({**report.as_dict(), "images": about}, indent=1))
         return 0

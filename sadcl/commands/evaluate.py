@@ -35,6 +35,7 @@ def evaluate_checkpoint(
     root: str | None = None,
     threshold: float | str = 0.5,
     source: str = "csv",
+    label_separator: str | None = None,
 ) -> tuple[MultilabelReport, str]:
     """Measure a checkpoint.
 
@@ -44,6 +45,7 @@ def evaluate_checkpoint(
         root: where the pictures of that config, or of the list, are now.
         threshold: of the precision and recall figures; ``"tuned"``: the checkpoint's own, one per class.
         source: what kind of list ``pictures`` is: csv, jsonl or coco_json.
+        label_separator: what stands between the labels of its cells; default: as in training.
 
     Returns:
         The report, and what it was measured on in words.
@@ -54,6 +56,7 @@ def evaluate_checkpoint(
     config: TrainConfig = config_from_dict(content["config"])
     data = config.data.validated_on(source, pictures) if pictures else config.data
     data = replace(data, root=root, val_folder=None) if root else data
+    data = replace(data, label_separator=label_separator) if label_separator is not None else data
     images, classes, about = load_validation(data, config.seed, tuple(content["classes"]))
     if classes != tuple(content["classes"]):
         raise CheckpointError(f"{path}: its labels are not those of {about}")

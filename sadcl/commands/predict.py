@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +18,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from sadcl.data.images import ImageFileError, image_tensor
+from sadcl.data.images import ImageFileError, image_tensor, picture_suffixes
 from sadcl.model import SADCL
 
 __all__ = [
-    "PICTURE_SUFFIXES",
     "Prediction",
     "entry",
     "find_pictures",
@@ -30,9 +31,6 @@ __all__ = [
     "thresholds_of",
 ]
 
-PICTURE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
 DECODERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without the interpreter lock
 
 
@@ -54,31 +52,40 @@ class Prediction:
     attention: Tensor | None = None
 
 
-def find_pictures(given: Iterable[str], stdin: BinaryIO) -> Iterator[str]:
+def find_pictures(given: Iterable[str], stdin: BinaryIO, passed_over: Counter[str] | None = None) -> Iterator[str]:
     """Paths of pictures, in order: files as given, folders searched through, ``-`` replaced by what stdin lists.
 
     Args:
-        given: files (of any suffix, existing or not), folders (every file in them with a suffix out of
-            :data:`PICTURE_SUFFIXES`, subfolders included, hidden files and folders not, sorted), or ``-``.
+        given: files (of any suffix, existing or not), folders (every file in them with a suffix of
+            :func:`sadcl.data.images.picture_suffixes`, subfolders included, hidden files and folders not, sorted), or
+            ``-``.
         stdin: one path a line; a folder is searched here, too.
+        passed_over: counts the files of folders that are left out, by suffix.
     """
     for name in given:
         if name == "-":
-            listed = (os.fsdecode(line.rstrip(b"\r\n")) for line in stdin)
-            yield from find_pictures((path for path in listed if path not in ("", "-")), stdin)
+            listed = (os.fsdecode(line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")) for line in stdin)
+            yield from find_pictures((path for path in listed if path not in ("", "-")), stdin, passed_over)
         elif os.path.isdir(name):
             for folder, subfolders, files in os.walk(name):
                 subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
-                for file in sorted(files):
-                    if os.path.splitext(file)[1].lower() in PICTURE_SUFFIXES and not file.startswith("."):
+                for file in sorted(file for file in files if not file.startswith(".")):
+                    suffix = os.path.splitext(file)[1].lower()
+                    if suffix in picture_suffixes():
                         yield os.path.join(folder, file)
+                    elif passed_over is not None:
+                        passed_over[suffix or "no suffix"] += 1
         else:
             yield name
 
 
 @torch.inference_mode()
 def predict_pictures(
-    model: SADCL, paths: Sequence[str], batch_size: int = 32, attention: bool = False
+    model: SADCL,
+    paths: Sequence[str],
+    batch_size: int = 32,
+    attention: bool = False,
+    pixel_range: Sequence[float] | None = None,
 ) -> Iterator[Prediction]:
     """Predict picture by picture, in the order of ``paths``, on the model's device.
 
@@ -87,13 +94,14 @@ def predict_pictures(
         paths: picture files.
         batch_size: pictures that go through the model at once.
         attention: also return each picture and where the model looks.
+        pixel_range: see :func:`sadcl.data.images.load_rgb`; what the model was trained with.
     """
     device = next(model.parameters()).device
     side = model.preprocessing.size[0]
 
     def decode(path: str) -> Tensor | str:
         try:
-            return image_tensor(path, side)
+            return image_tensor(path, side, pixel_range)
         except ImageFileError as error:
             return str(error).removeprefix(f"{path}: ")
 
@@ -187,13 +195,21 @@ def main(arguments: Sequence[str]) -> int:
     content = load_checkpoint(options.checkpoint)
     classes, thresholds = content["classes"], thresholds_of(content, options.threshold)
     model = restore_model(content).to(_device(options.device))
-    paths = list(find_pictures(options.images, sys.stdin.buffer if "-" in options.images else io.BytesIO()))
+    passed_over: Counter[str] = Counter()
+    stdin = sys.stdin.buffer if "-" in options.images else io.BytesIO()
+    paths = list(find_pictures(options.images, stdin, passed_over))
+    if passed_over:
+        kinds = ", ".join(f"{_printable(suffix)} {count}" for suffix, count in passed_over.most_common(8))
+        print(f"sadcl predict: passed over, no pictures: {passed_over.total()} files ({kinds})", file=sys.stderr)
     if not paths:
-        raise ValueError(f"no pictures: {', '.join(options.images)} (suffixes: {', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ValueError(
+            f"no pictures: {', '.join(options.images)} (suffixes: {', '.join(sorted(picture_suffixes()))})"
+        )
     overlays = None if options.output is None else _Overlays(options.output, classes, options.top)
     wide = min(60, max(len(_printable(path)) for path in paths))
     failed = 0
-    for prediction in predict_pictures(model, paths, options.batch_size, overlays is not None):
+    pixel_range = content["config"]["data"].get("pixel_range")
+    for prediction in predict_pictures(model, paths, options.batch_size, overlays is not None, pixel_range):
         found = entry(prediction, classes, thresholds, options.top)
         if prediction.error:
             failed += 1

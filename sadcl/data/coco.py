@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sadcl.data.images import ImageFileError
-from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices, read_json
+from sadcl.data.labels import class_index, label_indices
+from sadcl.data.listing import Entry, ImageListing, Keep, Missing
+from sadcl.data.text import identifier, normal, read_json
 
 __all__ = ["CocoDataset", "coco"]
+
+# For every list the identifiers of an item, and the keys of which it needs one.
+KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "images": (("id",), ("file_name", "coco_url")),
+    "annotations": (("image_id", "category_id"), ()),
+    "categories": (("id",), ("name",)),
+}
 
 
 class CocoDataset(ImageListing):
     """A folder of pictures and a JSON file in COCO's format; an object of a category makes it a label.
 
-    Crowd regions (``iscrowd``) count: the category is there to be seen.
+    Crowd regions (``iscrowd``) count: the category is there to be seen. Where images have ``neg_category_ids`` (LVIS),
+    those are absent and every other category without an annotation is ignored; without a list ``annotations`` all are.
 
     Args:
         annotations: the JSON file, with the lists ``images``, ``annotations`` and ``categories``.
@@ -50,10 +60,10 @@ class CocoDataset(ImageListing):
         title: str = "",
     ) -> None:
         content = _read(annotations)
-        names = _category_names(annotations, content["categories"])
+        names, roots = _category_names(annotations, content)
         classes = list(names.values()) if classes is None else classes
         folder = os.path.dirname(annotations) if root is None else os.fspath(root)
-        entries = _entries(annotations, content, names, classes, folder)
+        entries, strays = _entries(annotations, content, names, classes, folder)
         super().__init__(
             title or f"pictures of {annotations}",
             annotations,
@@ -62,6 +72,7 @@ class CocoDataset(ImageListing):
             image_size,
             empty_images=empty_images,
             missing_images=missing_images,
+            note=f"{roots}\n{strays}".strip(),
         )
 
 
@@ -99,30 +110,52 @@ def coco(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
+    """The file's lists, with identifiers of one kind."""
+
     def without_polygons(item: dict[str, Any]) -> dict[str, Any]:
         item.pop("segmentation", None)
         return item
 
     content = read_json(path, "annotation file", without_polygons)
-    needed = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
-    for name, keys in needed.items():
+    for name, (identifiers, names) in KEYS.items():
         items = content.get(name) if isinstance(content, dict) else None
+        if items is None and name == "annotations" and isinstance(content, dict):
+            continue  # as in COCO's own test sets
         if not isinstance(items, list):
             raise ImageFileError(path, f"expected COCO's format with a list {name!r}")
         for number, item in enumerate(items):
-            if not isinstance(item, dict) or any(not isinstance(item.get(key), (int, str)) for key in keys):
-                raise ImageFileError(path, f"{name}[{number}]: expected {' and '.join(keys)}, got {str(item)[:80]}")
+            known = {key: identifier(item.get(key)) for key in identifiers} if isinstance(item, dict) else {}
+            nameless = bool(names) and not any(isinstance(item.get(key), (int, str)) for key in names if known)
+            if not known or None in known.values() or nameless:
+                expected = " and ".join([*identifiers, *names[:1]])
+                raise ImageFileError(path, f"{name}[{number}]: expected {expected}, got {str(item)[:80]}")
+            item.update(known)
     return content
 
 
-def _category_names(path: str | os.PathLike[str], categories: list[dict[str, Any]]) -> dict[Any, str]:
-    """Category id -> name, in the order of the ids."""
+def _category_names(
+    path: str | os.PathLike[str], content: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[Any, str], str]:
+    """(category id -> name, in the order of the ids; in words, what is no class).
+
+    Labelling tools put a root above all others: no annotation has it, it has no parent, and others have its name as
+    ``supercategory`` (one of the others may have it as its own name as well).
+    """
+    used = {item["category_id"] for item in content.get("annotations", ())}
     names: dict[Any, str] = {}
-    for item in sorted(categories, key=lambda item: (isinstance(item["id"], str), item["id"])):
-        if item["id"] in names:
-            raise ImageFileError(path, f"two categories have the id {item['id']!r}")
-        names[item["id"]] = str(item["name"])
-    return names
+    roots: list[str] = []
+    for item in sorted(content["categories"], key=lambda item: (isinstance(item["id"], str), item["id"])):
+        key, name = item["id"], normal(str(item["name"]))
+        children = [
+            other
+            for other in content["categories"]
+            if other["id"] != key and other.get("supercategory") == item["name"]
+        ]
+        if children and key not in used and item.get("supercategory") in (None, "", "none", item["name"]):
+            roots.append(name)
+        elif names.setdefault(key, name) != name:
+            raise ImageFileError(path, f"two categories have the id {key!r}: {names[key]!r} and {name!r}")
+    return names, f"no class: category {', '.join(map(repr, roots))}, the parent of others" if roots else ""
 
 
 def _entries(
@@ -131,18 +164,44 @@ def _entries(
     names: dict[Any, str],
     classes: Sequence[str],
     folder: str,
-) -> Iterator[Entry]:
-    index = {name: i for i, name in enumerate(classes)}
+) -> tuple[list[Entry], str]:
+    """(the pictures; in words, what was passed over)."""
+    index = class_index(classes, path)
     found: dict[Any, set[Any]] = {item["id"]: set() for item in content["images"]}
     if len(found) < len(content["images"]):
         (repeated, _), *_ = Counter(item["id"] for item in content["images"]).most_common(1)
         raise ImageFileError(path, f"two images have the id {repeated!r}")
-    for number, item in enumerate(content["annotations"]):
-        if item["image_id"] not in found:
-            raise ImageFileError(path, f"annotations[{number}]: no image has the id {item['image_id']!r}")
+    annotations = content.get("annotations", [])
+    strays = [number for number, item in enumerate(annotations) if item["image_id"] not in found]
+    if strays and len(strays) == len(annotations):
+        raise ImageFileError(path, f"annotations[0]: no image has the id {annotations[0]['image_id']!r}")
+    for number, item in enumerate(annotations):
         if item["category_id"] not in names:
             raise ImageFileError(path, f"annotations[{number}]: no category has the id {item['category_id']!r}")
-        found[item["image_id"]].add(item["category_id"])
+        found.get(item["image_id"], set()).add(item["category_id"])
+    partial = any("neg_category_ids" in item for item in content["images"])  # LVIS: the rest was not looked for
+    entries = []
     for item in content["images"]:
-        labels = label_indices((names[category] for category in found[item["id"]]), index, path)
-        yield Entry(os.path.join(folder, str(item["file_name"])), labels, f"image id {item['id']} of {path}")
+        where = f"image id {item['id']} of {path}"
+        positive = label_indices((names[category] for category in sorted(found[item["id"]], key=str)), index, path)
+        absent: tuple[int, ...] | None = None
+        if "annotations" not in content:
+            absent = ()
+        elif partial:
+            known = map(identifier, item.get("neg_category_ids") or ())
+            absent = label_indices((names[category] for category in known if category in names), index, path)
+        entries.append(Entry(_picture(item, folder), positive, where, absent=absent))
+    note = f"passed over: {len(strays)} annotations of images that are not listed" if strays else ""
+    return entries, note
+
+
+def _picture(item: dict[str, Any], folder: str) -> str:
+    """Where an image lies; LVIS names its place on a server, of which one's own copy has the last folder or not."""
+    if "file_name" in item:
+        return os.path.join(folder, str(item["file_name"]))
+    *_, inside, name = ["", *str(item["coco_url"]).split("/")]
+    return (
+        os.path.join(folder, inside, name)
+        if os.path.isdir(os.path.join(folder, inside))
+        else os.path.join(folder, name)
+    )

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sadcl.data.folders import Folders, files_stamp
 from sadcl.data.images import ImageFileError, load_rgb, square_tensor
+from sadcl.data.labels import (
+    check_compounds,
+    class_index,
+    class_order,
+    doubts,
+    label_indices,
+    label_separator_of,
+    split_labels,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "Entry",
-    "ImageListing",
-    "Keep",
-    "Missing",
-    "NamedListing",
-    "label_indices",
-    "read_class_names",
-    "read_json",
-    "read_lines",
-]
+__all__ = ["Entry", "ImageListing", "Keep", "Missing", "NamedListing", "Row", "Rows"]
 
 Keep = Literal["keep", "drop"]
 Missing = Literal["error", "drop"]
-LISTING_PAYS = 16  # from so many pictures in a folder on, one listing replaces a stat per file
 
 
 class Entry(NamedTuple):
@@ -44,16 +41,29 @@ class Entry(NamedTuple):
         positive: indices of its labels.
         where: what names it, in words ("line 3 of train.csv"); for messages.
         ignored: indices of labels that are neither there nor absent (label value -1).
+        absent: indices of labels that are known to be absent, where the data set says so: all others that are not
+            positive are ignored then.
     """
 
     path: str
     positive: tuple[int, ...]
     where: str
     ignored: tuple[int, ...] = ()
+    absent: tuple[int, ...] | None = None
+
+    def joined(self, other: Entry) -> Entry:
+        """One picture that was named twice: what either says is there is there, what either ignores is ignored."""
+        absent = None if self.absent is None or other.absent is None else self.absent + other.absent
+        return self._replace(
+            positive=self.positive + other.positive, ignored=self.ignored + other.ignored, absent=absent
+        )
 
 
 class ImageListing(Dataset[tuple[Tensor, Tensor]]):
     """Pictures in files, with labels: the base of every loader, which only has to produce the entries.
+
+    A picture that several entries name (``a.png`` and ``./a.png``, two links to one file) is one picture with all
+    their labels, in the place of the first.
 
     Args:
         title: what the pictures are, in words: it heads :meth:`summary`.
@@ -64,13 +74,16 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
         empty_images: what to do with pictures without any label: "keep" (a row of zeros) or "drop".
         missing_images: what to do with pictures whose file is not there: "error" (now, not in the middle of
             an epoch) or "drop".
-        note: one more line for :meth:`summary`.
+        note: more lines for :meth:`summary`, separated by line ends.
 
     Attributes:
-        paths: of the pictures that were kept.
+        paths: of the pictures that were kept, as they lie on the disk.
+        identities: the same without links, for comparing listings.
         positive: their label indices.
         ignored: picture index -> indices of its labels with value -1 (only pictures that have any).
+        absent: picture index -> indices of its labels with value 0, where all others are ignored.
         dropped: reason -> number of pictures left out.
+        pixel_range: see :func:`sadcl.data.images.load_rgb`; set it before the first picture is read.
 
     Raises:
         ImageFileError: a picture's file is missing, or no picture is left.
@@ -90,33 +103,53 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
         note: str = "",
     ) -> None:
         _check_options(source, classes, image_size, empty_images, missing_images)
-        self.title, self.note = title, note
+        self.title = title
         self.classes = tuple(classes)
         self.image_size = image_size
+        self.pixel_range: Sequence[float] | None = None
         self.dropped: dict[str, int] = {}
-        listed = list(entries)
-        kept = [entry for entry in listed if entry.positive or entry.ignored] if empty_images == "drop" else listed
-        self._count_dropped("without a label", len(listed) - len(kept))
-        missing = _missing([entry.path for entry in kept])
-        if missing and missing_images == "error":
-            raise _missing_error([kept[i] for i in missing])
-        kept = [entry for i, entry in enumerate(kept) if i not in missing]
-        self._count_dropped("whose file is missing", len(missing))
+        listed, folders = list(entries), Folders()
+        found, missing, merged = _merge(listed, folders)
+        kept = {
+            identity: entry
+            for identity, entry in found.items()
+            if empty_images == "keep" or entry.positive or entry.ignored or entry.absent is not None
+        }
+        self._count_dropped("without a label", len(found) - len(kept))
+        gone = [entry for identity, entry in kept.items() if identity in missing]
+        if gone and missing_images == "error":
+            more = f"; missing with it: {len(gone) - 1} more" if len(gone) > 1 else ""
+            reason = f"no such picture file ({gone[0].where}{more}{folders.hint(gone[0].path)})"
+            raise ImageFileError(gone[0].path, reason)
+        self._count_dropped("whose file is missing", len(gone))
+        kept = {identity: entry for identity, entry in kept.items() if identity not in missing}
         if not kept:
             raise ImageFileError(
                 source, f"no picture is left ({self._dropped_words()})" if listed else "lists no picture"
             )
-        self.paths = [entry.path for entry in kept]
-        self.positive = [tuple(sorted(set(entry.positive))) for entry in kept]
-        self.ignored = {i: entry.ignored for i, entry in enumerate(kept) if entry.ignored}
+        self.paths = [entry.path for entry in kept.values()]
+        self.identities = list(kept)
+        self.positive = [tuple(sorted(set(entry.positive))) for entry in kept.values()]
+        self.ignored = {i: entry.ignored for i, entry in enumerate(kept.values()) if entry.ignored}
+        self.absent = {i: entry.absent for i, entry in enumerate(kept.values()) if entry.absent is not None}
+        self.notes = [merged, *doubts(self.classes), *note.splitlines()]
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def annotated(self) -> bool:
+        """Whether any label of any picture is known."""
+        return any(self._unknown(i) < len(self.classes) for i in range(len(self)))
+
     def labels(self, index: int) -> Tensor:
         """Labels of picture ``index``: float32 [C], 1 there, 0 absent, -1 ignored."""
+        index %= len(self)
         labels = torch.zeros(len(self.classes), device="cpu")
-        labels[list(self.ignored.get(index % len(self), ()))] = -1.0
+        if (absent := self.absent.get(index)) is not None:
+            labels -= 1.0
+            labels[list(absent)] = 0.0
+        labels[list(self.ignored.get(index, ()))] = -1.0
         labels[list(self.positive[index])] = 1.0
         return labels
 
@@ -131,7 +164,7 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             ImageFileError: the file cannot be decoded.
         """
-        return load_rgb(self.paths[index], at_least), self.labels(index)
+        return load_rgb(self.paths[index], at_least, self.pixel_range), self.labels(index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Picture ``index``: (RGB uint8 [3, image_size, image_size], labels float32 [C])."""
@@ -140,26 +173,43 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
 
     def fingerprint(self) -> str:
         """Changes with the classes, the pictures' paths or the labels (not with what is in the picture files)."""
-        digest = hashlib.sha256(repr(self.classes).encode())
+        digest = hashlib.sha256(repr(self.classes).encode("utf-8", "surrogateescape"))
         for index, (path, positive) in enumerate(zip(self.paths, self.positive, strict=True)):
-            digest.update(f"{path}\0{positive}\0{self.ignored.get(index, ())}\n".encode("utf-8", "surrogateescape"))
+            known = f"{self.ignored.get(index, ())}\0{self.absent.get(index)}"
+            digest.update(f"{path}\0{positive}\0{known}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def stamp(self) -> str:
+        """Changes with what is in the picture files, by where a name leads, size and time of writing."""
+        return files_stamp(self.paths)
+
     def summary(self) -> str:
-        """Counts for people: images, labels, class frequencies, what was dropped."""
+        """Counts for people: images, labels, class frequencies, what is not known, what was dropped."""
         counts = Counter(label for positive in self.positive for label in positive)
         sizes = [len(positive) for positive in self.positive]
         head = f"{len(self)} images, {len(self.classes)} labels, {sum(sizes) / len(sizes):.2f} labels an image"
         head += f" (at most {max(sizes)}); {sizes.count(0)} without a label"
         ranked = sorted(range(len(self.classes)), key=lambda c: (-counts[c], c))
         lines = [f"{self.title}: {head}", *_frequency_lines([(self.classes[c], counts[c]) for c in ranked])]
-        if self.ignored:
-            lines.append(f"ignored: {sum(map(len, self.ignored.values()))} labels of {len(self.ignored)} images")
+        lines.append(self._unknown_words())
         if self.dropped:
             lines.append(f"dropped: {self._dropped_words()}")
-        if self.note:
-            lines.append(self.note)
-        return "\n  ".join(lines)
+        return "\n  ".join(line for line in [*lines, *self.notes] if line)
+
+    def _unknown(self, index: int) -> int:
+        """How many labels of a picture are neither there nor absent."""
+        positive = set(self.positive[index])
+        if (absent := self.absent.get(index)) is not None:
+            return len(self.classes) - len(positive | set(absent) - set(self.ignored.get(index, ())))
+        return len(set(self.ignored.get(index, ())) - positive)
+
+    def _unknown_words(self) -> str:
+        unknown = [count for i in {*self.ignored, *self.absent} if (count := self._unknown(i))]
+        if not unknown:
+            return "labels that a picture is not listed with are absent"
+        if not self.annotated:
+            return "no annotations: nothing can be measured here, only predicted"
+        return f"ignored: {sum(unknown)} labels of {len(unknown)} images, not known to be there or absent"
 
     def _count_dropped(self, reason: str, count: int) -> None:
         if count:
@@ -169,21 +219,47 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
         return ", ".join(f"{count} images {reason}" for reason, count in self.dropped.items())
 
 
+class Row(NamedTuple):
+    """A line of a list: its number, the picture, and its label names, or a cell of them that is still to be split."""
+
+    number: int
+    path: str
+    labels: str | Sequence[str]
+    unknown: str | Sequence[str] = ()
+
+
+class Rows(NamedTuple):
+    """What a list holds.
+
+    Attributes:
+        rows: its lines.
+        names: label names that it knows whether or not a picture has them, in its own order.
+        note: a line for the summary.
+    """
+
+    rows: Sequence[Row]
+    names: Sequence[str] = ()
+    note: str = ""
+
+
 class NamedListing(ImageListing):
     """Pictures of a list that gives label names a line; subclasses say how a line is read.
 
     Args:
         path: the list.
         image_size: pictures are resized to this square.
-        classes: the label names, in order; default: those that occur, sorted.
+        classes: the label names, in order; default: those of the list's columns, or those that occur, sorted (numbers
+            by value).
         root: folder that relative paths start from; default: the list's own.
         empty_images: "keep" or "drop" pictures without a label.
         missing_images: "error" or "drop" for pictures whose file is not there.
+        label_separator: what stands between the labels of one text; default: a semicolon, and labels that look like
+            several (separated by anything else) are refused.
 
     Raises:
         ImageFileError: the list is missing or empty, one of its lines cannot be read, a picture it names does
             not exist (here), or cannot be decoded (when it is read).
-        ValueError: a label that is not among ``classes``.
+        ValueError: a label that is not among ``classes``, or one that looks like several.
     """
 
     def __init__(
@@ -195,29 +271,80 @@ class NamedListing(ImageListing):
         root: str | os.PathLike[str] | None = None,
         empty_images: Keep = "keep",
         missing_images: Missing = "error",
+        label_separator: str | None = None,
     ) -> None:
-        rows = list(self.rows(path))
-        if not rows:
+        separator = label_separator_of(label_separator)
+        content = self.read(path, separator)
+        if not content.rows:
             raise ImageFileError(path, "lists no picture")
+        rows = [_split(row, separator, path) for row in content.rows]
         if classes is None:
-            classes = sorted({name for _, _, names in rows for name in names})
-        index = {name: i for i, name in enumerate(classes)}
+            named = {name for _, _, labels, unknown in rows for name in (*labels, *unknown)}
+            classes = content.names if named.issubset(content.names) else class_order({*named, *content.names})
+            if label_separator is None:
+                check_compounds(classes, path)
+        index = class_index(classes, path)
         folder = os.path.dirname(path) if root is None else os.fspath(root)
         entries = [
             Entry(
                 os.path.join(folder, picture),
-                label_indices(names, index, path, f"line {number}"),
+                label_indices(labels, index, path, f"line {number}"),
                 f"line {number} of {path}",
+                label_indices(unknown, index, path, f"line {number}"),
             )
-            for number, picture, names in rows
+            for number, picture, labels, unknown in rows
         ]
-        options = {"empty_images": empty_images, "missing_images": missing_images}
-        super().__init__(f"pictures of {path}", path, entries, classes, image_size, **options)  # type: ignore[arg-type]
+        super().__init__(
+            f"pictures of {path}",
+            path,
+            entries,
+            classes,
+            image_size,
+            empty_images=empty_images,
+            missing_images=missing_images,
+            note=content.note,
+        )
 
     @staticmethod
-    def rows(path: str | os.PathLike[str]) -> Iterable[tuple[int, str, Sequence[str]]]:
-        """(line number, picture, label names) of every picture of the list."""
+    def read(path: str | os.PathLike[str], separator: str | None) -> Rows:
+        """The list's lines; ``separator`` is what the user says stands between labels."""
         raise NotImplementedError
+
+
+def _split(row: Row, separator: str | None, path: str | os.PathLike[str]) -> Row:
+    """A row whose labels are names, each once, none both there and unknown."""
+    cells = []
+    for cell in (row.labels, row.unknown):
+        try:
+            cells.append(split_labels(cell, separator) if isinstance(cell, str) else tuple(cell))
+        except ValueError as error:
+            raise ImageFileError(path, f"line {row.number}: {error}") from None
+    if both := set(cells[0]) & set(cells[1]):
+        raise ImageFileError(path, f"line {row.number}: label {min(both)!r} is both listed and unknown")
+    return row._replace(labels=cells[0], unknown=cells[1])
+
+
+def _merge(listed: Sequence[Entry], folders: Folders) -> tuple[dict[str, Entry], set[str], str]:
+    """(identity -> its entry, in order; identities whose file is missing; in words, what was listed twice)."""
+    found: dict[str, Entry] = {}
+    missing: set[str] = set()
+    repeated: list[Entry] = []
+    for entry, path in zip(listed, folders.resolve([entry.path for entry in listed]), strict=True):
+        identity = os.path.abspath(entry.path) if path is None else folders.identity(path)
+        if path is None:
+            missing.add(identity)
+        if identity in found:
+            repeated.append(entry)
+            found[identity] = found[identity].joined(entry)
+        else:
+            found[identity] = entry if path is None else entry._replace(path=path)
+    if not repeated:
+        return found, missing, ""
+    return (
+        found,
+        missing,
+        f"listed more than once, labels joined: {len(repeated)} rows ({repeated[0].where} is the first)",
+    )
 
 
 def _check_options(
@@ -233,29 +360,7 @@ def _check_options(
         raise ValueError(f"image_size: expected a number > 0, got {image_size}")
     if not classes:
         raise ValueError(f"{source}: no picture has a label")
-    if repeated := [name for name, count in Counter(classes).items() if count > 1]:
-        raise ValueError(f"{source}: class {repeated[0]!r} occurs twice")
-
-
-def _missing(paths: Sequence[str]) -> set[int]:
-    """Which of the paths are no files; a folder is listed once instead of asking for each of its files."""
-    folders: dict[str, list[int]] = {}
-    for index, path in enumerate(paths):
-        folders.setdefault(os.path.dirname(path), []).append(index)
-    missing: set[int] = set()
-    for folder, members in folders.items():
-        there: set[str] = set()
-        if len(members) >= LISTING_PAYS:
-            with suppress(OSError):
-                there.update(os.listdir(folder or "."))
-        # What a listing does not show may still open (file systems that fold case), so it gets its stat.
-        missing.update(i for i in members if os.path.basename(paths[i]) not in there and not os.path.isfile(paths[i]))
-    return missing
-
-
-def _missing_error(entries: Sequence[Entry]) -> ImageFileError:
-    more = f"; missing with it: {len(entries) - 1} more" if len(entries) > 1 else ""
-    return ImageFileError(entries[0].path, f"no such picture file ({entries[0].where}{more})")
+    class_index(classes, source)
 
 
 def _frequency_lines(ranked: Sequence[tuple[str, int]], shown: int = 5) -> list[str]:
@@ -274,86 +379,3 @@ def _frequency_lines(ranked: Sequence[tuple[str, int]], shown: int = 5) -> list[
         more = f" and {len(never) - shown} more" if len(never) > shown else ""
         lines.append(f"never there: {', '.join(never[:shown])}{more}")
     return lines
-
-
-# -- what the readers of lists share --
-
-
-def read_lines(path: str | os.PathLike[str], what: str) -> list[str]:
-    """The lines of a UTF-8 text file, stripped (so line ends may be CRLF); empty ones at its end are cut off.
-
-    Args:
-        path: the file.
-        what: what it is, in words, for the message if it is missing.
-
-    Raises:
-        ImageFileError: the file is missing, or a line of it is not UTF-8.
-    """
-    if not os.path.isfile(path):
-        raise ImageFileError(path, f"no such {what}")
-    lines = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
-            except UnicodeDecodeError as error:
-                raise ImageFileError(path, f"line {number}: not UTF-8 ({error.reason})") from None
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def read_json(
-    path: str | os.PathLike[str], what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None
-) -> Any:
-    """The content of a UTF-8 JSON file.
-
-    Args:
-        path: the file.
-        what: what it is, in words, for the message if it is missing.
-        object_hook: see :func:`json.load`.
-
-    Raises:
-        ImageFileError: the file is missing or no JSON; the message says where it ends to be.
-    """
-    if not os.path.isfile(path):
-        raise ImageFileError(path, f"no such {what}")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=object_hook)
-    except json.JSONDecodeError as error:
-        raise ImageFileError(path, f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise ImageFileError(path, f"byte {error.start}: not UTF-8 ({error.reason})") from None
-
-
-def read_class_names(path: str | os.PathLike[str], count: int | None = None) -> tuple[str, ...]:
-    """Label names from a file, one a line, in order.
-
-    Args:
-        path: the file.
-        count: how many there have to be.
-
-    Raises:
-        ImageFileError: the file is missing or has another number of names.
-    """
-    names = tuple(line for line in read_lines(path, "file of class names") if line)
-    if count is not None and len(names) != count:
-        raise ImageFileError(path, f"expected {count} class names, one a line, got {len(names)}")
-    return names
-
-
-def label_indices(
-    names: Iterable[str], index: dict[str, int], source: str | os.PathLike[str], where: str = ""
-) -> tuple[int, ...]:
-    """Class indices of label names.
-
-    Raises:
-        ValueError: a name that is not among the classes; the message names it and the file.
-    """
-    try:
-        return tuple(index[name] for name in names)
-    except KeyError as error:
-        known = ", ".join(list(index)[:30]) + (", ..." if len(index) > 30 else "")
-        at = f"{where}: " if where else ""
-        raise ValueError(f"{source}: {at}label {error.args[0]!r} is not one of the classes: {known}") from None

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sadcl.data.images import ImageFileError
-from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices, read_class_names, read_lines
+from sadcl.data.labels import class_index, label_indices, read_class_names
+from sadcl.data.listing import Entry, ImageListing, Keep, Missing
+from sadcl.data.text import normal, read_lines
 
 __all__ = ["NusWideDataset"]
 
@@ -63,7 +65,7 @@ class NusWideDataset(ImageListing):
             raise ImageFileError(list_file, f"line {names.index('') + 1}: no path of a picture")
         known = _concepts(folder, class_names)
         concepts, rows, numbered = _labels(folder, split.title(), list_file, len(names), known)
-        order = label_indices(concepts, {name: i for i, name in enumerate(classes or concepts)}, list_file)
+        order = label_indices(concepts, class_index(classes or concepts, list_file), list_file)
         base, flat = _picture_folder(folder, names)
         entries = [
             Entry(
@@ -104,7 +106,7 @@ def _labels(
             return known or made_up, rows, known is None
     for place in LABEL_FOLDERS:
         files = {
-            path.name[len("Labels_") : -len(f"_{split}.txt")]: path
+            normal(path.name[len("Labels_") : -len(f"_{split}.txt")]): path
             for path in (folder / place).glob(f"Labels_*_{split}.txt")
         }
         if files:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sadcl.data.folders import files_stamp
 from sadcl.data.images import ImageFileError, load_cutout, load_rgb
 from sadcl.data.sources import Background, SceneSource
 
@@ -52,6 +53,8 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         if length < 1 or image_size < 16:
             raise ValueError(f"expected length >= 1 and image_size >= 16, got {length} and {image_size}")
         self.classes = source.labels
+        self.files = [file for label in source.objects for variants in label for file in variants]
+        self.files += [background.path for background in source.backgrounds]
         self.themes = source.themes
         self.length, self.seed, self.image_size = length, seed, image_size
         cutout_side = round(SCALE[1] * image_size * 1.1)
@@ -82,6 +85,10 @@ class SceneDataset(Dataset[tuple[Tensor, Tensor]]):
         """The same as ``self[index]``: a scene has no other size (``at_least`` is for pictures in files)."""
         del at_least
         return self[index]
+
+    def stamp(self) -> str:
+        """Changes with the picture files that scenes are composed of."""
+        return files_stamp(self.files)
 
     def summary(self) -> str:
         """Counts for people: scenes, labels, and what they are drawn from."""

@@ -7,16 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sadcl.data.images import ImageFileError
-from sadcl.data.listing import (
-    Entry,
-    ImageListing,
-    Keep,
-    Missing,
-    label_indices,
-    read_class_names,
-    read_json,
-    read_lines,
-)
+from sadcl.data.labels import class_index, label_indices, read_class_names
+from sadcl.data.listing import Entry, ImageListing, Keep, Missing
+from sadcl.data.text import read_json, read_lines
 
 __all__ = ["VisualGenome500Dataset"]
 
@@ -66,7 +59,7 @@ class VisualGenome500Dataset(ImageListing):
             names = read_class_names(class_names, NUM_CLASSES)
         else:
             names = tuple(classes or (f"category {number:03d}" for number in range(NUM_CLASSES)))
-        order = label_indices(names, {name: i for i, name in enumerate(classes or names)}, list_file)
+        order = label_indices(names, class_index(classes or names, list_file), list_file)
         super().__init__(
             f"Visual Genome 500 {split}",
             list_file,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,14 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from sadcl.data.images import ImageFileError
-from sadcl.data.listing import Entry, ImageListing, Keep, Missing, label_indices, read_lines
+from sadcl.data.folders import Folders
+from sadcl.data.images import ImageFileError, picture_suffixes
+from sadcl.data.labels import class_index, label_indices
+from sadcl.data.listing import Entry, ImageListing, Keep, Missing
+from sadcl.data.text import normal, read_lines
+
+CLASS_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of the lists that there are for each class
+ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.-]+)["']""")
 
 __all__ = ["VOC_CLASSES", "VocDataset", "write_voc_results"]
 
@@ -25,10 +32,12 @@ VOC_CLASSES = (
 
 
 class VocDataset(ImageListing):
-    """One split of VOC: a label is a class with an object that is not marked difficult.
+    """One split of VOC, or of a tree that a labelling tool made like it: a label is a class with an object that is not
+    marked difficult.
 
     A split without any annotation file (the test set of 2012) has all its labels at -1, ignored, so that nothing
-    can be measured on it by mistake; :attr:`annotated` says which it is.
+    can be measured on it by mistake; :attr:`annotated` says which it is. Pictures may have any suffix, and the list
+    may name them with it, with their folder, or with a column of -1, 0 and 1 behind them.
 
     Args:
         root: the folder with ``VOCdevkit`` in it; ``VOCdevkit`` or ``VOC<year>`` itself will do.
@@ -43,7 +52,6 @@ class VocDataset(ImageListing):
 
     Attributes:
         ids: the pictures' identifiers, as in the list.
-        annotated: whether there are labels.
 
     Raises:
         ImageFileError: the list, a picture or an annotation of it is missing or not what it should be.
@@ -67,10 +75,10 @@ class VocDataset(ImageListing):
         folder = _voc_folder(Path(root), year)
         list_file = folder / "ImageSets" / "Main" / f"{split}.txt"
         classes = VOC_CLASSES if classes is None else tuple(classes)
-        listed = [(n, line) for n, line in enumerate(read_lines(list_file, "list of pictures"), 1) if line]
-        with_file = {name.removesuffix(".xml") for name in _names_in(folder / "Annotations")}
-        self.annotated = any(identity in with_file for _, identity in listed) or not listed
-        entries = _entries(folder, list_file, listed, classes, self.annotated, difficult)
+        listed = _identities(read_lines(list_file, "list of pictures"))
+        with_file = {normal(name.removesuffix(".xml")) for name in _names_in(folder / "Annotations")}
+        annotated = any(normal(identity) in with_file for _, identity in listed)
+        entries = _entries(folder, list_file, listed, classes, annotated, difficult)
         super().__init__(
             f"VOC {year} {split}",
             list_file,
@@ -79,7 +87,6 @@ class VocDataset(ImageListing):
             image_size,
             empty_images=empty_images,
             missing_images=missing_images,
-            note="" if self.annotated else "no annotations: nothing can be measured here, only predicted",
         )
         self.ids = [Path(path).stem for path in self.paths]
 
@@ -96,6 +103,19 @@ def _names_in(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
+def _identities(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """(line number, identifier) of the pictures of a list."""
+    listed = [(number, line) for number, line in enumerate(lines, 1) if line]
+    if all(CLASS_COLUMN.search(line) for _, line in listed):
+        listed = [(number, CLASS_COLUMN.sub("", line)) for number, line in listed]
+    identities = []
+    for number, line in listed:
+        name = line.replace("\\", "/").removeprefix("./").removeprefix("JPEGImages/")
+        stem, suffix = os.path.splitext(name)
+        identities.append((number, stem if suffix.lower() in picture_suffixes() else name))
+    return identities
+
+
 def _entries(
     folder: Path,
     list_file: Path,
@@ -104,14 +124,17 @@ def _entries(
     annotated: bool,
     difficult: str,
 ) -> Iterator[Entry]:
-    index = {name: i for i, name in enumerate(classes)}
+    index = class_index(classes, list_file)
+    folders = Folders()
     for number, identity in listed:
         where = f"line {number} of {list_file}"
-        path = os.path.join(folder, "JPEGImages", f"{identity}.jpg")
+        picture = os.path.join(folder, "JPEGImages", identity)
+        path = folders.with_suffix(picture) or folders.find(f"{picture}.jpg") or f"{picture}.jpg"
         if not annotated:
-            yield Entry(path, (), where, tuple(range(len(classes))))
+            yield Entry(path, (), where, absent=())
             continue
         annotation = folder / "Annotations" / f"{identity}.xml"
+        annotation = Path(folders.find(os.fspath(annotation)) or annotation)
         clear, hard = _objects(annotation, where)
         positive = label_indices(sorted(clear), index, annotation)
         hard_only = label_indices(sorted(hard - clear), index, annotation)
@@ -121,10 +144,10 @@ def _entries(
 def _objects(annotation: Path, where: str) -> tuple[set[str], set[str]]:
     """Classes with an object that is not difficult, and classes with one that is."""
     try:
-        tree = ElementTree.parse(annotation).getroot()
+        tree = _xml(annotation.read_bytes())
     except FileNotFoundError:
         raise ImageFileError(annotation, f"no such annotation file ({where})") from None
-    except ElementTree.ParseError as error:  # its text names line and column
+    except (ElementTree.ParseError, LookupError, UnicodeDecodeError) as error:  # the text names line and column
         raise ImageFileError(annotation, f"not XML ({error})") from None
     clear: set[str] = set()
     hard: set[str] = set()
@@ -132,8 +155,16 @@ def _objects(annotation: Path, where: str) -> tuple[set[str], set[str]]:
         name = (item.findtext("name") or "").strip()
         if not name:
             raise ImageFileError(annotation, "an object has no name")
-        (hard if (item.findtext("difficult") or "0").strip() == "1" else clear).add(name)
+        (hard if (item.findtext("difficult") or "0").strip().lower() in ("1", "true") else clear).add(name)
     return clear, hard
+
+
+def _xml(raw: bytes) -> ElementTree.Element:
+    """The root of an XML file in any encoding that Python knows; expat alone knows none of several bytes (GBK)."""
+    declared = ENCODING.match(raw)
+    if declared is None or declared[1].lower().startswith(b"utf"):
+        return ElementTree.fromstring(raw)
+    return ElementTree.fromstring(raw.decode(declared[1].decode()))  # what a text declares is not looked at
 
 
 def write_voc_results(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from sadcl.backbones import Preprocessing
 from sadcl.data.coco import CocoDataset, coco
 from sadcl.data.csv_list import CsvDataset
 from sadcl.data.features import FeatureDataset, cached_features
+from sadcl.data.images import DECODING
 from sadcl.data.json_lines import JsonLinesDataset
+from sadcl.data.labels import read_class_names
 from sadcl.data.listing import ImageListing
 from sadcl.data.nuswide import NusWideDataset
 from sadcl.data.scenes import SceneDataset
@@ -24,7 +27,7 @@ from sadcl.data.vg500 import VisualGenome500Dataset
 from sadcl.data.voc import VocDataset
 from sadcl.model import SADCL
 from sadcl.train.config import DataConfig, TrainConfig
-from sadcl.train.data_config import Side
+from sadcl.train.data_config import LISTS, Side
 
 __all__ = [
     "Images",
@@ -39,6 +42,7 @@ __all__ = [
 
 Pairs = Dataset[tuple[Tensor, Tensor]]
 Pictures = ImageListing | SceneDataset  # what has load(), summary() and classes
+COLUMNS = ("nuswide", "vg500")  # their class names are those of columns
 VAL_SEED = 1_000_003  # added to the run's seed, so that validation scenes are never training scenes
 
 
@@ -61,8 +65,19 @@ class Images:
     protocol: str
 
     def summary(self) -> str:
-        """Counts of both sides, for people."""
-        return f"training: {self.train.summary()}\nvalidation: {self.val.summary()}"
+        """Counts of both sides, for people, and whether they share pictures."""
+        return "\n".join([f"training: {self.train.summary()}", f"validation: {self.val.summary()}", *self._shared()])
+
+    def _shared(self) -> list[str]:
+        if not (isinstance(self.train, ImageListing) and isinstance(self.val, ImageListing)):
+            return []
+        seen = set(self.train.identities)
+        shared = [path for path, one in zip(self.val.paths, self.val.identities, strict=True) if one in seen]
+        return (
+            [f"{len(shared)} of the {len(self.val)} validation pictures are also training pictures ({shared[0]})"]
+            if shared
+            else []
+        )
 
 
 class PreprocessedDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -88,7 +103,7 @@ def load_images(config: DataConfig, seed: int) -> Images:
         scenes = SceneDataset(train_part, config.train_images, seed, config.image_size)
         return Images(scenes, val, classes, source.title, protocol)
     train = open_listing(config, "train", None)
-    if isinstance(train, VocDataset) and not train.annotated:
+    if not train.annotated:
         raise ValueError(f"data.train_list {config.list_of('train')}: {train.title} has no annotations to train on")
     val, classes, protocol = load_validation(config, seed, train.classes)
     return Images(train, val, classes, train.title, protocol)
@@ -116,10 +131,13 @@ def load_validation(
     if classes is None:
         classes = open_listing(config, "train", None).classes
     val = open_listing(config, "val", classes)
-    if isinstance(val, VocDataset) and not val.annotated:
+    if not val.annotated:
+        server = (
+            "; validate on val, and write the evaluation server's archive with `sadcl eval CHECKPOINT --voc-archive`"
+        )
         raise ValueError(
-            f"data.val_list {config.list_of('val')}: {val.title} has no annotations to measure on; "
-            "validate on val, and write the evaluation server's archive with `sadcl eval CHECKPOINT --voc-archive`"
+            f"data.val_list {config.list_of('val')}: {val.title} has no annotations to measure on"
+            + (server if isinstance(val, VocDataset) else "")
         )
     return val, classes, _protocol(config, val)
 
@@ -130,16 +148,27 @@ def open_listing(config: DataConfig, side: Side, classes: tuple[str, ...] | None
     Args:
         config: which data.
         side: "train" or "val".
-        classes: the label names, in order; default: what the side's own files say.
+        classes: the label names, in order; default: what the config's ``class_names`` or the side's own files say.
     """
+    listing = _listing(config, side, classes)
+    listing.pixel_range = config.pixel_range
+    return listing
+
+
+def _listing(config: DataConfig, side: Side, classes: tuple[str, ...] | None) -> ImageListing:
     keep: dict[str, Any] = {"missing_images": config.missing_images}
     if config.empty_images is not None:
         keep["empty_images"] = config.empty_images
     size, listed, source = config.image_size, config.list_of(side), config.source
     assert listed  # checked with the config
-    if source in ("csv", "jsonl", "coco_json"):
-        kind = {"csv": CsvDataset, "jsonl": JsonLinesDataset, "coco_json": CocoDataset}[source]
-        return kind(listed, size, classes, root=config.folder_of(side), **keep)
+    if classes is None and config.class_names and source not in COLUMNS:
+        classes = read_class_names(config.class_names)
+    if source in LISTS:
+        keep["root"] = config.folder_of(side)
+        if source == "coco_json":
+            return CocoDataset(listed, size, classes, **keep)
+        kind = CsvDataset if source == "csv" else JsonLinesDataset
+        return kind(listed, size, classes, label_separator=config.label_separator, **keep)
     root = config.root
     assert root
     if source in ("coco2014", "coco2017"):
@@ -154,7 +183,7 @@ def open_listing(config: DataConfig, side: Side, classes: tuple[str, ...] | None
 
 def _protocol(config: DataConfig, val: ImageListing) -> str:
     dropped = "".join(f", {count} {reason} dropped" for reason, count in val.dropped.items())
-    if config.source in ("csv", "jsonl", "coco_json"):
+    if config.source in LISTS:
         return f"the {len(val)} pictures{dropped and f' ({dropped[2:]})'} of {config.list_of('val')}"
     hard = f", difficult objects {config.difficult}" if config.source.startswith("voc") else ""
     return f"the {len(val)} pictures of {val.title}{dropped}{hard}"
@@ -188,8 +217,10 @@ def as_features(
         key = {"side": name, "seed": config.seed, "title": images.title, "protocol": images.protocol}
         key["data"] = {k: v for k, v in asdict(config.data).items() if k not in ("workers", "feature_cache")}
         if isinstance(side, ImageListing):
-            key["items"] = side.fingerprint()  # a list may have been edited since
-        key["backbone"] = [config.model.backbone, _fingerprint(model.backbone)]
+            key["items"] = side.fingerprint()  # a list may have been edited since,
+        key["files"] = [DECODING, side.stamp()]  # and pictures replaced
+        key["preprocessing"] = model.preprocessing.to_dict()
+        key["backbone"] = [config.model.backbone, _digest(model.backbone)]
         sides.append(
             cached_features(
                 side,
@@ -203,6 +234,10 @@ def as_features(
     return sides[0], sides[1]
 
 
-def _fingerprint(module: torch.nn.Module) -> float:
-    """A number that changes with the weights (a random backbone's depend on the seed)."""
-    return sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
+def _digest(module: torch.nn.Module) -> str:
+    """Changes with any weight or buffer (a random backbone's depend on the seed)."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

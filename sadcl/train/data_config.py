@@ -38,7 +38,12 @@ class DataConfig:
         val_csv: the same as val_list, with source csv.
         train_folder: folder that the training list's paths start from, where it is not root.
         val_folder: folder that the validation list's paths start from, where it is not root.
-        class_names: nuswide, vg500: file of the label names, one a line, in the order of the data set's columns.
+        class_names: file of the label names, one a line, in their order (nuswide, vg500: that of the data set's
+            columns; lists of your own: else sorted, numbers by value; VOC and COCO: else the data set's own).
+        label_separator: what stands between the labels of a cell in a csv (default: `;`, or a list as Python and JSON
+            write it); `tab` and `space` in words.
+        pixel_range: the values that are black and white in pictures of one band of more than 8 bits, such as
+            `[0, 4095]`; default: the range of their format (floating point: 0..1 or 0..255).
         empty_images: keep or drop pictures without a label (default: keep; nuswide: drop).
         missing_images: what to do when a listed picture is not there: stop at once, or drop it and say how many.
         difficult: VOC: a label whose objects are all marked difficult is absent (negative), or ignored.
@@ -64,6 +69,8 @@ class DataConfig:
     train_folder: str | None = None
     val_folder: str | None = None
     class_names: str | None = None
+    label_separator: str | None = None
+    pixel_range: list[float] | None = None
     empty_images: Literal["keep", "drop"] | None = None
     missing_images: Literal["error", "drop"] = "error"
     difficult: Literal["negative", "ignored"] = "negative"
@@ -99,6 +106,10 @@ class DataConfig:
 
     def problem(self) -> str | None:
         """Why this configuration cannot run, in words; None if it can."""
+        if self.pixel_range is not None and not (
+            len(self.pixel_range) == 2 and self.pixel_range[0] < self.pixel_range[1]
+        ):
+            return f"data.pixel_range: expected two numbers, the lower first, got {self.pixel_range}"
         lists = [name for name in ("train_list", "val_list", "train_csv", "val_csv") if getattr(self, name)]
         if self.source in LISTS:
             if not (self.list_of("train") and self.list_of("val")):

@@ -10,6 +10,7 @@ import torch
 from sadcl.checkpoint import CheckpointError, load_checkpoint
 from sadcl.commands.evaluate import restore_model
 from sadcl.compat import load_released_checkpoint
+from sadcl.data.text import normal
 from sadcl.model import SADCL
 from sadcl.train.config import TrainConfig
 
@@ -96,4 +97,4 @@ def _read(path: str, config: TrainConfig) -> tuple[SADCL, Sequence[str] | int]:
 
 def _plain(name: str) -> str:
     """The same name however it is written: ``Dining table``, ``dining_table`` and ``diningtable`` are one label."""
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+    return "".join(letter for letter in normal(name).lower() if letter.isalnum())

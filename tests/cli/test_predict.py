@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -138,4 +139,38 @@ def test_reader_that_leaves_is_no_traceback(
     with os.fdopen(writing, "w") as gone, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", gone)
         assert main(["predict", checkpoint, str(trained), "--json"]) == 1
-    assert not capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sadcl predict: passed over")
+
+
+def test_every_suffix_that_pillow_reads_is_found_and_the_rest_counted(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    made = {
+        "a.jfif": "JPEG",
+        "b.JPE": "JPEG",
+        "c.tga": "TGA",
+        "d.apng": "PNG",
+        "e.ico": "ICO",
+        "f.dib": "DIB",
+        "g.png": "PNG",
+    }
+    for name, kind in made.items():
+        Image.new("RGB", (32, 32)).save(folder / name, kind)
+    for name in ("notes.txt", "more.TXT", "README", "h.jpg.part", ".hidden", "film.mpg"):
+        (folder / name).write_bytes(b"x")
+    assert main(["predict", checkpoint, str(folder), "--json"]) == 0
+    entries, err = lines(capsys)
+    assert [Path(entry["image"]).name for entry in entries] == list(made)
+    assert "passed over, no pictures: 5 files (.txt 2, " in err
+    assert all(f"{kind} 1" in err for kind in ("no suffix", ".part", ".mpg"))
+    (passed_over := Counter[str]()).update([])
+    assert list(find_pictures([str(folder / "README")], io.BytesIO(), passed_over)) == [str(folder / "README")]
+    assert not passed_over, "what is named is not passed over"
+
+
+def test_a_byte_order_mark_on_stdin(tmp_path: Path) -> None:
+    listed = b"\xef\xbb\xbf" + os.fsencode(tmp_path / "a.png") + b"\r\n"
+    assert list(find_pictures(["-"], io.BytesIO(listed))) == [str(tmp_path / "a.png")]

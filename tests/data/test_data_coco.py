@@ -121,7 +121,7 @@ def test_files_that_are_no_json_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(ImageFileError, match=rf"instances_train2014.json: line {lines}, column \d+: not JSON"):
         coco(tmp_path, 2014, "train", 8)
     path.write_bytes(b'{"images": ["\xff"]}')
-    with pytest.raises(ImageFileError, match="byte 13: not UTF-8"):
+    with pytest.raises(ImageFileError, match=r"line 1: not UTF-8 \(invalid start byte, byte 13\)"):
         coco(tmp_path, 2014, "train", 8)
     path.write_text("[1, 2]")
     with pytest.raises(ImageFileError, match="a list 'images'"):
@@ -137,3 +137,150 @@ def test_missing_image_names_the_annotation_file(tmp_path: Path) -> None:
         coco(tmp_path, 2014, "train", 8)
     assert str(path) in str(caught.value)
     assert len(coco(tmp_path, 2014, "train", 8, missing_images="drop")) == 2
+
+
+# -- as annotation tools write it --
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """Two images, a root category "sea" above "fish" and "trap"."""
+    return {
+        "images": [{"id": 0, "file_name": "0.png"}, {"id": 1, "file_name": "1.png"}],
+        "annotations": [{"image_id": 0, "category_id": 1}, {"image_id": 1, "category_id": 2}],
+        "categories": [
+            {"id": 0, "name": "sea", "supercategory": "none"},
+            {"id": 1, "name": "fish", "supercategory": "sea"},
+            {"id": 2, "name": "trap", "supercategory": "sea"},
+        ],
+        **changes,
+    }
+
+
+def dataset_of(folder: Path, content: dict[str, Any], **options: Any) -> CocoDataset:
+    for name in ("0.png", "1.png", "sub/0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        PIL.new("RGB", (4, 4)).save(folder / name)
+    (folder / "a.json").write_text(json.dumps(content))
+    return CocoDataset(folder / "a.json", 8, **options)
+
+
+def matrix(dataset: CocoDataset) -> list[list[float]]:
+    return [dataset.labels(i).tolist() for i in range(len(dataset))]
+
+
+def categories(root: str, **of_root: Any) -> list[dict[str, Any]]:
+    children = [{"id": i, "name": name, "supercategory": root} for i, name in ((1, "fish"), (2, "trap"))]
+    return [{"id": 0, "name": root, **of_root}, *children]
+
+
+@pytest.mark.parametrize("root", ["sea", "fish", "trap"])
+@pytest.mark.parametrize("above", [{"supercategory": "none"}, {"supercategory": ""}, {}, {"supercategory": None}])
+def test_a_root_above_the_others_is_no_class(tmp_path: Path, root: str, above: dict[str, Any]) -> None:
+    """Also where it is called like one of them."""
+    dataset = dataset_of(tmp_path, small(categories=categories(root, **above)))
+    assert dataset.classes == ("fish", "trap") and matrix(dataset) == [[1, 0], [0, 1]]
+    assert f"no class: category {root!r}, the parent of others" in dataset.summary()
+
+
+def test_a_category_above_others_that_is_annotated_or_has_a_parent_is_a_class(tmp_path: Path) -> None:
+    annotated = [{"image_id": 0, "category_id": 0}]
+    assert dataset_of(tmp_path, small(annotations=annotated)).classes == ("sea", "fish", "trap")
+    below = categories("sea", supercategory="water")
+    assert dataset_of(tmp_path, small(categories=below)).classes == ("sea", "fish", "trap")
+    alone = [{"id": i, "name": n, "supercategory": n} for i, n in ((1, "fish"), (2, "trap"), (3, "person"))]
+    assert dataset_of(tmp_path, small(categories=alone)).classes == ("fish", "trap", "person")
+
+
+@pytest.mark.parametrize("image_id", [float, str, lambda i: f"{i}.0", lambda i: f" {i} "])
+@pytest.mark.parametrize("category_id", [int, float, str])
+def test_identifiers_of_any_type(tmp_path: Path, image_id: Any, category_id: Any) -> None:
+    annotations = [{"image_id": image_id(i), "category_id": category_id(i + 1)} for i in range(2)]
+    dataset = dataset_of(tmp_path, small(annotations=annotations))
+    assert matrix(dataset) == [[1, 0], [0, 1]]
+    images = [{"id": image_id(i), "file_name": f"{i}.png"} for i in range(2)]
+    assert matrix(dataset_of(tmp_path, small(images=images))) == [[1, 0], [0, 1]]
+
+
+def test_identifiers_in_numeric_order(tmp_path: Path) -> None:
+    content = small(categories=[{"id": str(i), "name": f"c{i}"} for i in (10, 9, 2, 1)])
+    assert dataset_of(tmp_path, content).classes == ("c1", "c2", "c9", "c10")
+    words = [{"id": name, "name": name} for name in ("b", "007", "7")]
+    content = small(categories=words, annotations=[{"image_id": 0, "category_id": "007"}])
+    assert dataset_of(tmp_path, content).classes == ("7", "007", "b")
+
+
+@pytest.mark.parametrize("wrong", [True, None, 1.5, float("nan"), [1]])
+def test_what_is_no_identifier_is_named(tmp_path: Path, wrong: Any) -> None:
+    for name, key in (("images", "id"), ("annotations", "category_id"), ("categories", "id")):
+        items = small()[name]
+        items[1][key] = wrong
+        with pytest.raises(ImageFileError, match=rf"{name}\[1\]: expected .*{key}"):
+            dataset_of(tmp_path, small(**{name: items}))
+
+
+def test_backslashes_and_one_file_under_two_ids(tmp_path: Path) -> None:
+    images = [{"id": 0, "file_name": "sub\\0.png"}, {"id": 1, "file_name": "./sub/0.png"}]
+    dataset = dataset_of(tmp_path, small(images=images))
+    assert matrix(dataset) == [[1, 1]] and "listed more than once" in dataset.summary()
+
+
+def test_annotations_of_removed_images_are_counted(tmp_path: Path) -> None:
+    strays = [{"image_id": 77, "category_id": 1}, {"image_id": "x", "category_id": 2}]
+    dataset = dataset_of(tmp_path, small(annotations=[*strays, *small()["annotations"]]))
+    assert matrix(dataset) == [[1, 0], [0, 1]]
+    assert "passed over: 2 annotations of images that are not listed" in dataset.summary()
+    with pytest.raises(ImageFileError, match=r"annotations\[0\]: no image has the id 77"):
+        dataset_of(tmp_path, small(annotations=strays))
+
+
+def test_categories_listed_twice(tmp_path: Path) -> None:
+    twice = [*small()["categories"], {"id": 1, "name": "fish", "supercategory": "sea"}]
+    assert dataset_of(tmp_path, small(categories=twice)).classes == ("fish", "trap")
+    with pytest.raises(ImageFileError, match="two categories have the id 1: 'fish' and 'eel'"):
+        dataset_of(tmp_path, small(categories=[*small()["categories"], {"id": 1, "name": "eel"}]))
+    with pytest.raises(ValueError, match="class 'fish' occurs twice"):
+        dataset_of(tmp_path, small(categories=[*small()["categories"], {"id": 3, "name": "fish"}]))
+
+
+def test_a_file_without_annotations_has_no_known_label(tmp_path: Path) -> None:
+    content = small()
+    del content["annotations"]
+    dataset = dataset_of(tmp_path, content, classes=("fish", "trap"), empty_images="drop")
+    assert matrix(dataset) == [[-1, -1], [-1, -1]] and not dataset.annotated
+    assert "no annotations: nothing can be measured here" in dataset.summary()
+    assert dataset_of(tmp_path, small(annotations=[])).annotated, "none among them is another matter"
+
+
+def lvis(**keys: Any) -> dict[str, Any]:
+    """Three categories, of which each image was searched for some."""
+    looked = [([2], []), ([], [1])]
+    images = [
+        {
+            "id": i,
+            "neg_category_ids": negative,
+            "not_exhaustive_category_ids": some,
+            **{k: v(i) for k, v in keys.items()},
+        }
+        for i, (negative, some) in enumerate(looked)
+    ]
+    names = [{"id": i, "name": n} for i, n in ((1, "cat"), (2, "dog"), (3, "yak"))]
+    annotations = [{"image_id": 0, "category_id": 1}, {"image_id": 1, "category_id": 1}]
+    return {"images": images, "annotations": annotations, "categories": names}
+
+
+def test_lvis_says_what_is_absent(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, lvis(file_name=lambda i: f"{i}.png"))
+    assert matrix(dataset) == [[1, 0, -1], [1, -1, -1]] and dataset.annotated
+    assert "ignored: 3 labels of 2 images, not known to be there or absent" in dataset.summary()
+    other = lvis(file_name=lambda i: f"{i}.png")
+    other["images"][1]["neg_category_ids"] = [3]
+    assert dataset_of(tmp_path, other).fingerprint() != dataset.fingerprint()
+    other["images"][1]["file_name"] = "0.png"  # the same picture twice: each knows a part
+    assert matrix(dataset_of(tmp_path, other)) == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("inside", ["sub", "elsewhere"])
+def test_lvis_names_pictures_by_their_address(tmp_path: Path, inside: str) -> None:
+    content = lvis(coco_url=lambda i: f"http://images.org/{inside}/0.png")
+    (dataset_path,) = dataset_of(tmp_path, content).paths
+    assert Path(dataset_path) == tmp_path / ("sub/0.png" if inside == "sub" else "0.png")

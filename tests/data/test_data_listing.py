@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 PIL = pytest.importorskip("PIL.Image")
 
 from sadcl.data.csv_list import CsvDataset  # noqa: E402
+from sadcl.data.folders import LISTING_PAYS  # noqa: E402
 from sadcl.data.images import ImageFileError, load_rgb, square_tensor  # noqa: E402
 from sadcl.data.json_lines import JsonLinesDataset  # noqa: E402
-from sadcl.data.listing import LISTING_PAYS, ImageListing  # noqa: E402
+from sadcl.data.listing import ImageListing  # noqa: E402
 
 NAMES = ["plain.png", "with space.png", "naïve Café 犬.png", "semi;colon.png", "com,ma.png", "quo'te.png", "a.b.c.png"]
 
@@ -74,7 +75,8 @@ def test_root_moves_relative_paths_and_classes_set_the_order(tmp_path: Path, wri
         ("{'path': 'a.png'}", "line 2: not JSON"),
         ('{"path": "a.png"}', "line 2: expected .* got labels None"),
         ('{"path": "a.png", "labels": "dog"}', "line 2: expected .* got labels 'dog'"),
-        ('{"path": "a.png", "labels": [3]}', "line 2: expected"),
+        ('{"path": "a.png", "labels": [3.5]}', "line 2: expected"),
+        ('{"path": "a.png", "labels": [0, 1, 0]}', "line 2: expected .* which are no names"),
         ('{"labels": ["dog"]}', "line 2: expected"),
         ('["a.png", ["dog"]]', "line 2: expected"),
         ('{"path": "none.png", "labels": []}', "none.png: no such picture file .line 2 of"),
@@ -115,12 +117,12 @@ def test_missing_pictures_are_found_at_once_and_can_be_dropped(tmp_path: Path) -
     gone = ["few/1.png", "many/3.png", "many/9.png"]
     for name in gone:
         (tmp_path / name).unlink()
-    (tmp_path / "many/9.png").mkdir()  # a folder of that name is no picture, but no missing one either
-    with pytest.raises(ImageFileError, match=r"few/1.png: no such picture file \(line 3 of .*list.csv; .* 1 more"):
+    (tmp_path / "many/9.png").mkdir()  # a folder of that name is no picture
+    with pytest.raises(ImageFileError, match=r"few/1.png: no such picture file \(line 3 of .*list.csv; .* 2 more"):
         CsvDataset(path, 16)
     dataset = CsvDataset(path, 16, missing_images="drop")
-    assert len(dataset) == len(names) - 2 and dataset.dropped == {"whose file is missing": 2}
-    assert "dropped: 2 images whose file is missing" in dataset.summary()
+    assert len(dataset) == len(names) - 3 and dataset.dropped == {"whose file is missing": 3}
+    assert "dropped: 3 images whose file is missing" in dataset.summary()
     assert [Path(p).name for p in dataset.paths[:3]] == ["0.png", "2.png", "0.png"]
     assert dataset.positive[:3] == [(1,), (1,), (0,)], "labels stay with their pictures"
     shutil.rmtree(tmp_path / "few")

@@ -76,6 +76,20 @@ def test_concept_file_and_given_classes_decide_the_order(tmp_path: Path) -> None
     assert dataset.classes == tuple(CONCEPTS) and torch.equal(matrix(dataset), labels[[0, 1, 3]])
 
 
+def test_accents_in_the_form_of_another_system(tmp_path: Path) -> None:
+    """Files of labels and pictures with decomposed names, lists with composed ones."""
+    labels = nus(tmp_path, "files")
+    names = ["concept é", *CONCEPTS[1:]]
+    (tmp_path / "Concepts81.txt").write_text("\n".join(names))
+    for split in ("Train", "Test"):
+        file = tmp_path / "Groundtruth" / f"Labels_{CONCEPTS[0]}_{split}.txt"
+        file.rename(file.with_name(f"Labels_concept e\u0301_{split}.txt"))
+    picture = tmp_path / "Flickr" / "zebra fish" / "0002_é.jpg"
+    picture.rename(picture.with_name("0002_e\u0301.jpg"))
+    dataset = NusWideDataset(tmp_path, "train", 6)
+    assert dataset.classes == tuple(names) and torch.equal(matrix(dataset), labels[[0, 1, 3]])
+
+
 def test_columns_without_names_are_numbered_and_say_so(tmp_path: Path) -> None:
     nus(tmp_path, "table")
     dataset = NusWideDataset(tmp_path, "train", 6)

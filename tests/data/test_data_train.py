@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml"):
     pytest.importorskip(needed)
@@ -15,9 +20,13 @@ from PIL import Image  # noqa: E402
 
 from sadcl.checkpoint import load_checkpoint  # noqa: E402
 from sadcl.cli import main  # noqa: E402
+from sadcl.data.images import ImageFileError  # noqa: E402
+from sadcl.data.scenes import SceneDataset  # noqa: E402
+from sadcl.data.sources import Background, SceneSource  # noqa: E402
 from sadcl.data.voc import VOC_CLASSES  # noqa: E402
+from sadcl.model import SADCL  # noqa: E402
 from sadcl.train.config import DataConfig, TrainConfig, check_config  # noqa: E402
-from sadcl.train.data import load_images, load_validation, open_listing  # noqa: E402
+from sadcl.train.data import as_features, load_images, load_validation, open_listing  # noqa: E402
 
 TINY = (
     "plots: false\nbatch_size: 4\ncontrol: false\n"
@@ -159,6 +168,163 @@ def test_edited_list_is_noticed_by_the_feature_cache(trained: Path) -> None:
         assert main(config) == 0
         caches.append(sorted((trained / "r2" / "features").glob("train.*.labels.npy")))
     assert len(caches[0]) == 1 and len(caches[1]) == 2
+
+
+def feature_model(seed: int = 0) -> SADCL:
+    torch.manual_seed(seed)
+    return SADCL(2, "timm:test_resnet", image_size=32, hidden_dim=8, num_heads=2, ffn_dim=16)
+
+
+def test_kept_features_are_of_these_pictures_this_backbone_and_this_preprocessing(tmp_path: Path) -> None:
+    """Pictures replaced under their names, a link switched, one cut off; statistics of a backbone; colours scaled."""
+    for number, name in enumerate(("a.png", "b.png", "c.png", "other.png")):
+        Image.new("RGB", (40, 40), (60 * number, 200, 9)).save(tmp_path / name)
+        os.utime(tmp_path / name, ns=(1, 1))
+    (tmp_path / "link.png").symlink_to("c.png")
+    (tmp_path / "t.csv").write_text("a.png,x\nb.png,y\nlink.png,x;y\n")
+    (tmp_path / "v.csv").write_text("b.png,y\n")
+    lists = {"train_csv": str(tmp_path / "t.csv"), "val_csv": str(tmp_path / "v.csv")}
+    config = TrainConfig(data=DataConfig("csv", **lists, image_size=32, workers=0))
+    progress = lambda name: iter_batches  # noqa: E731
+    made: list[int] = []
+
+    def iter_batches(batches: Any) -> Any:
+        made.append(1)
+        return batches
+
+    def features(model: SADCL | None = None) -> list[int]:
+        """Which sides were computed anew (training, validation); checks the training side against a fresh one."""
+        model, images = model or feature_model(), load_images(config.data, 0)
+        made.clear()
+        sides = as_features(images, model, config, tmp_path / "kept", torch.device("cpu"), progress)
+        count = len(made)
+        fresh = as_features(
+            images, model, config, tmp_path / f"f{len(list(tmp_path.iterdir()))}", torch.device("cpu"), progress
+        )
+        for side, other in zip(sides, fresh, strict=True):
+            assert all(torch.equal(x, y) for (x, _), (y, _) in zip(side, other, strict=True))
+        return count
+
+    def replace_picture(name: str) -> None:
+        Image.new("RGB", (40, 40), (9, 9, 200)).save(tmp_path / name)
+
+    def switch_link() -> None:
+        (tmp_path / "link.png").unlink()
+        (tmp_path / "link.png").symlink_to("other.png")
+
+    assert features() == 2 and features() == 0
+    replace_picture("a.png")
+    assert features() == 1 and features() == 0
+    switch_link()
+    assert features() == 1
+    replace_picture("b.png")
+    assert features() == 2, "it is on both sides"
+    assert features(feature_model(1)) == 2, "other weights"
+    model = feature_model()
+    next(m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)).running_mean.add_(0.5)
+    assert features(model) == 2, "other statistics, the same parameters"
+    model = feature_model()
+    model.backbone.preprocessing = dataclasses.replace(model.preprocessing, mean=(0.1, 0.2, 0.3))
+    assert features(model) == 2 and features() == 0
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ImageFileError, match="a.png: "):
+        features()
+
+
+def test_scenes_are_stamped_by_what_they_are_made_of(tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 40), (200, 0, 0, 255)).save(tmp_path / "o.png")
+    Image.new("RGB", (90, 90)).save(tmp_path / "b.jpg")
+    objects = (((tmp_path / "o.png",),),)
+    source = SceneSource("photos", "", ("red",), objects, (Background(tmp_path / "b.jpg"),), ((0,),))
+    first = SceneDataset(source, 2, 0, 32).stamp()
+    assert SceneDataset(source, 5, 1, 32).stamp() == first
+    for name, mode in (("o.png", "RGBA"), ("b.jpg", "RGB")):
+        Image.new(mode, (50, 50), (9, 99, 9)).save(tmp_path / name)
+        assert SceneDataset(source, 2, 0, 32).stamp() != first
+        first = SceneDataset(source, 2, 0, 32).stamp()
+
+
+@pytest.mark.parametrize("shared", ["a.png", "./a.png", "../pictures/a.png", "link.png"])
+def test_pictures_on_both_sides_are_said(tmp_path: Path, shared: str) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (9, 9)).save(folder / name)
+    (folder / "link.png").symlink_to("a.png")
+    (folder / "t.csv").write_text("a.png,x\nb.png,y\n")
+    (folder / "v.csv").write_text(f"c.png,x\n{shared},y\n")
+    config = DataConfig("csv", train_csv=str(folder / "t.csv"), val_csv=str(folder / "v.csv"))
+    last = load_images(config, 0).summary().splitlines()[-1]
+    assert last == f"1 of the 2 validation pictures are also training pictures ({folder}/{shared})"
+    (folder / "v.csv").write_text("c.png,x\n")
+    assert "also" not in load_images(config, 0).summary()
+
+
+def test_settings_of_lists_reach_them(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The separator, the order of the classes and the range of the pixels, in training, eval and predict."""
+    for number in range(4):
+        Image.fromarray(np.full((40, 40), 1000 * number, np.uint16)).save(tmp_path / f"{number}.png")
+    (tmp_path / "l.csv").write_text("path,labels\n0.png,cat dog\n1.png,dog\n2.png,cat\n3.png,\n")
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    lists = [f"--data.{side}_csv={tmp_path}/l.csv" for side in ("train", "val")]
+    run = ["train", "--config", str(trained / "config.yaml"), "--data.source=csv", "--data.root=null", *lists]
+    run += ["--output", str(tmp_path / "run")]
+    assert main(run) == 2
+    assert "label 'cat dog' looks like several, 'cat', 'dog'; set label_separator" in capsys.readouterr().err
+    run += ["--data.label_separator=space", f"--data.class_names={tmp_path}/names.txt"]
+    assert main(run) == 2
+    assert "0.png" not in (err := capsys.readouterr().err) and "set pixel_range (--data.pixel_range) to" in err
+    with pytest.raises(SystemExit):
+        main([*run, "--data.pixel_range=[4095, 0]"])
+    assert "data.pixel_range: expected two numbers, the lower first" in capsys.readouterr().err
+    assert main([*run, "--data.pixel_range=[0, 4095]"]) == 0
+    content = load_checkpoint(tmp_path / "run" / "step1.pt")
+    assert content["classes"] == ["dog", "cat"] and content["config"]["data"]["pixel_range"] == [0, 4095]
+    (tmp_path / "e.csv").write_text("0.png,cat|dog\n1.png,dog\n2.png,cat\n3.png,\n")
+    capsys.readouterr()
+    figures = []
+    for options in (
+        [],
+        ["--csv", str(tmp_path / "l.csv")],
+        ["--csv", str(tmp_path / "e.csv"), "--label-separator", "|"],
+    ):
+        assert main(["eval", str(tmp_path / "run" / "step1.pt"), "--json", *options]) == 0
+        figures.append(json.loads(capsys.readouterr().out)["mAP"])
+    assert figures[0] == figures[1] == figures[2]
+    assert main(["eval", str(tmp_path / "run" / "step1.pt"), "--csv", str(tmp_path / "e.csv")]) == 2
+    assert "label 'cat|dog' is not one of the classes" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "run" / "step1.pt"), str(tmp_path / "3.png"), "--json"]) == 0
+
+
+def test_training_with_labels_that_are_not_known(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table with -1 and blanks: trained, measured and reported without them, in both steps."""
+    for number in range(6):
+        Image.new("RGB", (40, 40), (40 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    rows = [
+        "path,cat,dog,yak",
+        "0.png,1,0,-1",
+        "1.png,0,1,",
+        "2.png,1,,0",
+        "3.png,-1,1,1",
+        "4.png,0,0,1",
+        "5.png,1,1,0",
+    ]
+    (tmp_path / "l.csv").write_text("\n".join(rows))
+    lists = [f"--data.{side}_csv={tmp_path}/l.csv" for side in ("train", "val")]
+    run = ["train", "--config", str(trained / "config.yaml"), "--data.source=csv", "--data.root=null", *lists]
+    run += ["--output", str(tmp_path / "run"), "--step2.epochs=1", "--control=true", "--plots=true"]
+    assert main(run) == 0
+    printed = capsys.readouterr()
+    assert "ignored: 4 labels of 4 images" in printed.out + printed.err
+    chance = (3 / 5 + 3 / 5 + 2 / 4) / 3
+    assert f"chance level: {chance:.3f}" in printed.out + printed.err
+    assert main([*run, "--dry-run"]) == 0
+    assert "ignored: 4 labels of 4 images" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["mAP"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -143,3 +143,60 @@ def test_archive_refuses_what_the_server_would(tmp_path: Path, change: dict, mes
     with pytest.raises(ValueError, match=message):
         write_voc_results(path, **given)
     assert not path.exists()
+
+
+# -- trees that labelling tools make --
+
+
+def own_tree(root: Path, suffix: str = ".jpg", line: str = "{}", encoding: str = "", name: str = "dog") -> Path:
+    """Two pictures, a dog on each."""
+    folder = tree(root, 2007, {"trainval": {"000001": objects(name), "000002": objects(name)}})
+    for identity in ("000001", "000002"):
+        (folder / "JPEGImages" / f"{identity}.jpg").unlink()
+        PIL.new("RGB", (8, 10)).save(folder / "JPEGImages" / f"{identity}{suffix}")
+        if encoding:
+            text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>\n' + objects(name)
+            (folder / "Annotations" / f"{identity}.xml").write_bytes(text.encode(encoding))
+    lines = [line.format(identity) for identity in ("000001", "000002")]
+    (folder / "ImageSets" / "Main" / "trainval.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp", ".tif"])
+@pytest.mark.parametrize("line", ["{}", "JPEGImages/{}", ".\\JPEGImages\\{}", "{}  1", "{} -1"])
+def test_pictures_of_any_suffix_and_lists_of_any_layout(tmp_path: Path, suffix: str, line: str) -> None:
+    own_tree(tmp_path, suffix, line)
+    dataset = VocDataset(tmp_path, 2007, "trainval", 8)
+    assert [Path(path).name for path in dataset.paths] == [f"000001{suffix}", f"000002{suffix}"]
+    assert dataset.ids == ["000001", "000002"] and named(dataset) == [{"dog": 1}] * 2
+
+
+def test_a_list_that_names_the_suffix_and_a_picture_beside_it(tmp_path: Path) -> None:
+    folder = own_tree(tmp_path, ".jpg", "{}.jpg")
+    for identity in ("000001", "000002"):
+        PIL.new("RGB", (8, 10)).save(folder / "JPEGImages" / f"{identity}.png")  # a mask, say
+    assert [Path(p).suffix for p in VocDataset(tmp_path, 2007, "trainval", 8).paths] == [".jpg", ".jpg"]
+    assert VocDataset(tmp_path, 2007, "trainval", 8).ids == ["000001", "000002"]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "shift_jis", "big5", "utf-16", "utf-8-sig", "latin-1", "utf-8"])
+def test_annotations_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    name = "café" if encoding == "latin-1" else "犬"
+    own_tree(tmp_path, encoding=encoding, name=name)
+    dataset = VocDataset(tmp_path, 2007, "trainval", 8, classes=("cat", name))
+    assert named(dataset) == [{name: 1}] * 2
+
+
+def test_annotations_in_no_declared_encoding_are_named(tmp_path: Path) -> None:
+    folder = own_tree(tmp_path)
+    for text in ("<annotation>", '<?xml version="1.0" encoding="klingon"?><annotation>'):
+        (folder / "Annotations" / "000002.xml").write_bytes((text + objects("犬")).encode("gbk"))
+        with pytest.raises(ImageFileError, match=r"000002.xml: not XML \("):
+            VocDataset(tmp_path, 2007, "trainval", 8)
+
+
+@pytest.mark.parametrize("flag", ["1", "true", "True"])
+def test_difficult_in_words(tmp_path: Path, flag: str) -> None:
+    annotation = objects("dog?").replace("<difficult>1<", f"<difficult>{flag}<")
+    tree(tmp_path, 2007, {"trainval": {"000001": annotation, "000002": objects("cat")}})
+    assert named(VocDataset(tmp_path, 2007, "trainval", 8)) == [{}, {"cat": 1}]
