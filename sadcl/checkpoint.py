@@ -19,13 +19,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sadcl.model import SADCL
+
 __all__ = [
     "CannotWrite",
     "CheckpointError",
     "load_checkpoint",
     "remove_drafts",
+    "restore_model",
     "save_checkpoint",
     "save_weights",
+    "thresholds_of",
     "write_atomically",
 ]
 
@@ -167,6 +171,29 @@ def _check_seal(path: str | os.PathLike[str]) -> bool:
     if seal != SEAL + digest.digest():
         raise CheckpointError(f"{path}: damaged: its content does not have the checksum at its end")
     return True
+
+
+# -- what is in one --
+
+
+def restore_model(content: dict[str, Any]) -> SADCL:
+    """The model of a loaded checkpoint, in eval mode; needs nothing but the checkpoint."""
+    model = SADCL(**content["architecture"])
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def thresholds_of(content: dict[str, Any], wanted: float | str) -> Tensor:
+    """One threshold per class [C]: the same number for all, or (``"tuned"``) those that the checkpoint holds."""
+    classes = content["classes"]
+    if not isinstance(wanted, str):
+        return torch.full((len(classes),), float(wanted))
+    if content.get("thresholds") is None:
+        raise ValueError(
+            "thresholds: this checkpoint holds no tuned ones (a stage that was not finished, or an older version); "
+            "give a number"
+        )
+    return torch.tensor(content["thresholds"], dtype=torch.float32)
 
 
 # -- the model alone --

@@ -92,7 +92,7 @@ def _train(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(plan(asked.config))
         return 0
-    from sadcl.train.run import train
+    from sadcl.commands.train import train
 
     train(asked.config, asked.resume)
     return 0
@@ -102,7 +102,7 @@ def _study(arguments: list[str]) -> int:
     from sadcl.study.config import parse_study
 
     config, dry_run = parse_study(arguments)
-    from sadcl.study.trials import study
+    from sadcl.commands.study import study
 
     study(config, dry_run)
     return 0

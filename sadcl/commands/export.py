@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sadcl.attention import LabelAttention
+from sadcl.checkpoint import load_checkpoint, restore_model, save_weights
 from sadcl.commands.predict import find_pictures
 from sadcl.data.images import image_tensor
 from sadcl.model import SADCL
@@ -273,9 +274,6 @@ def export_checkpoint(
     Returns:
         What the JSON file holds.
     """
-    from sadcl.checkpoint import load_checkpoint
-    from sadcl.commands.evaluate import restore_model
-
     content = load_checkpoint(checkpoint)
     model = restore_model(content)
     if pictures is None:
@@ -306,8 +304,6 @@ def _validation_pictures(content: Mapping[str, Any]) -> Tensor:
 
 
 def _export_weights(checkpoint: str, output: str | None) -> int:
-    from sadcl.checkpoint import load_checkpoint, save_weights
-
     content = load_checkpoint(checkpoint)
     path = Path(output or Path(checkpoint).with_suffix(f".{WEIGHTS}"))
     if path.suffix != f".{WEIGHTS}":

@@ -27,7 +27,6 @@ __all__ = [
     "main",
     "parse_threshold",
     "predict_pictures",
-    "thresholds_of",
 ]
 
 PICTURE_SUFFIXES = frozenset(
@@ -116,19 +115,6 @@ def predict_pictures(
                     yield Prediction(name, "", next(rows))
 
 
-def thresholds_of(content: dict[str, Any], wanted: float | str) -> Tensor:
-    """One threshold per class [C]: the same number for all, or (``"tuned"``) those that the checkpoint holds."""
-    classes = content["classes"]
-    if not isinstance(wanted, str):
-        return torch.full((len(classes),), float(wanted))
-    if content.get("thresholds") is None:
-        raise ValueError(
-            "thresholds: this checkpoint holds no tuned ones (a stage that was not finished, or an older version); "
-            "give a number"
-        )
-    return torch.tensor(content["thresholds"], dtype=torch.float32)
-
-
 def entry(prediction: Prediction, classes: Sequence[str], thresholds: Tensor, top: int) -> dict[str, Any]:
     """The JSON entry of a picture: ``labels`` above their thresholds and the ``top`` ones, both falling."""
     if prediction.probabilities is None:
@@ -181,8 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.batch_size < 1:
         parser.error(f"--batch-size: expected at least 1, got {options.batch_size}")
 
-    from sadcl.checkpoint import load_checkpoint
-    from sadcl.commands.evaluate import restore_model
+    from sadcl.checkpoint import load_checkpoint, restore_model, thresholds_of
 
     content = load_checkpoint(options.checkpoint)
     classes, thresholds = content["classes"], thresholds_of(content, options.threshold)
@@ -241,7 +226,7 @@ class _Overlays:
         self.taken: set[str] = set()
 
     def write(self, prediction: Prediction) -> Path:
-        from sadcl.commands.evaluate import predictions
+        from sadcl.report.outputs import predictions
         from sadcl.report.plots import plot_attention
 
         assert prediction.probabilities is not None and prediction.picture is not None

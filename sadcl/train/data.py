@@ -27,6 +27,7 @@ from sadcl.train.config import DataConfig, TrainConfig
 from sadcl.train.data_config import Side
 
 __all__ = [
+    "EVAL_BATCH",
     "Images",
     "Pairs",
     "Pictures",
@@ -39,6 +40,7 @@ __all__ = [
 
 Pairs = Dataset[tuple[Tensor, Tensor]]
 Pictures = ImageListing | SceneDataset  # what has load(), summary() and classes
+EVAL_BATCH = 200  # pictures, in a pass that trains nothing
 VAL_SEED = 1_000_003  # added to the run's seed, so that validation scenes are never training scenes
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sadcl.head import SADCLOutput
-from sadcl.losses import AsymmetricLoss, DualContrastiveLoss
+from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
 from sadcl.train import distributed
-from sadcl.train.config import EmaConfig, LossConfig, StepConfig
+from sadcl.train.config import EmaConfig, StepConfig
 from sadcl.train.ema import make_ema
 from sadcl.train.optim import make_optimizer, make_schedule
 from sadcl.train.order import ShuffledBatches, rng_state, set_rng_state
@@ -27,7 +27,6 @@ __all__ = [
     "Stage",
     "autocast_dtype",
     "evaluate",
-    "make_loss",
     "make_stage",
     "predict_all",
     "train_epoch",
@@ -199,19 +198,6 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("amp: fp16 needs a GPU; on the CPU expected off or bf16")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def make_loss(config: LossConfig) -> DualContrastiveLoss:
-    """The method's three losses with the run's weights and constants."""
-    return DualContrastiveLoss(
-        config.sample_weight,
-        config.prototype_weight,
-        config.classification_weight,
-        sample_temperature=config.sample_temperature,
-        prototype_temperature=config.prototype_temperature,
-        formulation=config.formulation,
-        classification=AsymmetricLoss(config.gamma_neg, config.gamma_pos, config.clip, 1e-5, True, "released"),
-    )
 
 
 def train_epoch(

@@ -22,13 +22,13 @@ from processes import differences  # noqa: E402
 from test_train import pictures, tiny  # noqa: E402, F401
 from test_trust import result  # noqa: E402
 
-from sadcl.checkpoint import load_checkpoint  # noqa: E402
+from sadcl.checkpoint import load_checkpoint, restore_model  # noqa: E402
 from sadcl.cli import main  # noqa: E402
-from sadcl.commands.evaluate import restore_model  # noqa: E402
 from sadcl.metrics import MultilabelAccumulator  # noqa: E402
 from sadcl.train import distributed, loop  # noqa: E402
+from sadcl.train.build import make_loss  # noqa: E402
 from sadcl.train.config import TrainConfig  # noqa: E402
-from sadcl.train.loop import Stage, evaluate, make_loss, make_stage, train_epoch  # noqa: E402
+from sadcl.train.loop import Stage, evaluate, make_stage, train_epoch  # noqa: E402
 from sadcl.train.order import ShuffledBatches  # noqa: E402
 from sadcl.train.run import Run  # noqa: E402
 
@@ -57,8 +57,8 @@ def _train_and_keep(arguments: list[str]) -> int:
     kept: dict[str, Any] = {}
     save = Run._save_last
 
-    def save_and_keep(self: Run, name: str, stage: Stage) -> None:
-        save(self, name, stage)
+    def save_and_keep(self: Run, stage: Stage) -> None:
+        save(self, stage)
         kept.update(folder=self.folder, model=self.model.state_dict(), ema=stage.ema.module.state_dict())
 
     Run._save_last = save_and_keep  # type: ignore[method-assign]
