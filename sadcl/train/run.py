@@ -184,7 +184,7 @@ class Run:
                 bar.update()
                 progress.step += 1
                 every = self.config.checkpoint_every
-                if every and progress.step % every == 0 and stage.steps % steps:
+                if every and progress.step % every == 0 and stage.batches.batch < len(stage.batches):
                     self._save_last(stage)
 
             while progress.epoch < step.epochs and not self._impatient(step):

@@ -140,7 +140,7 @@ def read_last(config: TrainConfig, images: Images) -> dict[str, Any] | None:
 
 
 def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) -> NonFiniteLoss:
-    """Write the batch that gave a NaN to ``nonfinite.pt``; returns the error with what to look at."""
+    """Write the batch that gave a NaN or infinity to ``nonfinite.pt``; returns the error with what to look at."""
     images, labels = error.batch["images"], error.batch["labels"]
     position = training.batches
     where = {"stage": stage, "epoch": position.epoch + 1, "batch": position.batch + 1, "step": training.steps}
@@ -159,9 +159,11 @@ def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) 
     look += [f"the learning rate is {rate:.3g}; a smaller one, or gradient clipping, usually helps"]
     look += ["amp fp16 overflows above 65504; bf16 does not"] if training.autocast is torch.float16 else []
     lost = [name for name, value in error.batch["parts"].items() if name != "total" and not math.isfinite(value)]
+    if all(map(math.isfinite, error.batch["parts"].values())):
+        lost = [f"gradient of {name}" for name in error.batch["gradient"][:3]] or ["gradient"]
     message = (
         f"{error} ({stage}, epoch {where['epoch']}, batch {where['batch']}; not finite: {', '.join(lost) or 'total'}). "
-        f"The batch is in {path} (images, labels, parts). {'. '.join(look)}."
+        f"The batch is in {path} (images, labels, parts, gradient). {'. '.join(look)}."
     )
     return NonFiniteLoss(message, error.batch)
 
