@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sadcl._json import dumps
 from sadcl.model import SADCL
 
 __all__ = [
@@ -208,7 +209,7 @@ def save_weights(path: Path, content: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
     about = {key: value for key, value in content.items() if key not in ("model", "training", "history")}
-    text = json.dumps(about, sort_keys=True)
+    text = dumps(about, sort_keys=True)
     model = {name: value.contiguous() for name, value in content["model"].items()}
     data = save(model, {"sadcl": text, "sha256": _digest(text, model)})
     write_atomically(path, lambda file: file.write(data))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
+
+from sadcl._json import dumps
 
 __all__ = ["main"]
 
@@ -142,7 +143,7 @@ def _eval(arguments: list[str]) -> int:
     pictures = getattr(options, source)
     report, about = evaluate_checkpoint(options.checkpoint, pictures, options.root, options.threshold, source)
     if options.json:
-        print(json.dumps({**report.as_dict(), "images": about}, indent=1))
+        print(dumps({**report.as_dict(), "images": about}, indent=1))
         return 0
     print(f"{options.checkpoint} on {about} [{report.protocol}]")
     for name in ("mAP", "CP", "CR", "CF1", "OP", "OR", "OF1"):

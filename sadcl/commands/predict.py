@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sadcl._json import dumps
 from sadcl.data.images import ImageFileError, image_tensor
 from sadcl.model import SADCL
 
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
         elif overlays is not None:
             found["overlay"] = str(overlays.write(prediction))
         if options.json:
-            print(json.dumps(found), flush=True)
+            print(dumps(found), flush=True)
         elif not prediction.error:
             print(_row(found, wide))
     if failed:

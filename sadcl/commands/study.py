@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from sadcl._json import dumps
 from sadcl.checkpoint import write_atomically
 from sadcl.study.bench import Bench
 from sadcl.study.config import PARTS, PartConfig, StudyConfig
@@ -65,7 +65,7 @@ def _run_seed(study: Study, name: str, seed: int, trials: Sequence[Trial], clock
         result["seconds"] = time.perf_counter() - began
         about = {"title": bench.title, "protocol": bench.protocol}
         content = {"settings": study.settings(trial), "result": result, "data": about}
-        text = json.dumps(content, indent=1).encode()
+        text = dumps(content, indent=1).encode()
         write_atomically(study.path(trial), lambda file, text=text: file.write(text))
         study.say(
             f"{name} seed {seed}  {trial.arm:14} {trial.choice.text():44} mAP {result['mAP']:.4f}  "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sadcl._json import dumps
 from sadcl.checkpoint import remove_drafts, write_atomically
 from sadcl.report.report import draw, summary, table
 from sadcl.train import distributed
@@ -59,7 +59,7 @@ def _train(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> dic
         metrics["processes"] = distributed.world()
     if not distributed.is_main():
         return metrics
-    write_atomically(run.folder / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    write_atomically(run.folder / "metrics.json", lambda file: file.write(dumps(metrics, indent=1).encode()))
     say(table(run, reports))
     if config.eval_image_size:
         for name, report in sized.items():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sadcl._json import dumps
 from sadcl.checkpoint import write_atomically
 from sadcl.study.compare import LEVEL, TITLES, Comparison, PartResult, collect, holm, spread
 from sadcl.study.config import ARMS, PARTS
@@ -33,7 +34,7 @@ def write_report(study: Study) -> dict[str, Any]:
         "parts": [_as_json(result) for result in results],
         "trials": trials,
     }
-    text = json.dumps(content, indent=1)
+    text = dumps(content, indent=1)
     write_atomically(study.folder / "study.json", lambda file: file.write(text.encode()))
     page = markdown(study, results, trials)
     write_atomically(study.folder / "study.md", lambda file: file.write(page.encode()))
@@ -172,15 +173,10 @@ def _as_json(result: PartResult) -> dict[str, Any]:
         "part": result.name,
         "chosen": {arm: asdict(choice) for arm, choice in result.chosen.items()},
         "values": result.values,
-        "against_control": [_finite(asdict(comparison)) for comparison in result.against_control],
-        "cf1_against_control": [_finite(asdict(comparison)) for comparison in result.cf1_against_control],
-        "paper_minus_released": [_finite(asdict(comparison)) for comparison in result.formulations],
+        "against_control": [asdict(comparison) for comparison in result.against_control],
+        "cf1_against_control": [asdict(comparison) for comparison in result.cf1_against_control],
+        "paper_minus_released": [asdict(comparison) for comparison in result.formulations],
     }
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN as null: JSON has no NaN."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +70,10 @@ class Study:
     def result(self, trial: Trial) -> dict[str, Any] | None:
         """The figures of a finished trial."""
         path = self.path(trial)
-        return json.loads(path.read_text())["result"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text())["result"]
+        return {name: math.nan if value is None else value for name, value in found.items()}
 
     # -- the plan --
 

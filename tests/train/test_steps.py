@@ -1,4 +1,4 @@
-"""Steps that must not be: gradients that are not finite, overflows that a scaler passes over. Schedules of any length."""
+"""Steps that must not be (gradients that are not finite, overflows that a scaler passes over); schedules."""
 
 from __future__ import annotations
 
