@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sadcl.train.config import DataConfig, ModelConfig, StepConfig, TrainConfig, augments, config_from_dict
+from sadcl.train.config_file import with_config_files
 
 __all__ = ["ARMS", "PARTS", "Arm", "Choice", "PartConfig", "StudyConfig", "candidates", "parse_study", "train_config"]
 
@@ -173,7 +175,11 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[StudyConfig, bool]:
         tiny = {f"frozen.{k}": v for k, v in (_SMOKE_PART | _SMOKE_FROZEN).items()}
         tiny |= {f"finetuned.{k}": v for k, v in (_SMOKE_PART | _SMOKE_FINETUNED).items()}
         parser.set_defaults(tiny)
-    parsed = parser.parse_args(argv)
+    try:
+        arguments = with_config_files(sys.argv[1:] if argv is None else argv, StudyConfig)
+    except ValueError as error:
+        parser.error(str(error))
+    parsed = parser.parse_args(arguments)
     dry_run = parsed.pop("dry_run")
     parsed.pop("smoke")
     parsed.pop("config", None)
