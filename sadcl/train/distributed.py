@@ -151,15 +151,14 @@ class _Parallel(DistributedDataParallel):
     def __init__(self, module: Any, devices: list[int] | None) -> None:
         super().__init__(module, devices)
         self.peaks: dict[int, torch.Tensor] = {}  # of a bucket of gradients: the largest magnitude
-        self.register_comm_hook(self.peaks, _average)
+        self.register_comm_hook(None, lambda _, bucket: self._average(bucket))
 
-
-def _average(peaks: Any, bucket: Any) -> Any:
-    """DDP's own average of a bucket over the processes, which see the numbers of this one before."""
-    own = bucket.buffer()
-    peaks[bucket.index()] = torch.linalg.vector_norm(own, float("inf"))
-    own.mul_(1 / world())
-    return dist.all_reduce(own, async_op=True).get_future().then(lambda done: done.value()[0])
+    def _average(self, bucket: Any) -> Any:
+        """DDP's own average of a bucket over the processes; notes the numbers of this one before."""
+        own = bucket.buffer()
+        self.peaks[bucket.index()] = torch.linalg.vector_norm(own, float("inf"))
+        own.mul_(1 / world())
+        return dist.all_reduce(own, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def own_peaks(forward: Any, averaged: bool) -> list[torch.Tensor]:
