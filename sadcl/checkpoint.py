@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sadcl._files import mistaken_for_checkpoint, unwrapped
 from sadcl._json import dumps
 from sadcl.model import SADCL
 
@@ -134,6 +135,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint")
+    if what := mistaken_for_checkpoint(path):
+        raise CheckpointError(f"{path}: {what}")
     if os.fspath(path).endswith(WEIGHTS):
         return _load_weights(path)
     sealed = _check_seal(path)
@@ -178,9 +181,12 @@ def _check_seal(path: str | os.PathLike[str]) -> bool:
 
 
 def restore_model(content: dict[str, Any]) -> SADCL:
-    """The model of a loaded checkpoint, in eval mode; needs nothing but the checkpoint."""
+    """The model of a loaded checkpoint, in eval mode; needs nothing but the checkpoint.
+
+    The weights may be those of a compiled or otherwise wrapped model.
+    """
     model = SADCL(**content["architecture"])
-    model.load_state_dict(content["model"])
+    model.load_state_dict(unwrapped(content["model"], model.state_dict()))
     return model.eval()
 
 
