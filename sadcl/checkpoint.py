@@ -19,13 +19,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sadcl._files import mistaken_for_checkpoint, unwrapped
+from sadcl._json import dumps
+from sadcl.model import SADCL
+
 __all__ = [
     "CannotWrite",
     "CheckpointError",
     "load_checkpoint",
     "remove_drafts",
+    "restore_model",
     "save_checkpoint",
     "save_weights",
+    "thresholds_of",
     "write_atomically",
 ]
 
@@ -129,6 +135,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint")
+    if what := mistaken_for_checkpoint(path):
+        raise CheckpointError(f"{path}: {what}")
     if os.fspath(path).endswith(WEIGHTS):
         return _load_weights(path)
     sealed = _check_seal(path)
@@ -169,6 +177,32 @@ def _check_seal(path: str | os.PathLike[str]) -> bool:
     return True
 
 
+# -- what is in one --
+
+
+def restore_model(content: dict[str, Any]) -> SADCL:
+    """The model of a loaded checkpoint, in eval mode; needs nothing but the checkpoint.
+
+    The weights may be those of a compiled or otherwise wrapped model.
+    """
+    model = SADCL(**content["architecture"])
+    model.load_state_dict(unwrapped(content["model"], model.state_dict()))
+    return model.eval()
+
+
+def thresholds_of(content: dict[str, Any], wanted: float | str) -> Tensor:
+    """One threshold per class [C]: the same number for all, or (``"tuned"``) those that the checkpoint holds."""
+    classes = content["classes"]
+    if not isinstance(wanted, str):
+        return torch.full((len(classes),), float(wanted), device="cpu")
+    if content.get("thresholds") is None:
+        raise ValueError(
+            "thresholds: this checkpoint holds no tuned ones (a stage that was not finished, or an older version); "
+            "give a number"
+        )
+    return torch.tensor(content["thresholds"], dtype=torch.float32, device="cpu")
+
+
 # -- the model alone --
 
 
@@ -181,7 +215,7 @@ def save_weights(path: Path, content: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
     about = {key: value for key, value in content.items() if key not in ("model", "training", "history")}
-    text = json.dumps(about, sort_keys=True)
+    text = dumps(about, sort_keys=True)
     model = {name: value.contiguous() for name, value in content["model"].items()}
     data = save(model, {"sadcl": text, "sha256": _digest(text, model)})
     write_atomically(path, lambda file: file.write(data))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
+
+from sadcl._json import dumps
 
 __all__ = ["main"]
 
@@ -92,7 +93,7 @@ def _train(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(plan(asked.config))
         return 0
-    from sadcl.train.run import train
+    from sadcl.commands.train import train
 
     train(asked.config, asked.resume)
     return 0
@@ -102,7 +103,7 @@ def _study(arguments: list[str]) -> int:
     from sadcl.study.config import parse_study
 
     config, dry_run = parse_study(arguments)
-    from sadcl.study.trials import study
+    from sadcl.commands.study import study
 
     study(config, dry_run)
     return 0
@@ -145,7 +146,7 @@ def _eval(arguments: list[str]) -> int:
         options.checkpoint, pictures, options.root, options.threshold, source, options.label_separator
     )
     if options.json:
-        print(json.dumps({**report.as_dict(), "images": about}, indent=1))
+        print(dumps({**report.as_dict(), "images": about}, indent=1))
         return 0
     print(f"{options.checkpoint} on {about} [{report.protocol}]")
     for name in ("mAP", "CP", "CR", "CF1", "OP", "OR", "OF1"):

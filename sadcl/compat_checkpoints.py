@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._files import mistaken_for_checkpoint, unwrapped
 from .head import SADCLHead
 from .model import SADCL
 
@@ -53,9 +54,9 @@ _STATE_KEYS = ("state_dict", "model")
 def head_from_released(state_dict: Mapping[str, Tensor], num_heads: int, feature_size: tuple[int, int]) -> SADCLHead:
     """Build a head from a state dict in the released format.
 
-    Keys may start with ``module.``. A missing ``input_proj`` means the identity. Everything under
-    ``backbone.`` is left aside (position buffers are recomputed). A step-1 dict has no ``prototype``,
-    ``memorybank`` and ``proj_head``; the head then has no contrastive outputs.
+    Keys may have the prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``, repeated). A missing ``input_proj``
+    means the identity. Everything under ``backbone.`` is left aside (position buffers are recomputed). A step-1 dict
+    has no ``prototype``, ``memorybank`` and ``proj_head``; the head then has no contrastive outputs.
 
     Args:
         state_dict: released names to tensors.
@@ -110,7 +111,7 @@ def load_released_checkpoint(
                 f"the head reads {channels} channels, backbone {backbone!r} gives {model.head.in_channels}"
             )
         _load(model.head, ours, _released_name)
-        body = {k.removeprefix(_BODY): v for k, v in _stripped(state).items() if k.startswith(_BODY)}
+        body = {k.removeprefix(_BODY): v for k, v in unwrapped(state).items() if k.startswith(_BODY)}
         _load(model.backbone.body, body, lambda name: _BODY + name)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: not a checkpoint of this model: {error}") from error
@@ -122,6 +123,8 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"{name}: no such checkpoint file")
+    if what := mistaken_for_checkpoint(name):
+        raise ValueError(f"{name}: {what}")
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(name, map_location="cpu", weights_only=True)
@@ -155,15 +158,11 @@ def _numpy_scalars() -> list[Any]:
     ]
 
 
-def _stripped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
-
-
 def _renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The head's tensors under our names."""
     ours: dict[str, Tensor] = {}
     unexpected = []
-    for key, value in _stripped(state_dict).items():
+    for key, value in unwrapped(state_dict).items():
         if key.startswith("backbone."):
             continue
         name = _translate(key)

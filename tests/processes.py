@@ -22,7 +22,7 @@ from sadcl.cli import main
 from sadcl.train.config import TrainConfig
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sadcl.train.run", "sadcl.report.report", "sadcl.cli", "timm", "jsonargparse", "PIL"])
+CONTEXT.set_forkserver_preload(["sadcl.commands.train", "sadcl.cli", "timm", "jsonargparse", "PIL"])
 
 Kill = tuple[str, int, str]  # dotted name of a function, which of its calls, "before" or "after"
 

@@ -1,32 +1,22 @@
-"""What works from a checkpoint alone: the model, its validation figures, its predictions with attention."""
+"""``sadcl eval``: a checkpoint's figures on its validation images, or on a list of pictures."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sadcl.checkpoint import CheckpointError, load_checkpoint
-from sadcl.commands.predict import thresholds_of
+from sadcl.checkpoint import CheckpointError, load_checkpoint, restore_model, thresholds_of
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.metrics._inputs import Threshold
 from sadcl.model import SADCL
 from sadcl.train.config import TrainConfig, config_from_dict
 from sadcl.train.data import Pairs, load_validation
 
-__all__ = ["attention_maps", "evaluate_checkpoint", "predictions", "restore_model"]
-
-
-def restore_model(content: dict[str, Any]) -> SADCL:
-    """The model of a loaded checkpoint, in eval mode; needs nothing but the checkpoint."""
-    model = SADCL(**content["architecture"])
-    model.load_state_dict(content["model"])
-    return model.eval()
+__all__ = ["evaluate_checkpoint"]
 
 
 def evaluate_checkpoint(
@@ -72,20 +62,3 @@ def _evaluate_pictures(model: SADCL, images: Pairs, threshold: Threshold, worker
         output = model(model.preprocessing(pictures), contrastive=False)
         seen.update(output.logits.sigmoid(), labels)
     return seen.compute()
-
-
-@torch.inference_mode()
-def attention_maps(model: SADCL, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities [C] and attention [C, h, w] (mean over heads) of one picture uint8 [3, H, W]."""
-    device = next(model.parameters()).device
-    output = model(model.preprocessing(image[None].to(device)), need_weights=True, contrastive=False)
-    assert output.attention is not None
-    return output.logits[0].sigmoid().cpu(), output.attention[0].mean(0).cpu()
-
-
-def predictions(
-    probabilities: Tensor, classes: list[str], count: int, truth: Tensor | None = None
-) -> list[tuple[int, str, bool | None]]:
-    """The ``count`` most probable labels: (index, caption, whether it is there or None if unknown)."""
-    best = probabilities.topk(max(1, min(count, len(classes)))).indices.tolist()
-    return [(i, f"{classes[i]} {probabilities[i]:.2f}", None if truth is None else bool(truth[i] == 1)) for i in best]

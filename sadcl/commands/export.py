@@ -15,7 +15,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import json
 import logging
 import os
 import tempfile
@@ -27,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sadcl._json import dumps
 from sadcl.attention import LabelAttention
+from sadcl.checkpoint import load_checkpoint, restore_model, save_weights
 from sadcl.commands.predict import find_pictures
 from sadcl.data.images import image_tensor
 from sadcl.model import SADCL
@@ -131,7 +132,7 @@ def export_model(
             torch.export.save(program, draft)
         facts["checked"] = _compare(model, _runner(draft, kind), pictures)
         facts["sha256"] = hashlib.sha256(draft.read_bytes()).hexdigest()
-        (draft.parent / f"{path.name}.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (draft.parent / f"{path.name}.json").write_text(dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
         _move_all(draft.parent, path.parent, last=path.name)
     return facts
 
@@ -183,7 +184,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, facts: Mappin
     with _quiet("onnx_ir", "onnxscript", "torch.onnx"):
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)  # type: ignore
     assert exported is not None
-    exported.model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()})
+    exported.model.metadata_props.update({key: dumps(value, ensure_ascii=False) for key, value in facts.items()})
     exported.save(path, external_data=False)
     foreign = {node.domain for node in onnx.load(path, load_external_data=False).graph.node} - {"", "ai.onnx"}
     if foreign:
@@ -274,9 +275,6 @@ def export_checkpoint(
     Returns:
         What the JSON file holds.
     """
-    from sadcl.checkpoint import load_checkpoint
-    from sadcl.commands.evaluate import restore_model
-
     content = load_checkpoint(checkpoint)
     model = restore_model(content)
     if pictures is None:
@@ -307,8 +305,6 @@ def _validation_pictures(content: Mapping[str, Any]) -> Tensor:
 
 
 def _export_weights(checkpoint: str, output: str | None) -> int:
-    from sadcl.checkpoint import load_checkpoint, save_weights
-
     content = load_checkpoint(checkpoint)
     path = Path(output or Path(checkpoint).with_suffix(f".{WEIGHTS}"))
     if path.suffix != f".{WEIGHTS}":

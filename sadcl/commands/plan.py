@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sadcl._own import own_tensors
 from sadcl.losses import DualContrastiveLoss
 from sadcl.model import SADCL
+from sadcl.train.build import make_loss
 from sadcl.train.config import AugmentConfig, StepConfig, TrainConfig, augments
 from sadcl.train.data import load_images
-from sadcl.train.loop import make_loss
 from sadcl.train.optim import make_optimizer, make_schedule
 
 __all__ = ["plan"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import io
-import json
 import os
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sadcl._json import dumps
 from sadcl.data.images import ImageFileError, image_tensor, picture_suffixes
 from sadcl.model import SADCL
 
@@ -28,7 +28,6 @@ __all__ = [
     "main",
     "parse_threshold",
     "predict_pictures",
-    "thresholds_of",
 ]
 
 DECODERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without the interpreter lock
@@ -124,19 +123,6 @@ def predict_pictures(
                     yield Prediction(name, "", next(rows))
 
 
-def thresholds_of(content: dict[str, Any], wanted: float | str) -> Tensor:
-    """One threshold per class [C]: the same number for all, or (``"tuned"``) those that the checkpoint holds."""
-    classes = content["classes"]
-    if not isinstance(wanted, str):
-        return torch.full((len(classes),), float(wanted), device="cpu")
-    if content.get("thresholds") is None:
-        raise ValueError(
-            "thresholds: this checkpoint holds no tuned ones (a stage that was not finished, or an older version); "
-            "give a number"
-        )
-    return torch.tensor(content["thresholds"], dtype=torch.float32, device="cpu")
-
-
 def entry(prediction: Prediction, classes: Sequence[str], thresholds: Tensor, top: int) -> dict[str, Any]:
     """The JSON entry of a picture: ``labels`` above their thresholds and the ``top`` ones, both falling."""
     if prediction.probabilities is None:
@@ -189,8 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.batch_size < 1:
         parser.error(f"--batch-size: expected at least 1, got {options.batch_size}")
 
-    from sadcl.checkpoint import load_checkpoint
-    from sadcl.commands.evaluate import restore_model
+    from sadcl.checkpoint import load_checkpoint, restore_model, thresholds_of
 
     content = load_checkpoint(options.checkpoint)
     classes, thresholds = content["classes"], thresholds_of(content, options.threshold)
@@ -217,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         elif overlays is not None:
             found["overlay"] = str(overlays.write(prediction))
         if options.json:
-            print(json.dumps(found), flush=True)
+            print(dumps(found), flush=True)
         elif not prediction.error:
             print(_row(found, wide))
     if failed:
@@ -257,7 +242,7 @@ class _Overlays:
         self.taken: set[str] = set()
 
     def write(self, prediction: Prediction) -> Path:
-        from sadcl.commands.evaluate import predictions
+        from sadcl.report.outputs import predictions
         from sadcl.report.plots import plot_attention
 
         assert prediction.probabilities is not None and prediction.picture is not None

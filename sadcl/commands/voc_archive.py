@@ -9,8 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sadcl.checkpoint import CheckpointError, load_checkpoint
-from sadcl.commands.evaluate import restore_model
+from sadcl.checkpoint import CheckpointError, load_checkpoint, restore_model
 from sadcl.data.voc import VOC_CLASSES, VocDataset, write_voc_results
 from sadcl.train.config import TrainConfig, config_from_dict
 

@@ -29,7 +29,7 @@ def transformable(
 
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         rows = [
-            function.apply(*(x.select(at, i) if isinstance(at, int) else x for x, at in zip(args, in_dims, strict=True)))
+            function.apply(*(x.select(at, i) if type(at) is int else x for x, at in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if isinstance(rows[0], Tensor):

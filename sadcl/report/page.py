@@ -14,13 +14,12 @@ from torch import Tensor
 from sadcl.metrics import MultilabelReport, multilabel_report
 from sadcl.report.analysis import cooccurrence_confusion, precision_recall, prototype_similarity, similarity_order
 from sadcl.report.html import Html, bar, data_uri, escape, figure, page, section, sparkline, table
+from sadcl.report.outputs import Look, StageOutputs
 from sadcl.report.plots import curve_figures, heatmap_figure, overlay, precision_recall_figure, svg
 from sadcl.train.thresholds import tune_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from sadcl.report.report import Look, StageOutputs
 
 __all__ = ["Shown", "report_page"]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sadcl.train.config import DataConfig, ModelConfig, StepConfig, augments
+from sadcl.train.config import DataConfig, ModelConfig, StepConfig, TrainConfig, augments, config_from_dict
+from sadcl.train.config_file import with_config_files
 
-__all__ = ["ARMS", "PARTS", "Arm", "Choice", "PartConfig", "StudyConfig", "candidates", "parse_study"]
+__all__ = ["ARMS", "PARTS", "Arm", "Choice", "PartConfig", "StudyConfig", "candidates", "parse_study", "train_config"]
 
 PARTS = ("frozen", "finetuned")
 
@@ -148,6 +150,14 @@ def candidates(part: PartConfig, arm: str) -> list[Choice]:
     return [Choice(rate1, rate2, *pair) for rate2 in part.step2_rates for pair in dict.fromkeys(pairs)]
 
 
+def train_config(config: StudyConfig, name: str, seed: int) -> TrainConfig:
+    """The run's configuration that a part and seed correspond to."""
+    part: PartConfig = getattr(config, name)
+    data = replace(config.data, train_images=part.train_images, val_images=part.val_images, split_seed=seed)
+    model = replace(config.model, train_backbone=name == "finetuned")
+    return TrainConfig(output=config.output, seed=seed, batch_size=config.batch_size, data=data, model=model)
+
+
 def parse_study(argv: Sequence[str] | None = None) -> tuple[StudyConfig, bool]:
     """Parse ``sadcl study``'s arguments to (config, dry run?); an unknown key or a bad value exits with 2."""
     from jsonargparse import ArgumentParser
@@ -165,7 +175,11 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[StudyConfig, bool]:
         tiny = {f"frozen.{k}": v for k, v in (_SMOKE_PART | _SMOKE_FROZEN).items()}
         tiny |= {f"finetuned.{k}": v for k, v in (_SMOKE_PART | _SMOKE_FINETUNED).items()}
         parser.set_defaults(tiny)
-    parsed = parser.parse_args(argv)
+    try:
+        arguments = with_config_files(sys.argv[1:] if argv is None else argv, StudyConfig)
+    except ValueError as error:
+        parser.error(str(error))
+    parsed = parser.parse_args(arguments)
     dry_run = parsed.pop("dry_run")
     parsed.pop("smoke")
     parsed.pop("config", None)
@@ -175,8 +189,6 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[StudyConfig, bool]:
 
 
 def _from_dict(values: dict[str, Any]) -> StudyConfig:
-    from sadcl.train.config import config_from_dict
-
     config: StudyConfig = config_from_dict(values, StudyConfig)
     for part in (config.frozen, config.finetuned):
         part.weights = [(float(sample), float(prototype)) for sample, prototype in part.weights]

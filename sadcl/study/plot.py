@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from sadcl.checkpoint import write_atomically
 from sadcl.report.plots import BLUE, GRAY, INK, RED
+from sadcl.study.compare import CONTROL, TITLES, PartResult
 from sadcl.study.config import ARMS
-from sadcl.study.report import CONTROL, TITLES, PartResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,12 @@ of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
+from sadcl.train.config_file import with_config_files
 from sadcl.train.data_config import DataConfig
 
 __all__ = [
@@ -266,7 +268,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Parsed:
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="print data, parameters, memory and steps, then stop")
     parser.add_class_arguments(TrainConfig)
-    parsed = parser.parse_args(argv)
+    try:
+        arguments = with_config_files(sys.argv[1:] if argv is None else argv, TrainConfig)
+    except ValueError as error:
+        parser.error(str(error))
+    parsed = parser.parse_args(arguments)
     resume, dry_run = parsed.pop("resume"), parsed.pop("dry_run")
     parsed.pop("config", None)
     config = config_from_dict(parsed.as_dict())

@@ -30,6 +30,7 @@ from sadcl.train.config import DataConfig, TrainConfig
 from sadcl.train.data_config import LISTS, Side
 
 __all__ = [
+    "EVAL_BATCH",
     "Images",
     "Pairs",
     "Pictures",
@@ -43,6 +44,7 @@ __all__ = [
 Pairs = Dataset[tuple[Tensor, Tensor]]
 Pictures = ImageListing | SceneDataset  # what has load(), summary() and classes
 COLUMNS = ("nuswide", "vg500")  # their class names are those of columns
+EVAL_BATCH = 200  # pictures, in a pass that trains nothing
 VAL_SEED = 1_000_003  # added to the run's seed, so that validation scenes are never training scenes
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "is_main",
     "joined",
     "main_first",
+    "own_peaks",
     "parallel",
     "rank",
     "run_device",
@@ -141,7 +142,28 @@ def parallel(forward: Any, device: torch.device) -> Any:
     """
     if world() == 1:
         return forward
-    return DistributedDataParallel(forward, [device.index] if device.type == "cuda" else None)
+    return _Parallel(forward, [device.index] if device.type == "cuda" else None)
+
+
+class _Parallel(DistributedDataParallel):
+    """DDP that knows how large this process's own gradients were: after the average all processes have the same."""
+
+    def __init__(self, module: Any, devices: list[int] | None) -> None:
+        super().__init__(module, devices)
+        self.peaks: dict[int, torch.Tensor] = {}  # of a bucket of gradients: the largest magnitude
+        self.register_comm_hook(None, lambda _, bucket: self._average(bucket))
+
+    def _average(self, bucket: Any) -> Any:
+        """DDP's own average of a bucket over the processes; notes the numbers of this one before."""
+        own = bucket.buffer()
+        self.peaks[bucket.index()] = torch.linalg.vector_norm(own, float("inf"))
+        own.mul_(1 / world())
+        return dist.all_reduce(own, async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+def own_peaks(forward: Any, averaged: bool) -> list[torch.Tensor]:
+    """Largest magnitudes of this process's part of the gradient, if the last backward averaged it; else nothing."""
+    return list(forward.peaks.values()) if isinstance(forward, _Parallel) and averaged else []
 
 
 def synchronised(forward: Any, now: bool) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sadcl.head import SADCLOutput
-from sadcl.losses import AsymmetricLoss, DualContrastiveLoss
+from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
 from sadcl.train import distributed
-from sadcl.train.config import EmaConfig, LossConfig, StepConfig
+from sadcl.train.config import EmaConfig, StepConfig
 from sadcl.train.ema import make_ema
 from sadcl.train.optim import make_optimizer, make_schedule
 from sadcl.train.order import ShuffledBatches, rng_state, set_rng_state
@@ -27,7 +28,6 @@ __all__ = [
     "Stage",
     "autocast_dtype",
     "evaluate",
-    "make_loss",
     "make_stage",
     "predict_all",
     "train_epoch",
@@ -36,14 +36,16 @@ __all__ = [
 # Called as forward(batch, contrastive=...): the whole model, or its head on cached feature maps.
 Forward = Callable[..., SADCLOutput]
 PREFETCH = 4  # batches a worker prepares in advance
+SMALLEST_SCALE = 2.0**-14  # of gradients in float16
 RANK_SEED = 1_000_003  # between the dropout seeds of two processes
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite; going on would destroy the weights.
+    """The loss or its gradient became NaN or infinite; going on would destroy the weights.
 
     Attributes:
-        batch: images, labels and loss parts of the batch, on the CPU; empty if it is another process's.
+        batch: images, labels and loss parts of the batch, on the CPU, and the names of the parameters whose gradient is
+            not finite; empty if it is another process's.
     """
 
     def __init__(self, message: str, batch: dict[str, Any]) -> None:
@@ -108,19 +110,42 @@ class Stage:
     def _is_last(self, done: int) -> bool:
         return done % self.accumulate == 0 or done == len(self.batches)
 
-    def step(self, model: nn.Module) -> None:
-        """Clip, update the weights and their average, and move the learning rate on."""
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def gradient_is_finite(self, forward: Forward) -> bool:
+        """Whether the last backward left a finite gradient in this process; waits for the device.
+
+        A scaler looks itself, and passes overflows over; what overflows at any scale is infinite by itself.
+        """
+        if self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE:
+            return True
+        peaks = distributed.own_peaks(forward, averaged=self.will_step())
+        if not peaks:
+            peaks = [nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None], float("inf"))]
+        return bool(torch.stack(peaks).isfinite().all())
+
+    def step(self, model: nn.Module) -> bool:
+        """Clip, update the weights and their average, and move the learning rate on.
+
+        Returns:
+            Whether it did: where a gradient overflowed float16, the scaler passes the step over.
+        """
         if self.clip:
             self.scaler.unscale_(self.optimizer)
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.clip)
+            nn.utils.clip_grad_norm_(self.trained(), self.clip)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() < scale:
+            return False
         self.scheduler.step()
         self.steps += 1
         if self.ema is not None:
             self.ema.update(model, self.steps)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training continues from, besides the model; valid after an optimizer step."""
@@ -201,19 +226,6 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def make_loss(config: LossConfig) -> DualContrastiveLoss:
-    """The method's three losses with the run's weights and constants."""
-    return DualContrastiveLoss(
-        config.sample_weight,
-        config.prototype_weight,
-        config.classification_weight,
-        sample_temperature=config.sample_temperature,
-        prototype_temperature=config.prototype_temperature,
-        formulation=config.formulation,
-        classification=AsymmetricLoss(config.gamma_neg, config.gamma_pos, config.clip, 1e-5, True, "released"),
-    )
-
-
 def train_epoch(
     model: SADCL,
     forward: Forward,
@@ -234,14 +246,15 @@ def train_epoch(
         loss: all three losses; without ``contrastive`` only its classification part is used.
         contrastive: step 2 (True) or step 1 (False).
         device: where the batches go.
-        on_step: called after every optimizer step with the loss parts of its last batch; ``stage.state_dict()`` may
-            be taken there.
+        on_step: called after every optimizer step that changed the weights, with the loss parts of its last batch;
+            ``stage.state_dict()`` may be taken there.
 
     Returns:
         Means over the epoch: ``total``, ``classification``, and in step 2 ``sample`` and ``prototype``.
 
     Raises:
-        NonFiniteLoss: before a step that would write NaN into the weights.
+        NonFiniteLoss: in every process, before a step that would write NaN or infinity into the weights; that process
+            has the batch whose loss or gradient it was.
     """
     model.train()
     stage.optimizer.zero_grad(set_to_none=True)
@@ -265,21 +278,18 @@ def train_epoch(
         stage.scaler.scale(parts["total"] * stage.share()).backward()
         clock.lap("backward")
         numbers = values.get()
-        finite = all(abs(value) < float("inf") for value in numbers.values())  # NaN fails this too
+        finite = all(map(math.isfinite, numbers.values())) and stage.gradient_is_finite(forward)
         if not distributed.everyone(finite):
-            if finite:
-                raise NonFiniteLoss("the loss of another process is not finite", {})
-            said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
-            batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": numbers}
-            raise NonFiniteLoss(f"the loss is not finite: {said}", batch)
+            raise NonFiniteLoss(*(_ANOTHER if finite else _accused(model, images, labels, numbers)))
         for name, value in numbers.items():
             stage.sums[name] = stage.sums.get(name, 0.0) + value * len(labels)
         seen += len(labels)
         stage.batches.batch += 1
         if stage.ends_step():
-            stage.step(model)
+            moved = stage.step(model)
             clock.lap("optimizer")
-            on_step(numbers)
+            if moved:
+                on_step(numbers)
     seconds = clock.seconds()
     whole = sum(seconds.values())
     rate = distributed.world() * seen / whole
@@ -290,6 +300,19 @@ def train_epoch(
     stage.sums = {}
     stage.batches.finish_epoch()
     return means
+
+
+_ANOTHER: tuple[str, dict[str, Any]] = ("the loss or gradient of another process is not finite", {})
+
+
+def _accused(model: nn.Module, images: Tensor, labels: Tensor, numbers: dict[str, float]) -> tuple[str, dict[str, Any]]:
+    """What is not finite, in words, and the batch that did it."""
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": numbers, "gradient": wrong}
+    said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+    if all(map(math.isfinite, numbers.values())):
+        return f"the gradient is not finite, though the loss is: {said}", batch
+    return f"the loss is not finite: {said}", batch
 
 
 def _losses(loss: DualContrastiveLoss, output: SADCLOutput, labels: Tensor, contrastive: bool) -> dict[str, Tensor]:

@@ -57,11 +57,15 @@ def make_optimizer(model: nn.Module, step: StepConfig) -> Optimizer:
 
 
 def make_schedule(optimizer: Optimizer, step: StepConfig, steps_per_epoch: int) -> LRScheduler:
-    """The learning rate over all ``epochs * steps_per_epoch`` optimizer steps; ``step()`` it after each."""
+    """The learning rate over all ``epochs * steps_per_epoch`` optimizer steps, be it one; ``step()`` it after each."""
     total = max(1, step.epochs * steps_per_epoch)
     if step.schedule == "onecycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=step.pct_start)
+        total = max(2, total)  # the last step has a rate of almost 0: a single one would not train
+        rise = step.pct_start
+        if rise * total == 1:  # the first step is the peak, and torch divides by the 0 steps of its rise
+            rise *= 1 - 1e-9
+        return OneCycleLR(optimizer, max_lr=peaks, total_steps=total, pct_start=rise)
     warmup = min(round(step.warmup_epochs * steps_per_epoch), total - 1)
     after: LRScheduler
     if step.schedule == "multistep":
@@ -72,5 +76,5 @@ def make_schedule(optimizer: Optimizer, step: StepConfig, steps_per_epoch: int) 
         after = ConstantLR(optimizer, factor=1.0)
     if warmup < 1:
         return after
-    rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
-    return SequentialLR(optimizer, [rise, after], milestones=[warmup])
+    before = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
+    return SequentialLR(optimizer, [before, after], milestones=[warmup])

@@ -4,59 +4,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sadcl.checkpoint import CheckpointError, load_checkpoint, write_atomically
+from sadcl.metrics import MultilabelAccumulator
+from sadcl.model import SADCL
 from sadcl.train import distributed
-from sadcl.train.config import config_from_dict
+from sadcl.train.config import TrainConfig, config_from_dict
+from sadcl.train.data import Images
 from sadcl.train.loop import NonFiniteLoss, Stage
 from sadcl.train.order import rng_state, set_rng_state
 
-if TYPE_CHECKING:
-    from sadcl.model import SADCL
-    from sadcl.train.run import Run
-
-__all__ = ["content", "dump_batch", "others_state", "read_last", "restore_stage"]
+__all__ = ["Progress", "content", "dump_batch", "others_state", "read_last", "restore_stage"]
 
 # Keys that a resumed run may change: they say where things are and what is drawn, not what is computed.
 FREE = ("output", "plots", "checkpoint_every", "data.workers", "data.feature_cache", "data.root")
 
 
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        stage: of the method, the one that runs: step1, control or step2.
+        epoch: finished epochs of the stage.
+        step: optimizer steps of all stages.
+        best: of the stage: the highest validation mAP and its epoch.
+        history: a row of figures for every epoch of every stage.
+        thresholds: of a finished stage, one per class, tuned on validation; only while it is written down.
+        seen: scores and labels of the last evaluation.
+        kept: the model that the last evaluation chose: the trained weights or their average.
+    """
+
+    stage: str = ""
+    epoch: int = 0
+    step: int = 0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    thresholds: list[float] | None = None
+    seen: MultilabelAccumulator | None = None
+    kept: SADCL | None = None
+
+
 def content(
-    run: Run,
+    config: TrainConfig,
+    images: Images,
+    progress: Progress,
     model: SADCL,
-    stage: str,
-    epoch: int,
     training: Stage | None = None,
     others: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """A checkpoint: all that evaluation, prediction and, with ``training``, a resume need.
 
     Args:
-        run: whose.
+        config: of the run.
+        images: what it trains on.
+        progress: how far it has come.
         model: the weights to keep: the trained ones, or their average. The memory bank and prototypes are in it.
-        stage: step1, control or step2.
-        epoch: finished epochs of the stage.
         training: optimizer, schedule, average, position in the order of images, random generators.
         others: with training, what :func:`others_state` says.
     """
     kept = {
-        "config": run.config.as_dict(),
-        "classes": list(run.images.classes),
-        "title": run.images.title,
-        "protocol": run.images.protocol,
+        "config": config.as_dict(),
+        "classes": list(images.classes),
+        "title": images.title,
+        "protocol": images.protocol,
         "architecture": model.config(),
         "preprocessing": model.preprocessing.to_dict(),
         "model": model.state_dict(),
-        "stage": stage,
-        "epoch": epoch,
-        "step": run.step,
-        "best": run.best,
-        "thresholds": run.thresholds,
-        "history": run.history,
+        "stage": progress.stage,
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "best": progress.best,
+        "thresholds": progress.thresholds,
+        "history": progress.history,
     }
     return kept if training is None else {**kept, "training": training.state_dict(), "others": list(others)}
 
@@ -86,24 +111,24 @@ def restore_stage(state: dict[str, Any], model: SADCL, stage: Stage) -> None:
     set_rng_state(own["rng"])
 
 
-def read_last(run: Run) -> dict[str, Any] | None:
+def read_last(config: TrainConfig, images: Images) -> dict[str, Any] | None:
     """What ``last.pt`` holds, if it is this run's; None if there is nothing yet.
 
     Raises:
         CheckpointError: it is of a run with another config, other labels or another number of processes.
     """
-    path = run.folder / "last.pt"
+    path = Path(config.output) / "last.pt"
     if not path.is_file():
         return None
     state = load_checkpoint(path)
     theirs = config_from_dict(state["config"]).as_dict()  # an older version's lacks the keys that came since
-    for key, old, new in _differences(theirs, run.config.as_dict()):
+    for key, old, new in _differences(theirs, config.as_dict()):
         if key not in FREE:
             raise CheckpointError(
                 f"{path}: was started with {key} = {old!r}, not {new!r}; "
-                f"resume with --config {run.folder / 'config.yaml'}"
+                f"resume with --config {path.with_name('config.yaml')}"
             )
-    if tuple(state["classes"]) != run.images.classes:
+    if tuple(state["classes"]) != images.classes:
         raise CheckpointError(f"{path}: was started on other labels ({state['title']})")
     processes = 1 + len(state.get("others", []))
     if processes != distributed.world():
@@ -115,7 +140,7 @@ def read_last(run: Run) -> dict[str, Any] | None:
 
 
 def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) -> NonFiniteLoss:
-    """Write the batch that gave a NaN to ``nonfinite.pt``; returns the error with what to look at."""
+    """Write the batch that gave a NaN or infinity to ``nonfinite.pt``; returns the error with what to look at."""
     images, labels = error.batch["images"], error.batch["labels"]
     position = training.batches
     where = {"stage": stage, "epoch": position.epoch + 1, "batch": position.batch + 1, "step": training.steps}
@@ -134,9 +159,11 @@ def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) 
     look += [f"the learning rate is {rate:.3g}; a smaller one, or gradient clipping, usually helps"]
     look += ["amp fp16 overflows above 65504; bf16 does not"] if training.autocast is torch.float16 else []
     lost = [name for name, value in error.batch["parts"].items() if name != "total" and not math.isfinite(value)]
+    if all(map(math.isfinite, error.batch["parts"].values())):
+        lost = [f"gradient of {name}" for name in error.batch["gradient"][:3]] or ["gradient"]
     message = (
         f"{error} ({stage}, epoch {where['epoch']}, batch {where['batch']}; not finite: {', '.join(lost) or 'total'}). "
-        f"The batch is in {path} (images, labels, parts). {'. '.join(look)}."
+        f"The batch is in {path} (images, labels, parts, gradient). {'. '.join(look)}."
     )
     return NonFiniteLoss(message, error.batch)
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sadcl.checkpoint import CheckpointError, load_checkpoint
-from sadcl.commands.evaluate import restore_model
+from sadcl.checkpoint import CheckpointError, load_checkpoint, restore_model
 from sadcl.compat import load_released_checkpoint
 from sadcl.data.text import normal
 from sadcl.model import SADCL

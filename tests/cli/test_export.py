@@ -18,9 +18,12 @@ for needed in ("PIL", "timm", "jsonargparse", "tqdm", "yaml"):
 
 import sadcl.commands.export  # noqa: E402
 from sadcl import SADCL  # noqa: E402
-from sadcl.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from sadcl.checkpoint import (  # noqa: E402
+    load_checkpoint,
+    restore_model,
+    save_checkpoint,
+)
 from sadcl.cli import main  # noqa: E402
-from sadcl.commands.evaluate import restore_model  # noqa: E402
 from sadcl.commands.export import ExportError, export_model, plain_operators  # noqa: E402
 
 

@@ -35,7 +35,19 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "module.module.",
+        "model.module.",
+    ],
+)
 def test_golden_heads(number, prefix):
     state, fields, heads, size = released(number)
     head = head_from_released({prefix + k: v for k, v in state.items()}, heads, size)

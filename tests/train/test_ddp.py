@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from processes import differences  # noqa: E402
 from test_train import pictures, tiny  # noqa: E402, F401
 from test_trust import result  # noqa: E402
 
-from sadcl.checkpoint import load_checkpoint  # noqa: E402
+from sadcl.checkpoint import load_checkpoint, restore_model  # noqa: E402
 from sadcl.cli import main  # noqa: E402
-from sadcl.commands.evaluate import restore_model  # noqa: E402
 from sadcl.metrics import MultilabelAccumulator  # noqa: E402
 from sadcl.train import distributed, loop  # noqa: E402
+from sadcl.train.build import make_loss  # noqa: E402
 from sadcl.train.config import TrainConfig  # noqa: E402
-from sadcl.train.loop import Stage, evaluate, make_loss, make_stage, train_epoch  # noqa: E402
+from sadcl.train.loop import Stage, evaluate, make_stage, train_epoch  # noqa: E402
 from sadcl.train.order import ShuffledBatches  # noqa: E402
 from sadcl.train.run import Run  # noqa: E402
 
@@ -57,8 +58,8 @@ def _train_and_keep(arguments: list[str]) -> int:
     kept: dict[str, Any] = {}
     save = Run._save_last
 
-    def save_and_keep(self: Run, name: str, stage: Stage) -> None:
-        save(self, name, stage)
+    def save_and_keep(self: Run, stage: Stage) -> None:
+        save(self, stage)
         kept.update(folder=self.folder, model=self.model.state_dict(), ema=stage.ema.module.state_dict())
 
     Run._save_last = save_and_keep  # type: ignore[method-assign]
@@ -222,22 +223,30 @@ def test_unreadable_picture_of_one_process_stops_both(pictures: Path, tmp_path: 
     assert "another one did" in processes.said(config)
 
 
-def test_loss_that_is_not_finite_in_one_process_stops_both(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_in_one_process_stops_both(pictures: Path, tmp_path: Path, what: str) -> None:  # noqa: F811
+    """The average over the processes is as infinite in one as in the other: only one has the batch."""
     config = tiny(pictures, tmp_path / "run", **RECIPE)
-    assert processes.run(config, processes=2, function=_one_loss_is_nan) == [2, 2]
-    assert "the loss of another process is not finite" in processes.said(config)
-    assert "nonfinite.1.pt" in processes.said(config, 1)
+    spoilt = {"loss": _one_loss_is_nan, "gradient": _one_gradient_is_infinite}[what]
+    assert processes.run(config, processes=2, function=spoilt) == [2, 2]
+    assert "the loss or gradient of another process is not finite" in processes.said(config)
+    assert f"the {what} is not finite" in processes.said(config, 1) and "nonfinite.1.pt" in processes.said(config, 1)
     assert [path.name for path in Path(config.output).glob("nonfinite*")] == ["nonfinite.1.pt"]
 
 
 def _one_loss_is_nan(arguments: list[str]) -> int:
+    return _spoilt(arguments, lambda value: value * float("nan"))
+
+
+def _one_gradient_is_infinite(arguments: list[str]) -> int:
+    return _spoilt(arguments, lambda value: value + 0 * (value - value.detach()).sqrt())  # d sqrt(0) = inf
+
+
+def _spoilt(arguments: list[str], change: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    """The command; the second process's losses are changed."""
     if os.environ["RANK"] == "1":
         real = loop._losses
-
-        def losses(*given: Any) -> dict[str, torch.Tensor]:
-            return {name: value * float("nan") for name, value in real(*given).items()}
-
-        loop._losses = losses  # type: ignore[assignment]
+        loop._losses = lambda *given: {name: change(value) for name, value in real(*given).items()}
     return main(arguments)
 
 

@@ -21,6 +21,7 @@ from PIL import Image  # noqa: E402
 
 from sadcl.head import SADCLHead  # noqa: E402
 from sadcl.train.augment import Augmented, MultiScaleCrop, make_transform  # noqa: E402
+from sadcl.train.build import make_loss  # noqa: E402
 from sadcl.train.config import (  # noqa: E402
     AugmentConfig,
     EmaConfig,
@@ -30,7 +31,7 @@ from sadcl.train.config import (  # noqa: E402
     check_config,
 )
 from sadcl.train.ema import make_ema  # noqa: E402
-from sadcl.train.loop import NonFiniteLoss, autocast_dtype, evaluate, make_loss, make_stage, train_epoch  # noqa: E402
+from sadcl.train.loop import NonFiniteLoss, autocast_dtype, evaluate, make_stage, train_epoch  # noqa: E402
 from sadcl.train.optim import make_optimizer, make_schedule, param_groups  # noqa: E402
 from sadcl.train.order import ShuffledBatches, rng_state, set_rng_state  # noqa: E402
 from sadcl.train.timing import SECTIONS, Stopwatch  # noqa: E402

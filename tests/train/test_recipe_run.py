@@ -14,13 +14,13 @@ for needed in ("PIL", "timm", "torchvision", "jsonargparse", "tqdm", "matplotlib
 
 from test_train import learning, pictures, quiet, tiny, weights  # noqa: E402, F401
 
-from sadcl.checkpoint import load_checkpoint  # noqa: E402
+from sadcl.checkpoint import load_checkpoint, restore_model  # noqa: E402
 from sadcl.cli import main  # noqa: E402
-from sadcl.commands.evaluate import restore_model  # noqa: E402
 from sadcl.commands.plan import plan  # noqa: E402
+from sadcl.commands.train import train  # noqa: E402
 from sadcl.train.config import parse_arguments  # noqa: E402
 from sadcl.train.loop import NonFiniteLoss, Stage  # noqa: E402
-from sadcl.train.run import Run, train  # noqa: E402
+from sadcl.train.run import Run  # noqa: E402
 from sadcl.train.transfer import VOC_FROM_COCO, class_rows, init_from  # noqa: E402
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -63,9 +63,9 @@ def test_interrupted_in_the_middle_of_an_epoch_continues_bit_for_bit(
     config = tiny(pictures, tmp_path / "parts", **options)
     save = Run._save_last
 
-    def save_then_stop(self: Run, name: str, stage: Stage) -> None:
-        save(self, name, stage)
-        if (name, stage.batches.epoch, stage.batches.batch) == where:
+    def save_then_stop(self: Run, stage: Stage) -> None:
+        save(self, stage)
+        if (self.progress.stage, stage.batches.epoch, stage.batches.batch) == where:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -98,10 +98,10 @@ def scripted(maps: list[float]) -> Callable[..., Any]:
     real, left = Run._evaluate, list(maps)
 
     def evaluate(self: Run, stage: Stage, row: dict[str, Any]) -> Any:
-        report, model = real(self, stage, row)
+        report = real(self, stage, row)
         object.__setattr__(report, "mAP", left.pop(0))
         row["val_mAP"] = report.mAP
-        return report, model
+        return report
 
     return evaluate
 
@@ -176,7 +176,7 @@ def test_weights_of_a_run_with_other_labels(pictures: Path, tmp_path: Path) -> N
     train(tiny(pictures, tmp_path, step1__epochs=1, step2__epochs=1, control="false"), say=quiet)
     theirs = load_checkpoint(tmp_path / "step2.pt")["model"]  # blue, green, red
     config = tiny(pictures, tmp_path, model__init_from=tmp_path / "step2.pt")
-    from sadcl.train.run import build_model
+    from sadcl.train.build import build_model
 
     model = build_model(config, 2)
     fresh = model.head.queries.detach()[1].clone()

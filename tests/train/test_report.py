@@ -60,6 +60,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_metrics_are_json_though_a_label_never_occurs(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"bare {name}"))
+    absent = metrics["classes"].index(NAMES[4])
+    assert [stage["ap"][absent] for stage in metrics["stages"].values()] == [None, None]
+
+
 class Reader(html.parser.HTMLParser):
     """Collects tags, ids, addresses and the text of the per-class table; checks that tags close."""
 

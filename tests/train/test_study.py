@@ -21,9 +21,11 @@ from conftest import coloured_squares  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sadcl.cli import main  # noqa: E402
+from sadcl.commands.study import run, study  # noqa: E402
+from sadcl.study.bench import PooledLinear  # noqa: E402
+from sadcl.study.compare import compare, holm  # noqa: E402
 from sadcl.study.config import ARMS, Choice, PartConfig, StudyConfig, candidates, parse_study  # noqa: E402
-from sadcl.study.report import compare, holm  # noqa: E402
-from sadcl.study.trials import PooledLinear, Study, Trial, study  # noqa: E402
+from sadcl.study.trials import Study, Trial  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,7 @@ def test_choice_comes_from_the_weight_seeds_alone(tmp_path: Path) -> None:
         put(work, Trial("frozen", "sscl-paper", high, seed), ours)
         put(work, Trial("frozen", "sscl-paper", low, seed), 0.99)  # better, and must not be looked at
         put(work, Trial("frozen", "sarl", control, seed), theirs)
-    content = work.run()
+    content = run(work)
     (part,) = content["parts"]
     (comparison,) = part["against_control"]
     assert comparison["arm"] == "sscl-paper"
@@ -202,7 +204,7 @@ def test_killed_study_continues_where_it_was(
     """SIGKILL after the sixth result: in the middle of an evaluation seed, whose step 1 is then trained again."""
     script = (
         "import os, signal, sys\n"
-        "from sadcl.study.trials import study\n"
+        "from sadcl.commands.study import study\n"
         "from sadcl.study.config import parse_study\n"
         "count = 0\n"
         "def say(line):\n"

@@ -25,13 +25,15 @@ from PIL import Image  # noqa: E402
 from sadcl.checkpoint import (  # noqa: E402
     CheckpointError,
     load_checkpoint,
+    restore_model,
     save_checkpoint,
     write_atomically,
 )
-from sadcl.commands.evaluate import evaluate_checkpoint, restore_model  # noqa: E402
+from sadcl.commands.evaluate import evaluate_checkpoint  # noqa: E402
+from sadcl.commands.train import train  # noqa: E402
 from sadcl.train.config import TrainConfig, config_from_dict, parse_config  # noqa: E402
 from sadcl.train.loop import NonFiniteLoss, Stage  # noqa: E402
-from sadcl.train.run import Run, train  # noqa: E402
+from sadcl.train.run import Run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +134,9 @@ def test_interrupted_and_resumed_is_the_same_run(
     config, metrics = finished
     save = Run._save_last
 
-    def save_then_stop(self: Run, name: str, stage: Stage) -> None:
-        save(self, name, stage)
-        if (name, stage.batches.epoch) == stop_after:
+    def save_then_stop(self: Run, stage: Stage) -> None:
+        save(self, stage)
+        if (self.progress.stage, stage.batches.epoch) == stop_after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -204,7 +206,7 @@ def test_fine_tuning_the_backbone_trains_it(pictures: Path, tmp_path: Path) -> N
 def test_frozen_backbone_stays_as_it_was(finished: tuple[TrainConfig, dict[str, Any]], pictures: Path) -> None:
     config, _ = finished
     torch.manual_seed(config.seed)
-    from sadcl.train.run import build_model
+    from sadcl.train.build import build_model
 
     initial = build_model(config, 3).backbone.state_dict()
     for name, value in weights(config.output).items():

@@ -30,11 +30,11 @@ from sadcl.checkpoint import (  # noqa: E402
     write_atomically,
 )
 from sadcl.cli import main  # noqa: E402
+from sadcl.commands.train import train  # noqa: E402
 from sadcl.data.images import ImageFileError  # noqa: E402
 from sadcl.train.config import TrainConfig  # noqa: E402
 from sadcl.train.log import read_log  # noqa: E402
 from sadcl.train.order import ShuffledBatches  # noqa: E402
-from sadcl.train.run import train  # noqa: E402
 
 SIGKILLED = [-9]
 TIMES = ("time", "seconds", "speed")
