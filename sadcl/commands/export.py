@@ -31,9 +31,9 @@ from sadcl.attention import LabelAttention
 from sadcl.checkpoint import load_checkpoint, restore_model, save_weights
 from sadcl.commands.predict import find_pictures
 from sadcl.data.images import image_tensor
+from sadcl.functional.label_attention import choose_form
+from sadcl.functional.linear import SWITCH
 from sadcl.model import SADCL
-from sadcl.ops.label_attention import choose_form
-from sadcl.ops.linear import SWITCH
 
 __all__ = ["FORMATS", "ExportError", "export_checkpoint", "export_model", "main", "plain_operators"]
 

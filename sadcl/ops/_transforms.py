@@ -18,6 +18,8 @@ def transformable(
     more a call. Under vmap an op runs once an entry of the batch.
     """
 
+    function: Any
+
     def no_derivative(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(f"sadcl::{name} has no derivative")
 
@@ -43,5 +45,5 @@ def transformable(
         "jvp": staticmethod(forward_mode),
         "vmap": staticmethod(one_by_one),
     }
-    function: Any = type(f"sadcl_{name}_transformed", (torch.autograd.Function,), methods)
+    function = type(f"sadcl_{name}_transformed", (torch.autograd.Function,), methods)
     return function.apply

@@ -78,10 +78,10 @@ def _allocate_gradients(x: Inputs, wanted: tuple[str, ...]) -> Gradients:
 
 
 def _spread(grads: Gradients, x: Inputs) -> dict[str, Tensor | None]:
-    both = grads.keys
-    if x.values is None and grads.values is not None and both is not None:
-        both = grads.keys + grads.values
-    pos = None if x.pos is None or grads.keys is None else grads.keys.squeeze(2)
+    both = pos = grads.keys
+    if pos is not None:
+        both = pos + grads.values if x.values is None and grads.values is not None else pos
+        pos = pos.squeeze(2) if x.pos is not None else None
     return {"grad_query": grads.query, "grad_keys": both, "grad_values": grads.values, "grad_pos": pos}
 
 

@@ -146,13 +146,17 @@ def _linear(make: Maker) -> Iterator[Any]:
 def _label_attention(make: Maker) -> Iterator[Any]:
     s = make.size
     memory, pos = make.normal(s.b, s.length, s.e), make.normal(s.b, s.length, s.e, seed=2)
-    weights = make.normal(3 * s.e, s.e, seed=3), make.normal(3 * s.e, seed=4), make.normal(s.e, s.e, seed=5)
+    in_weight, in_bias = make.normal(3 * s.e, s.e, seed=3), make.normal(3 * s.e, seed=4)
+    out_weight, out_bias = make.normal(s.e, s.e, seed=5), make.normal(s.e, seed=8)
     survivors = make.drawn(s.b, s.length, s.heads * s.c)
     shared, own = make.normal(s.c, s.e, seed=6), make.normal(s.b, s.c, s.e, seed=7)
-    of_all = (make.normal(s.e, seed=8), pos, make.drawn(s.b, s.length), survivors)
-    of_none = (None, None, None, None)
-    for query, folded, rest, scale in ((shared, True, of_all, 1.25), (own, False, of_none, 1.0)):
-        yield label_attention.Inputs(query, memory, *weights, *rest, s.heads, folded, scale)
+    x = label_attention.Inputs(
+        shared, memory, in_weight, in_bias, out_weight, out_bias, pos, make.drawn(s.b, s.length), survivors,
+        heads=s.heads, folded=True, keep_scale=1.25,
+    )  # fmt: skip
+    yield x
+    x = x._replace(query=own, out_bias=None, memory_pos=None, padded=None, survivors=None)
+    yield x._replace(folded=False, keep_scale=1.0)
 
 
 def _label_attention_core(make: Maker) -> Iterator[Any]:

@@ -220,14 +220,14 @@ def test_exports_in_plain_aten(form: str) -> None:
 @pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 3, 7), (63, 100, 257), (13, 2, 800)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_matrix_product(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
-    from sadcl.ops._library import array
+    from sadcl.ops._native import array
 
     bias = torch.randn(n, dtype=dtype)
     for flip_left, flip_right in itertools.product([False, True], repeat=2):
         left = (torch.randn(k, m).t() if flip_left else torch.randn(m, k)).to(dtype)
         right = (torch.randn(n, k).t() if flip_right else torch.randn(k, n)).to(dtype)
         out = torch.full((m, n), float("nan"), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        _C.linear(array(left), array(right), array(bias), array(out), 2)
+        _C.linear(left=array(left), right=array(right), bias=array(bias), out=array(out), threads=2)
         want = left.double() @ right.double() + bias.double()
         scale = left.double().abs() @ right.double().abs() + bias.double().abs()
         unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24

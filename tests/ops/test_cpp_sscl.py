@@ -18,19 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sadcl.ops._native import DTYPE_CODES, array
+
 _C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("sscl_*.npz"))
-DTYPES = {
-    torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.uint8: 4,
-    torch.int8: 5, torch.int16: 6, torch.int32: 7, torch.int64: 8,
-}  # fmt: skip
-
-
-def array(x: Tensor) -> _C.Array:
-    return _C.Array(x.data_ptr(), DTYPES[x.dtype], tuple(x.shape), tuple(x.stride()))
-
-
 @pytest.fixture(params=_C.supported_isas())
 def isa(request):
     """Every instruction set of this machine in turn."""
@@ -51,7 +43,8 @@ def compact(labels: Tensor, threads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     B, C = labels.shape
     pairs, class_ptr = poisoned(B * C, dtype=torch.int32), poisoned(C + 1, dtype=torch.int32)
     target = poisoned(B, C, dtype=torch.int8)
-    _C.compact(array(labels), array(pairs), array(class_ptr), array(target), threads)
+    out = {"pairs": array(pairs), "class_ptr": array(class_ptr), "target": array(target)}
+    _C.compact(labels=array(labels), **out, threads=threads)
     return pairs, class_ptr, target
 
 
@@ -85,21 +78,25 @@ class Run:
         self.row_loss, self.lse = poisoned(B, V, C, dtype=acc), poisoned(rows, dtype=acc)
         self.norm = poisoned(rows, dtype=torch.float64)
         self.kept = poisoned(min(rows * rows, _C.SSCL_FEW_SCORES) if self.keep is None else self.keep, dtype=acc)
-        head = (array(x), array(pairs), array(class_ptr), self.temperature)
-        outputs = [array(t) for t in (self.row_loss, self.lse, self.norm, self.kept)]
-        _C.sscl_forward(*head, self.normalize, self.released, *outputs, self.threads)
+        given = {
+            "features": x, "pairs": pairs, "class_ptr": class_ptr,
+            "temperature": torch.tensor(self.temperature, dtype=torch.float64),
+            "lse": self.lse, "norm": self.norm, "kept": self.kept,
+        }  # fmt: skip
+        arrays = {name: array(tensor) for name, tensor in given.items()} | {"normalize": self.normalize}
+        _C.sscl_forward(**arrays, released=self.released, row_loss=array(self.row_loss), threads=self.threads)
         if self.anchor_weights is None:
             self.anchor_weights = torch.full((B, V, C), 1 / max(V * int(class_ptr[-1]), 1), dtype=acc)
         self.grad = poisoned(*x.shape, dtype=x.dtype)
-        self.grad_temperature = _C.sscl_backward(
-            array(self.anchor_weights),
-            *head,
-            *outputs[1:],
-            self.normalize,
-            array(self.grad),
-            False,
-            self.backward_threads or self.threads,
+        grad_temperature = poisoned(dtype=torch.float64)
+        _C.sscl_backward(
+            **arrays,
+            grad_row_loss=array(self.anchor_weights),
+            grad_features=array(self.grad),
+            grad_temperature=array(grad_temperature),
+            threads=self.backward_threads or self.threads,
         )
+        self.grad_temperature = grad_temperature.item()
         self.active = V * int(class_ptr[-1])
 
     def tensors(self) -> list[Tensor]:
@@ -487,7 +484,7 @@ def compact_oracle(labels: np.ndarray):
     return flat + [0] * (B * C - len(flat)), [0, *np.cumsum([len(column) for column in columns])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 80), (7, 1), (1, 19), (257, 300)])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_compact(dtype: torch.dtype, shape: tuple[int, int], threads: int) -> None:
@@ -533,10 +530,16 @@ def test_bad_arguments_name_themselves() -> None:
     row_loss, lse, norm = torch.empty(3, 1, 4), torch.empty(12), torch.empty(12, dtype=torch.float64)
 
     def call(x=x, pairs=pairs, class_ptr=class_ptr, temperature=0.2, lse=lse, norm=norm):
-        _C.sscl_forward(array(x), array(pairs), array(class_ptr), temperature, True, False, array(row_loss), array(lse),
-                        array(norm), array(torch.empty(0)), 1)  # fmt: skip
+        given = {
+            "features": x, "pairs": pairs, "class_ptr": class_ptr, "temperature": torch.tensor(temperature),
+            "row_loss": row_loss, "lse": lse, "norm": norm, "kept": torch.empty(0),
+        }  # fmt: skip
+        arrays = {name: array(tensor) for name, tensor in given.items() if tensor is not None}
+        _C.sscl_forward(**arrays, normalize=True, released=False, threads=1)
 
     call()
+    with pytest.raises(TypeError, match="^norm: missing"):
+        call(norm=None)
     with pytest.raises(ValueError, match="^temperature: expected a finite number > 0"):
         call(temperature=0.0)
     with pytest.raises(TypeError, match="^norm: expected float64, got float32"):
