@@ -26,6 +26,7 @@ inline int64_t count(const Array& a) {
 }
 
 inline bool contiguous(const Array& a) {
+  if (count(a) == 0) return true;
   int64_t expected = 1;
   for (int d = a.dims - 1; d >= 0; --d) {
     if (a.shape[d] != 1 && a.stride[d] != expected) return false;
@@ -48,7 +49,7 @@ inline void check_dtype(const char* name, const Array& a, DType expected) {
 // A contiguous array of the given type and number of elements.
 inline void check_buffer(const char* name, const Array& a, DType dtype, int64_t elements) {
   check_dtype(name, a, dtype);
-  if (count(a) != elements || (elements > 0 && !contiguous(a)))
+  if (count(a) != elements || !contiguous(a))
     throw py::value_error(std::string(name) + ": expected " + std::to_string(elements) +
                           " contiguous elements, got shape " + shape_text(a));
 }

@@ -21,7 +21,7 @@ LabelAttention make_label_attention(const Fields& given) {
   if (a.query.dims != 2) check_rank("query", a.query, 3);
   const int64_t C = a.query.shape[a.query.dims - 2], Q = a.query.dims == 2 ? 1 : B;
   if (a.heads < 1 || E % a.heads != 0) throw py::value_error("heads: expected a divisor of " + std::to_string(E));
-  if (B < 1 || C < 1 || L < 1) throw py::value_error("memory, query: expected no empty dimension");
+  if (C < 1 || L < 1 || E < 1) throw py::value_error("memory, query: expected at least one position and one query");
   check_input("memory", a.memory, {B, L, E}, wide);
   if (a.query.dims == 2) check_input("query", a.query, {C, E}, wide);
   else check_input("query", a.query, {B, C, E}, wide);
@@ -48,7 +48,7 @@ LabelAttention make_label_attention(const Fields& given) {
 void bind_label_attention_forward(const py::kwargs& fields) {
   const Fields given(fields);
   LabelAttention a = make_label_attention(given);
-  a.out = given.buffer("out", accumulation(a.memory), count(a.memory) / a.memory.shape[1] * a.query.shape[a.query.dims - 2]);
+  a.out = given.buffer("out", accumulation(a.memory), a.memory.shape[0] * a.memory.shape[2] * a.query.shape[a.query.dims - 2]);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   table.label_attention_forward(a);

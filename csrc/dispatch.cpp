@@ -68,26 +68,21 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
-// The candidate of that name, or null with the reason in `why`.
-const KernelTable* find(const std::string& name, std::string& why) {
+// The table of that name; `asked` says who wants it.
+const KernelTable* find(const char* asked, const std::string& name) {
+  std::string why;
   for (const Candidate& c : kCandidates) {
     if (name != c.table.isa) continue;
     if (c.runs_here()) return &c.table;
-    why = "this processor does not support " + name + "; it supports: " + joined(supported_isas());
-    return nullptr;
+    why = " (which this processor cannot run)";
   }
-  why = "expected one of " + joined(compiled_isas()) + ", got '" + name + "'";
-  return nullptr;
+  throw std::invalid_argument(std::string(asked) + ": expected one of " + joined(supported_isas()) + ", got '" + name +
+                              "'" + why);
 }
 
 const KernelTable* choose() {
   const char* forced = std::getenv("SADCL_CPU_ISA");
-  if (forced != nullptr && *forced != '\0') {
-    std::string why;
-    const KernelTable* table = find(forced, why);
-    if (table == nullptr) throw std::runtime_error("environment variable SADCL_CPU_ISA: " + why);
-    return table;
-  }
+  if (forced != nullptr && *forced != '\0') return find("SADCL_CPU_ISA", forced);
   for (const Candidate& c : kCandidates)
     if (c.runs_here()) return &c.table;
   return nullptr;  // not reached: portable runs everywhere
@@ -104,12 +99,7 @@ const KernelTable& kernels() {
   return *table;
 }
 
-void set_isa(const std::string& name) {
-  std::string why;
-  const KernelTable* table = find(name, why);
-  if (table == nullptr) throw std::invalid_argument("isa: " + why);
-  in_use.store(table, std::memory_order_release);
-}
+void set_isa(const std::string& name) { in_use.store(find("isa", name), std::memory_order_release); }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

@@ -7,7 +7,7 @@
 
 namespace sadcl {
 
-// The table in use. Throws std::runtime_error if SADCL_CPU_ISA names something that cannot run here.
+// The table in use. Throws std::invalid_argument if SADCL_CPU_ISA names something that cannot run here.
 const KernelTable& kernels();
 
 void set_isa(const std::string& name);         // throws std::invalid_argument

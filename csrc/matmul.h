@@ -263,6 +263,9 @@ class Matmul {
     const int64_t last_column = mine.column[1] * kNR < s.n ? mine.column[1] * kNR : s.n;
     if (c.bias != nullptr) {
       start_with_bias(c, base, mine.batch[0], mine.row[0] * kMR, last_row, mine.column[0] * kNR, last_column);
+    } else if (s.k == 0 && !c.accumulate) {  // a sum of nothing
+      for (int64_t i = mine.row[0] * kMR; i < last_row; ++i)
+        memset(base + c.rows(i) + mine.column[0] * kNR, 0, size_t(last_column - mine.column[0] * kNR) * sizeof(T));
     }
     T *lefts = buffer, *rights = buffer + kLeft;
     for (int64_t k0 = 0; k0 < s.k; k0 += Blk::kDepth) {

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 #include "bind.h"
 #include "bind_asl.h"
 #include "bind_average_precision.h"
@@ -30,11 +32,19 @@ Array make_array(uintptr_t data, int dtype, const std::vector<int64_t>& shape, c
   a.data = reinterpret_cast<void*>(data);
   a.dtype = DType(dtype);
   a.dims = int(shape.size());
+  double elements = 1, reach = 0;  // without empty dimensions: products of sizes must not overflow there either
   for (int d = 0; d < a.dims; ++d) {
-    if (shape[d] < 0) throw py::value_error("Array: negative size in shape " + std::to_string(shape[d]));
     a.shape[d] = shape[d];
     a.stride[d] = strides[d];
+    if (shape[d] > 1) elements *= double(shape[d]), reach += double(shape[d] - 1) * std::fabs(double(strides[d]));
   }
+  for (int d = 0; d < a.dims; ++d)
+    if (shape[d] < 0) throw py::value_error("Array: expected no negative size, got shape " + shape_text(a));
+  constexpr double kAddressable = double(int64_t(1) << 59);
+  if (!(elements < kAddressable && reach < kAddressable))
+    throw py::value_error("Array: expected sizes and strides that memory can have, got shape " + shape_text(a));
+  if (data == 0 && count(a) > 0)
+    throw py::value_error("Array: expected an address, got null for shape " + shape_text(a));
   return a;
 }
 

@@ -244,9 +244,10 @@ void backward_by_blocks(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
 
 template <class T>
 double backward(const SsclBackward& args) {
-  Rows<T> rows(args.rows);
   const Array& out = args.grad_features;
   const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
+  if (bytes == 0) return 0;
+  Rows<T> rows(args.rows);
   const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
   const bool fits = rows.n * rows.n <= kFewScores && rows.n * rows.n <= args.kept_size;
   want_huge_pages(out.data, size_t(bytes));

@@ -82,6 +82,7 @@ struct Stripe {
 template <class T>
 void released_maxima(Rows<T>& rows, const T* square, double* mean) {
   constexpr int P = Rows<T>::P;
+  if (rows.n == 0) return;
   const SsclRows& in = rows.in;
   const int64_t images = in.features.shape[0], width = images * rows.V, active = rows.n / rows.V;
   Scratch<uint8_t> full(images + 1);

@@ -42,10 +42,10 @@ struct Rows {
 
   explicit Rows(const SsclRows& r, bool scores_only = false)
       : in(r), V(r.features.shape[1]), C(r.features.shape[2]), D(r.features.shape[3]),
-        n(V * r.class_ptr[r.num_classes]), depth((D + Tile<T>::kMR - 1) / Tile<T>::kMR * Tile<T>::kMR),
+        n(V * r.class_ptr[r.num_classes]), depth(rounded_up(D)),
         panels((n + P - 1) / P), threads(team_size(r.threads)), classes(n + 1),
         z(!takes_pairs(r, scores_only) ? panels * depth * P + 1 : 1), bound(0), paired(takes_pairs(r, scores_only)),
-        pair_depth(((D + 1) / 2 + Tile<T>::kMR - 1) / Tile<T>::kMR * Tile<T>::kMR),
+        pair_depth(rounded_up((D + 1) / 2)),
         pairs(paired ? panels * pair_depth * P + 1 : 1), remainder(paired ? panels * P + 1 : 1) {
     // Below some hundred thousand multiply-adds waking the team costs more than it brings.
     if (double(n) * double(n) * double(depth) < 5e5) threads = 1;
@@ -57,6 +57,12 @@ struct Rows {
 
   static bool takes_pairs(const SsclRows& r, bool scores_only) {
     return kHasPairs && scores_only && r.features.dtype == kBF16;
+  }
+
+  // To the register tile, and at least one: a score of nothing is 0.
+  static int64_t rounded_up(int64_t d) {
+    constexpr int kMR = Tile<T>::kMR;
+    return d == 0 ? kMR : (d + kMR - 1) / kMR * kMR;
   }
 
   Range rows_of(int64_t c) const { return {in.class_ptr[c] * V, in.class_ptr[c + 1] * V}; }

@@ -29,11 +29,13 @@ class BackendInfo:
         available: whether an op can run on it in this process.
         reason: why not; empty when available.
         detail: what it is (instruction set, compiler, version); empty when not available.
+        misconfigured: whether the reason is a setting of the user's, which no other backend may hide.
     """
 
     available: bool
     reason: str = ""
     detail: str = ""
+    misconfigured: bool = False
 
 
 def backends() -> dict[str, BackendInfo]:
@@ -52,7 +54,9 @@ def _probe_cpp() -> BackendInfo:
     try:
         extension = importlib.import_module("sadcl._C")
         isa, build = extension.isa(), extension.build_info()
-    except (ImportError, RuntimeError, ValueError) as error:
+    except ValueError as error:  # SADCL_CPU_ISA
+        return BackendInfo(False, reason=str(error), misconfigured=True)
+    except (ImportError, RuntimeError) as error:
         note = Path(__file__).with_name("_build_error.txt")
         why = f"the C++ extension was not built: {note.read_text().strip()}" if note.is_file() else str(error)
         return BackendInfo(False, reason=why)
@@ -100,8 +104,20 @@ def _why_not(name: str, device_type: str) -> str:
     return ""
 
 
+def _refuse_misconfigured(name: str, device_type: str) -> None:
+    """Raise what is wrong with the settings of a backend that would run on the device otherwise."""
+    if _FOUND[name].misconfigured and device_type == "cpu":
+        raise ValueError(_FOUND[name].reason)
+
+
 def takes_cpp(device: torch.device) -> bool:
-    """Whether what has no ``backend`` argument and one kernel alone (metrics) runs the CPU extension on ``device``."""
+    """Whether what has no ``backend`` argument and one kernel alone (metrics) runs the CPU extension on ``device``.
+
+    Raises:
+        ValueError: if the extension would, and ``SADCL_CPU_ISA`` is no instruction set that it can run.
+    """
+    if os.environ.get("SADCL_BACKEND", "") in ("", "cpp"):
+        _refuse_misconfigured("cpp", device.type)
     return os.environ.get("SADCL_BACKEND", "") in ("", "cpp") and not _why_not("cpp", device.type)
 
 
@@ -130,12 +146,13 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
         One of :data:`NAMES`.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or ``SADCL_CPU_ISA`` is no instruction set that this machine can run.
         RuntimeError: if a backend asked for by name cannot run; there is no silent fallback.
     """
     asked = backend if backend is not None else os.environ.get("SADCL_BACKEND") or None
     if asked is None:
         for name in implemented:
+            _refuse_misconfigured(name, device.type)
             if not _why_not(name, device.type):
                 return name
         raise AssertionError(f"op {op} has no portable implementation")
@@ -146,6 +163,7 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     if asked not in implemented:
         have = ", ".join((*implemented, "reference"))
         raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have})")
+    _refuse_misconfigured(asked, device.type)
     why_not = _why_not(asked, device.type)
     if why_not:
         raise RuntimeError(f"{source}={asked!r} cannot run {op}: {why_not}")

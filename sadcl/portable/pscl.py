@@ -31,7 +31,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     lse = torch.stack([_logsumexp(score, valid), _logsumexp(score, positive)])
     has_positive = positive.any(dim=0)
     class_loss = torch.where(has_positive, lse[0] - lse[1], 0.0)
-    if x.released:
+    if x.released and b > 0:
         highest = score.masked_fill(~valid, float("-inf")).amax(dim=0)
         class_loss = torch.where(~has_positive & valid.any(dim=0), lse[0] - highest, class_loss)
     class_loss = class_loss.to(accumulation_dtype(features.dtype))

@@ -29,14 +29,14 @@ class _Rows(NamedTuple):
 
 
 def _gather(features: Tensor, pairs: Tensor, class_ptr: Tensor, normalize: bool) -> _Rows:
-    _, v, c, d = features.shape
+    _, v, c, _ = features.shape
     acc = accumulation_dtype(features.dtype)
     pair = pairs[: int(class_ptr[-1])].long()
     image, label = pair // c, pair % c
     counts = class_ptr.diff().long()
     group = torch.repeat_interleave(torch.arange(counts.shape[0], device=pair.device), counts).repeat_interleave(v)
     peers = (counts[group] * v - 1).to(acc)
-    x = features[image, :, label].reshape(-1, d)
+    x = features[image, :, label].flatten(0, 1)
     wide = norm_dtype(features.device)
     if normalize:
         norm = torch.linalg.vector_norm(x.to(wide), dim=1)
@@ -85,7 +85,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     loss = torch.where(has_positive, lse - pivot - mean_positive, 0.0)
 
     row_loss = z.new_zeros(b, v, c)
-    row_loss[rows.image, :, rows.label] = loss.reshape(-1, v)
+    row_loss[rows.image, :, rows.label] = loss.reshape(rows.image.shape[0], v)
     capacity = x.pairs.shape[0] * v
     all_lse, all_norm = z.new_zeros(capacity), rows.norm.new_zeros(capacity)
     all_lse[:n] = lse.masked_fill(~has_positive, float("inf"))
@@ -101,7 +101,7 @@ def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor)
     active = rows.z.new_zeros(b * v, c)
     active[image_view, label] = 1.0
     segments = torch.bincount(rows.group, minlength=rows.n_groups).cumsum(0).tolist()
-    starts = [0, *segments[:-1]]
+    starts = [0, *segments][:-1]
     total = rows.z.new_zeros(rows.z.shape[0])
     for block in _blocks(b * v):
         shares_all = active[block] @ active.t() == c
@@ -147,5 +147,5 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
         tangential = (g - z * radial[:, None]).to(scale.dtype)
         g = torch.where(scale == 0, 0.0, tangential / scale).to(z.dtype)
     grad_features = features.new_zeros(features.shape)
-    grad_features[rows.image, :, rows.label] = g.reshape(-1, v, features.shape[3]).to(features.dtype)
+    grad_features[rows.image, :, rows.label] = g.reshape(rows.image.shape[0], v, features.shape[3]).to(features.dtype)
     return {"grad_features": grad_features, "grad_temperature": grad_temperature}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -18,7 +20,7 @@ from sadcl.functional.linear import linear
 from sadcl.head import GroupClassifier
 from sadcl.testing import make_features, make_labels, value_and_grads
 
-pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
+_C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
 Job = Callable[[], tuple[Tensor, ...]]
 
@@ -107,6 +109,100 @@ def test_after_fork() -> None:
     finally:
         child.join(10)
         child.kill()
+
+
+FOLLOWS_THREADS = "sscl, many rows"  # its blocks are as many as keep the threads busy
+
+
+def bits(threads: int) -> dict[str, list[bytes]]:
+    """Every job's results as they lie in memory."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    y, x = make_labels(40, 30, labels_per_image=20.0), make_features(40, 1, 30, 16)
+    many = {FOLLOWS_THREADS: lambda: value_and_grads(lambda x: F.sample_contrastive_loss(x, y, backend="cpp"), x)}
+    assert y.sum() > 512
+    try:
+        return {name: [t.numpy().tobytes() for t in run()] for name, run in {**jobs(), **many}.items()}
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_what_bits_depend_on(isa: str) -> None:
+    """On the build, the instruction set and, for SSCL above 512 rows, the number of threads. Not on run or address."""
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        alone, several = bits(1), bits(3)
+        shifted = torch.empty(5)  # the next allocations lie elsewhere
+        assert bits(1) == alone and bits(3) == several and shifted.numel() == 5
+        for name in alone:
+            if name != FOLLOWS_THREADS:
+                assert several[name] == alone[name], name
+    finally:
+        _C.set_isa(before)
+
+
+def _in_process(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_wrong_instruction_set_is_an_error_and_not_another_backend() -> None:
+    """What would have run on the extension says so; asked for by name, the others work; so does `sadcl doctor`."""
+    code = """
+import torch
+from sadcl import cli, functional as F, metrics
+x, y = torch.randn(4, 3, 2), torch.ones(4, 3)
+for run in (
+    lambda: F.sample_contrastive_loss(x, y),
+    lambda: F.sample_contrastive_loss(x, y, backend="cpp"),
+    lambda: metrics.average_precision(x[..., 0], y),
+):
+    try:
+        print("no error:", run())
+    except ValueError as error:
+        print(error)
+print(F.sample_contrastive_loss(x, y, backend="torch").isfinite().item(), cli.main(["doctor"]))
+"""
+    message = f"SADCL_CPU_ISA: expected one of {', '.join(_C.supported_isas())}, got 'avx521'"
+    lines = _in_process({"SADCL_CPU_ISA": "avx521", "SADCL_BACKEND": ""}, code).stdout.splitlines()
+    assert lines[:3] == [message] * 3
+    assert lines[-1] == "True 0" and any(line.split()[:2] == ["cpp", "no"] and message in line for line in lines)
+
+
+@pytest.mark.parametrize("missing", sorted({*_C.build_info()["isas"]} - {*_C.supported_isas()}) or [None])
+def test_an_instruction_set_that_this_processor_lacks(missing: str | None) -> None:
+    if missing is None:
+        pytest.skip("this processor runs every instruction set of the build")
+    with pytest.raises(ValueError, match=f"expected one of .*, got '{missing}' \\(which this processor cannot run\\)"):
+        _C.set_isa(missing)
+
+
+@pytest.mark.parametrize(
+    "address, shape, strides, message",
+    [
+        (0, (2, 3), (3, 1), r"expected an address, got null for shape \[2, 3\]"),
+        (64, (2, -3), (3, 1), r"expected no negative size, got shape \[2, -3\]"),
+        (64, (1 << 40, 1 << 40), (1, 1), "sizes and strides that memory can have"),
+        (64, (1 << 40, 1 << 40, 0), (1, 1, 1), "sizes and strides that memory can have"),
+        (64, (3, 2), (1 << 62, 1), "sizes and strides that memory can have"),
+        (64, (3, 2), (-(1 << 63), 1), "sizes and strides that memory can have"),
+        (64, (3, 2), (1,), "as many strides as sizes"),
+        (64, (1,) * 7, (1,) * 7, "at most 6 dimensions"),
+    ],
+)
+def test_arrays_that_cannot_be(address: int, shape: tuple[int, ...], strides: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Array: .*{message}"):
+        _C.Array(address, 0, shape, strides)
+    with pytest.raises(ValueError, match="^Array: unknown dtype code 9"):
+        _C.Array(64, 9, (1,), (1,))
+
+
+def test_arrays_without_elements_need_no_address() -> None:
+    _C.Array(0, 0, (3, 0), (1, 1))
+    _C.Array(64, 0, (1 << 40, 3), (0, 1))  # expanded
 
 
 @pytest.mark.slow
