@@ -60,6 +60,42 @@ def reciprocal(norm, scale):
 
 
 @triton.jit
+def divide(a, b):
+    """``a / b``, rounded correctly: float32's own division on a GPU is up to 2 ulp off."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def exp_of_negative(x):
+    """``e^x`` for ``x <= 0``, to an ulp.
+
+    A GPU's float32 exponential is 2^(x log2 e): the product's rounding alone is 2e-6 of the result at x = -30. Here the
+    whole powers of two are taken off first, in two parts of ln 2 (the first has few enough bits to make it exact), and
+    a series does the rest.
+    """
+    if x.dtype == tl.float32:
+        x = tl.maximum(x, -110.0)  # 0 from there on
+        n = tl.floor(x * LOG2E + 0.5)
+        r = (x - n * 0.693145751953125) - n * 1.428606820309417e-06
+        total = tl.full(x.shape, 1.0 / 5040, tl.float32)
+        total = total * r + 1.0 / 720
+        total = total * r + 1.0 / 120
+        total = total * r + 1.0 / 24
+        total = total * r + 1.0 / 6
+        total = total * r + 0.5
+        total = total * r + 1.0
+        total = total * r + 1.0
+        half = n.to(tl.int32) >> 1  # in two factors, so that the result may be subnormal
+        total *= ((half + 127) << 23).to(tl.float32, bitcast=True)
+        return total * ((n.to(tl.int32) - half + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
 def atanh_series(t, TERMS: tl.constexpr):
     """``2 atanh(t)`` for ``0 <= t <= 1/3``: accurate near 0, where the hardware's logarithm is not."""
     square = t * t

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sadcl import _checks
 
-from ._device import atanh_series, narrow, widen
+from ._device import atanh_series, divide, exp_of_negative, narrow, widen
 from ._launch import capped, ceil_div, launch, part_of
 
 
@@ -19,31 +19,53 @@ from ._launch import capped, ceil_div, launch, part_of
 def _log_of_one_minus(u, TERMS: tl.constexpr):
     """``log(1 - u)`` for ``0 <= u < 1``, to the last bits for small ``u``."""
     near = tl.minimum(u, 0.5)
-    return tl.where(u <= 0.5, -atanh_series(near / (2.0 - near), TERMS), tl.log(1.0 - tl.maximum(u, 0.5)))
+    return tl.where(u <= 0.5, -atanh_series(divide(near, 2.0 - near), TERMS), tl.log(1.0 - tl.maximum(u, 0.5)))
 
 
 @triton.jit
-def _power(base, gamma):
-    """``base ** gamma`` for ``base >= 0``; ``0 ** 0`` is 1."""
-    safe = tl.where(base > 0, base, 1.0)
-    return tl.where(base > 0, tl.exp(gamma * tl.log(safe)), tl.where(gamma == 0, 1.0, 0.0))
+def _power(base, GAMMA: tl.constexpr):
+    """``base ** GAMMA`` for ``0 <= base <= 1``; ``0 ** 0`` is 1. Whole powers are products."""
+    if GAMMA % 1 == 0 and GAMMA < 64:
+        power = tl.full(base.shape, 1.0, base.dtype)
+        square = base
+        for bit in tl.static_range(6):
+            if (GAMMA // (1 << bit)) % 2 == 1:
+                power *= square
+            square *= square
+        return power
+    else:
+        return _real_power(base, GAMMA)
 
 
 @triton.jit
-def _element(
-    x,
-    y,
-    GAMMA_NEG: tl.constexpr,
-    GAMMA_POS: tl.constexpr,
-    CLIP: tl.constexpr,
-    FLOOR: tl.constexpr,
-    DETACH: tl.constexpr,
-    TERMS: tl.constexpr,
-):
-    """Loss of an element and its derivative."""
-    e = tl.exp(-tl.abs(x))
-    softplus = atanh_series(e / (2.0 + e), TERMS)  # log(1 + e)
-    p_large, p_small = 1.0 / (1.0 + e), e / (1.0 + e)
+def _real_power(base, gamma):
+    """The same for any ``gamma >= 0``, by way of float64: the error of a logarithm grows with the exponent."""
+    safe = tl.where(base > 0, base, 1.0).to(tl.float64)
+    return tl.where(base > 0, tl.exp(gamma * tl.log(safe)), tl.where(gamma == 0, 1.0, 0.0)).to(base.dtype)
+
+
+@triton.jit
+def _focal_weight(base, y, GAMMA_NEG: tl.constexpr, GAMMA_POS: tl.constexpr):
+    """``base ** gamma`` and ``gamma = GAMMA_POS y + GAMMA_NEG (1 - y)``."""
+    gamma = GAMMA_POS * y + GAMMA_NEG * (1 - y)
+    weight = _power(base, GAMMA_NEG)
+    if GAMMA_POS != GAMMA_NEG:
+        weight = tl.where(y == 1, _power(base, GAMMA_POS), weight)
+        soft = (y != 0) & (y != 1)
+        if tl.max(soft.to(tl.int32)) > 0:  # few batches have them, and float64 is slow on most parts
+            weight = tl.where(soft, _real_power(base, gamma), weight)
+    return weight, gamma
+
+
+@triton.jit
+def _element(x, y, FOCUS: tl.constexpr, DETACH: tl.constexpr, TERMS: tl.constexpr):
+    """Loss of an element and its derivative; FOCUS: gamma_neg, gamma_pos, clip, log eps."""
+    CLIP: tl.constexpr = FOCUS[2]
+    FLOOR: tl.constexpr = FOCUS[3]
+    e = exp_of_negative(-tl.abs(x))
+    softplus = atanh_series(divide(e, 2.0 + e), TERMS)  # log(1 + e)
+    p_large = divide(tl.full(e.shape, 1.0, e.dtype), 1.0 + e)
+    p_small = divide(e, 1.0 + e)
     p = tl.where(x >= 0, p_large, p_small)
     not_p = tl.where(x >= 0, p_small, p_large)
     log_p = tl.minimum(x, 0.0) - softplus
@@ -53,22 +75,20 @@ def _element(
     d_log_q = -p
     if CLIP != 0:
         log_q = _log_of_one_minus(clipped, TERMS)
-        d_log_q = tl.where(clipped > 0, -slope / tl.minimum(not_p + CLIP, 1.0), 0.0)
+        d_log_q = tl.where(clipped > 0, -divide(slope, tl.minimum(not_p + CLIP, 1.0)), 0.0)
     d_log_p = tl.where(log_p > FLOOR, not_p, 0.0)
     d_log_q = tl.where(log_q > FLOOR, d_log_q, 0.0)
-    # tl.maximum would turn a NaN logit into the floor.
-    log_p = tl.where(log_p <= FLOOR, FLOOR, log_p)
-    log_q = tl.where(log_q <= FLOOR, FLOOR, log_q)
+    log_p = tl.maximum(log_p, FLOOR)
+    log_q = tl.maximum(log_q, FLOOR)
 
     likelihood = y * log_p + (1 - y) * log_q
     base = y * not_p + (1 - y) * clipped
-    gamma = GAMMA_POS * y + GAMMA_NEG * (1 - y)
-    weight = _power(base, gamma)
+    weight, gamma = _focal_weight(base, y, FOCUS[0], FOCUS[1])
     grad = -(y * d_log_p + (1 - y) * d_log_q) * weight
     if not DETACH:
         d_base = tl.where(clipped > 0, (1 - y) * slope, 0.0) - y * slope
-        grad -= likelihood * gamma * weight * tl.where(base > 0, d_base / tl.where(base > 0, base, 1.0), 0.0)
-    return tl.where(x == x, -likelihood * weight, x), tl.where(x == x, grad, x)
+        grad -= likelihood * gamma * weight * tl.where(base > 0, divide(d_base, tl.where(base > 0, base, 1.0)), 0.0)
+    return -likelihood * weight, grad
 
 
 @triton.jit
@@ -81,18 +101,14 @@ def _asl_kernel(
     B,
     C,
     strides,
-    GAMMA_NEG: tl.constexpr,
-    GAMMA_POS: tl.constexpr,
-    CLIP: tl.constexpr,
-    FLOOR: tl.constexpr,
+    FOCUS: tl.constexpr,
     SUM: tl.constexpr,
     DETACH: tl.constexpr,
-    SAVE: tl.constexpr,
-    TERMS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     # The loss's constants are compile-time: exact for float64, and a clip of 0 costs nothing.
-    ACC: tl.constexpr = grad_ptr.dtype.element_ty
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    TERMS: tl.constexpr = 18 if loss_ptr.dtype.element_ty == tl.float64 else 8
     stride_xb, stride_xc, stride_yb, stride_yc, stride_w = strides
     for row in range(tl.program_id(0), B, tl.num_programs(0)):
         b = tl.cast(row, tl.int64)
@@ -100,16 +116,17 @@ def _asl_kernel(
         for start in range(0, C, BLOCK_C):
             offs_c = start + tl.arange(0, BLOCK_C).to(tl.int64)
             mask_c = offs_c < C
-            x = tl.load(logits_ptr + b * stride_xb + offs_c * stride_xc, mask=mask_c, other=0)  # [BLOCK_C]
-            y = tl.load(labels_ptr + b * stride_yb + offs_c * stride_yc, mask=mask_c, other=0)
-            x, y = widen(x, ACC), widen(y, ACC)
+            y = widen(tl.load(labels_ptr + b * stride_yb + offs_c * stride_yc, mask=mask_c, other=0), ACC)  # [BLOCK_C]
             valid = mask_c & (y != -1)
-            loss, grad = _element(x, tl.where(valid, y, 0.0), GAMMA_NEG, GAMMA_POS, CLIP, FLOOR, DETACH, TERMS)
+            x = widen(tl.load(logits_ptr + b * stride_xb + offs_c * stride_xc, mask=valid, other=0), ACC)
+            number = x == x
+            loss, grad = _element(tl.where(number, x, 0.0), tl.where(valid, y, 0.0), FOCUS, DETACH, TERMS)
+            loss, grad = tl.where(number, loss, x), tl.where(number, grad, x)
             if weight_ptr is not None:
                 weight = widen(tl.load(weight_ptr + offs_c * stride_w, mask=mask_c, other=0), ACC)
                 loss, grad = loss * weight, grad * weight
             loss, grad = tl.where(valid, loss, 0.0), tl.where(valid, grad, 0.0)
-            if SAVE:
+            if grad_ptr is not None:
                 tl.store(grad_ptr + b * C + offs_c, grad, mask=mask_c)
             if SUM:
                 total += loss
@@ -139,11 +156,10 @@ def asl(x: Any, out: Any) -> None:
     launch(
         _asl_kernel,
         capped(part_of(x.logits.device), b, 8),
-        (x.logits, labels, x.class_weight, out.loss, out.slope, b, c,
+        (x.logits, labels, x.class_weight, out.loss, out.slope if x.save else None, b, c,
          (*x.logits.stride(), *labels.stride(), weight_stride)),
-        GAMMA_NEG=x.gamma_neg, GAMMA_POS=x.gamma_pos, CLIP=x.clip, FLOOR=math.log(x.eps),
-        SUM=x.sum_classes, DETACH=x.detach_focal_weight, SAVE=x.save,
-        TERMS=18 if out.loss.dtype == torch.float64 else 8, BLOCK_C=min(1024, max(16, triton.next_power_of_2(c))),
+        FOCUS=(x.gamma_neg, x.gamma_pos, x.clip, math.log(x.eps)), SUM=x.sum_classes, DETACH=x.detach_focal_weight,
+        BLOCK_C=min(1024, max(16, triton.next_power_of_2(c))),
     )  # fmt: skip
 
 

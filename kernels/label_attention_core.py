@@ -54,7 +54,7 @@ def load_rows(x_ptr, starts, mask, offs_d, D, stride_d):
 @triton.jit
 def load_keys(keys_ptr, pos_ptr, b, g, offs_l, mask_l, offs_d, D, strides, pos_strides):
     """Tile ``[keys, width]`` of keys plus positions, 0 where masked: what a padded position holds is never read."""
-    starts = b * strides[0] + offs_l.to(tl.int64) * strides[1] + g * strides[2]
+    starts = b * strides[0] + offs_l.to(tl.int64) * strides[1] + tl.cast(g, tl.int64) * strides[2]
     k = load_rows(keys_ptr, starts, mask_l, offs_d, D, strides[3])
     if pos_ptr is not None:
         starts = b * pos_strides[0] + offs_l.to(tl.int64) * pos_strides[1]

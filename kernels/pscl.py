@@ -47,7 +47,7 @@ def _score_kernel(
     xp = tl.zeros([BLOCK_B, BLOCK_D], tl.float64)
     pp = tl.zeros([BLOCK_D], tl.float64)
     for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask_d = offs_d < D
         p = tl.load(p_ptr + c * stride_pc + offs_d * stride_pd, mask=mask_d, other=0)  # [BLOCK_D]
         x = tl.load(
@@ -132,7 +132,7 @@ def _gradient_kernel(
     stride_g, stride_xb, stride_xc, stride_xd, stride_pc, stride_pd = strides
     c = (tl.program_id(0) % C).to(tl.int64)
     block = tl.program_id(0) // C
-    offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = (block * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
     temperature = tl.load(temperature_ptr).to(tl.float64)
     upstream = tl.load(upstream_ptr + c * stride_g).to(tl.float64)
@@ -152,28 +152,29 @@ def _gradient_kernel(
         mask_b = offs_b < B
         element = offs_b.to(tl.int64) * C + c
         target = tl.load(target_ptr + element, mask=mask_b, other=-1)  # [BLOCK_B]
-        score = tl.load(score_ptr + element, mask=mask_b, other=0)
-        norm_x = tl.load(norm_x_ptr + element, mask=mask_b, other=0)
+        # What an ignored place holds is never read: NaN times 0 is no gradient.
+        valid = target != -1
+        score = tl.load(score_ptr + element, mask=valid, other=0)
+        norm_x = tl.load(norm_x_ptr + element, mask=valid, other=0)
         # dL/ds = G (softmax over the valid images - softmax over the positive ones)
-        grad = tl.where(target != -1, tl.exp(score - lse_all), 0.0)
+        grad = tl.where(valid, tl.exp(score - lse_all), 0.0)
         grad = upstream * (grad - tl.where(target == 1, tl.exp(score - lse_pos), 0.0))
-        radial += tl.where(target != -1, grad * score, 0.0)
+        radial += tl.where(valid, grad * score, 0.0)
         grad = (grad / temperature).to(ACC)[:, None]
         cosine = (score * temperature).to(ACC)[:, None]
         scale_x = power_of_two_scale(norm_x)
         over_x = reciprocal(norm_x, scale_x).to(ACC)
         mask = mask_b[:, None] & mask_d[None, :]
         offsets = (offs_b.to(tl.int64) * stride_xb + c * stride_xc)[:, None] + offs_d[None, :] * stride_xd
-        x = tl.load(x_ptr + offsets, mask=mask, other=0)  # [BLOCK_B, BLOCK_D]
+        x = tl.load(x_ptr + offsets, mask=mask & valid[:, None], other=0)  # [BLOCK_B, BLOCK_D]
         z = widen(x, ACC) * scale_x[:, None] * over_x[:, None]
-        valid = (target != -1)[:, None]
         # The tangential part over |x|, by its two factors: their product may leave the range.
-        grad_x = tl.where(valid, grad * (u[None, :] - cosine * z), 0.0) * over_x[:, None] * scale_x[:, None]
+        grad_x = tl.where(valid[:, None], grad * (u[None, :] - cosine * z), 0.0) * over_x[:, None] * scale_x[:, None]
         grad_x = tl.where((norm_x == 0)[:, None], 0.0, grad_x)
         tl.store(
             grad_x_ptr + element[:, None] * D + offs_d[None, :], narrow(grad_x, grad_x_ptr.dtype.element_ty), mask=mask
         )
-        grad_p += tl.sum(tl.where(valid, grad * (z - cosine * u[None, :]), 0.0), axis=0)
+        grad_p += tl.sum(tl.where(valid[:, None], grad * (z - cosine * u[None, :]), 0.0), axis=0)
     grad_p = tl.where(norm_p == 0, 0.0, grad_p * over_p * scale_p)
     tl.store(grad_p_ptr + c * D + offs_d, narrow(grad_p, grad_p_ptr.dtype.element_ty), mask=mask_d)
     tl.store(partial_ptr + c, tl.sum(radial).to(ACC), mask=block == 0)  # [C]

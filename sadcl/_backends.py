@@ -19,6 +19,9 @@ from ._checks import check_choice
 
 NAMES = ("cpp", "triton", "torch", "reference")
 _MIN_TRITON = (3, 6)
+# What the launchers know how to ask (ROCm's devices are "cuda" to torch); meta tensors only have their shapes worked
+# out. Others (xpu, mps, ...) run portable torch, Triton installed or not.
+_TRITON_DEVICES = ("cuda", "meta")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def _why_not(name: str, device_type: str) -> str:
         return f"it runs on CPU tensors, not on {device_type}"
     if name == "triton" and device_type == "cpu" and not triton_interprets():
         return "it runs on GPU tensors, and on CPU tensors only under TRITON_INTERPRET=1"
+    if name == "triton" and device_type not in (*_TRITON_DEVICES, "cpu"):
+        return f"it runs on CUDA and ROCm GPUs, not on {device_type}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Which versions of Triton the backend takes, and what it says of the others."""
+"""Which versions of Triton, and which devices, the backend takes, and what it says of the others."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def test_an_older_triton_is_unavailable_and_says_why(version: str, monkeypatch: 
 def test_newer_ones_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(version, monkeypatch)
     assert sadcl.backends()["triton"] == _backends.BackendInfo(True, detail=f"triton {version}")
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "privateuseone"])
+def test_devices_that_triton_is_not_for_run_portable_torch(
+    device: str, interpreted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("3.9.0", monkeypatch)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    monkeypatch.delenv("SADCL_BACKEND", raising=False)
+    names = ("cpp", "triton", "torch")
+    assert _backends.resolve(None, "sscl", torch.device(device), names) == "torch"
+    assert _backends.resolve(None, "sscl", torch.device("cuda"), names) == "triton"
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run sscl: .* not on {device}"):
+        _backends.resolve("triton", "sscl", torch.device(device), names)
