@@ -17,9 +17,10 @@ __all__ = ["CsvDataset"]
 # Names of columns in lower case with _ for blanks; the first that a header has is taken.
 PATHS = (
     *("path", "filepath", "file_path", "image_path", "img_path", "filename", "file_name", "file"),
-    *("image", "img", "picture", "image_name", "image_id", "name", "id"),
+    *("image", "img", "picture", "image_name", "image_index", "image_id", "name", "id"),
 )
 LABELS = ("labels", "label", "tags", "tag", "classes", "class", "class_name", "categories", "category", "target")
+LABELS_OF = ("_labels", "_label", "_tags")  # ends of other names
 UNKNOWN = ("unknown", "uncertain", "ignored")
 INDEX = ("", "index", "unnamed:_0")  # what pandas writes unasked
 VALUES = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "-1": -1, "-1.0": -1}
@@ -102,7 +103,8 @@ def _columns(path: str | os.PathLike[str], header: Sequence[str], table: Sequenc
     def column(names: Sequence[str]) -> int | None:
         return next((header.index(name) for name in names if name in header), None)
 
-    pictures, labels, unknown = column(PATHS), column(LABELS), column(UNKNOWN)
+    pictures, labels = column(PATHS), column([*LABELS, *(name for name in header if name.endswith(LABELS_OF))])
+    unknown = None if labels is None else column(UNKNOWN)
     assert pictures is not None
     others = [i for i in range(width) if i not in (pictures, labels, unknown) and header[i] not in INDEX]
     paths = [(number, _path(path, number, row[pictures])) for number, row in table]
@@ -112,6 +114,17 @@ def _columns(path: str | os.PathLike[str], header: Sequence[str], table: Sequenc
             for (number, picture), (_, row) in zip(paths, table, strict=True)
         ]
         return Rows(rows, (), _passed_over([titles[i] for i in others]))
+    return _one_hot(path, titles, paths, others, table)
+
+
+def _one_hot(
+    path: str | os.PathLike[str],
+    titles: Sequence[str],
+    paths: Sequence[tuple[int, str]],
+    others: Sequence[int],
+    table: Sequence[Numbered],
+) -> Rows:
+    """A column a label; ``others`` are the columns that may be one."""
     cells = {i: [row[i].strip().lower() for _, row in table] for i in others}
     valued = [i for i in others if any(cells[i]) and all(cell in VALUES or not cell for cell in cells[i])]
     if others and table and not valued:

@@ -63,7 +63,7 @@ def check_compounds(labels: Collection[str], source: str | os.PathLike[str]) -> 
 
     A bar or a tab is in no label. Anything else separates if most labels with it fall into parts that are labels
     themselves or parts of others (for a blank, at least one a label: "red car" and "red bus" are names; for a comma
-    one such part will do), or if the parts are half as many as the labels.
+    one such part will do; for both, numbers will), or if the parts are half as many as the labels.
 
     Raises:
         ValueError: the message names a label, its parts and the setting.
@@ -85,7 +85,8 @@ def _separated(separator: str, parts: dict[str, list[str]], compounds: Sequence[
     made = []
     for label in compounds:
         some, whole = not parts.keys().isdisjoint(parts[label]), known.issuperset(parts[label])
-        if {",": some or whole, " ": some and whole}.get(separator, whole):
+        numbers = all(number(part) is not None for part in parts[label])
+        if {",": some or whole or numbers, " ": (some and whole) or numbers}.get(separator, whole):
             made.append(label)
     if separator in "|\t" or 2 * len(made) >= len(compounds) or 2 * len(count) <= len(parts):
         return (made or compounds)[0]

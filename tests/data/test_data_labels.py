@@ -78,6 +78,12 @@ def test_tags_that_never_stand_alone_are_seen_by_their_number() -> None:
         check_compounds(tags, "t.csv")
 
 
+@pytest.mark.parametrize("separator", [" ", ", "])
+def test_numbers_side_by_side_are_several(separator: str) -> None:
+    with pytest.raises(ValueError, match=r"label '0\D+16' looks like several, '0', '16'; set label_separator"):
+        table(f'Id,Target\n0,"0{separator}16"\n1,"1{separator}2{separator}7"\n2,5\n')
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -140,6 +146,7 @@ TABLES = {
     "index of pandas": ",path,labels\n0,0.png,cat\n1,1.png,dog\n",
     "index and another order": "Unnamed: 0,label,File Name\n0,cat,0.png\n1,dog,1.png\n",
     "names without suffix": "image_id,label\n0,cat\n1,dog\n",
+    "other ends of names": "Image Index,Finding Labels,Age\n0.png,cat,60\n1.png,dog,30\n",
     "a column more": "filename,split,class\n0.png,train,cat\n1.png,train,dog\n",
     "trailing commas": "0.png,cat,,\n1.png,dog,,\n,,,\n",
     "carriage returns": "0.png,cat\r1.png,dog\r",
@@ -157,7 +164,9 @@ def test_tables_of_every_layout(layout: str, encoding: str) -> None:
     dataset = table(TABLES[layout].encode(encoding))
     assert dataset.classes == ("cat", "dog") and matrix(dataset) == [[1, 0], [0, 1]]
     assert [Path(path).name for path in dataset.paths] == ["0.png", "1.png"]
-    passed_over = {"a column more": "split", "one-hot beside other figures": "width"}.get(layout)
+    passed_over = {"a column more": "split", "one-hot beside other figures": "width", "other ends of names": "Age"}.get(
+        layout
+    )
     assert ("columns passed over: " + str(passed_over) in dataset.summary()) == (passed_over is not None)
 
 
