@@ -178,7 +178,7 @@ def _bank(s: Shape, device: torch.device) -> Workload:
 
     oracle = lambda *t: reference.bank_update(start, *t, bench_bank.THRESHOLD, False)  # noqa: E731
     entries = {name: own(update) for name, update in bench_bank.ENTRIES.items()}
-    return Workload("bank", f"[{s.b}, {s.c}, {s.d}]", inputs, 0, oracle, entries)
+    return Workload("bank_update", f"[{s.b}, {s.c}, {s.d}]", inputs, 0, oracle, entries)
 
 
 def step(work: Workload, function: Function) -> Callable[[], tuple[Tensor, ...]]:

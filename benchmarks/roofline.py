@@ -164,10 +164,10 @@ OPS: dict[str, Callable[[Problem], Work]] = {
     "pscl": pscl,
     "pscl backward": pscl_backward,
     "asl, both passes": asl,
-    "label attention": label_attention,
-    "label attention backward": label_attention_backward,
-    "classifier, both passes": classifier,
-    "bank": bank,
+    "label_attention": label_attention,
+    "label_attention backward": label_attention_backward,
+    "group_classifier, both passes": classifier,
+    "bank_update": bank,
     "sscl dense, both passes": dense,
 }
 # Labels an image: COCO's and Visual Genome's averages; for OpenImages's classes a round assumption.

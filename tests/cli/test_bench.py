@@ -46,20 +46,20 @@ def test_what_is_wrong_is_not_timed() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_command_writes_json_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new folder" / "bench.json"
-    options = ["--device", "cpu", "--quick", "--rounds", "1", "--ops", "bank", "label_attention"]
+    options = ["--device", "cpu", "--quick", "--rounds", "1", "--ops", "bank_update", "label_attention"]
     assert main([*options, "--output", str(output)]) == 0
     content = json.loads(output.read_text())
-    assert {row["op"] for row in content["rows"]} == {"bank", "label_attention"}
+    assert {row["op"] for row in content["rows"]} == {"bank_update", "label_attention"}
     ours = [row for row in content["rows"] if row["entry"] == "sadcl"]
     assert len(ours) == 2 and all(row["median_ms"] > 0 and row["error"] is None for row in ours)
     assert content["about"]["torch"] == torch.__version__
-    assert "| bank | [6, 8, 32] | sadcl |" in capsys.readouterr().out
+    assert "| bank_update | [6, 8, 32] | sadcl |" in capsys.readouterr().out
 
 
 def test_every_op_has_a_workload_with_ours_in_it() -> None:
     chosen = device.workloads(CPU, quick=True)
     assert {w.name for w in chosen} == {
-        "sscl", "pscl", "dual", "asl", "supcon", "label_attention", "group_classifier", "bank",
+        "sscl", "pscl", "dual", "asl", "supcon", "label_attention", "group_classifier", "bank_update",
     }  # fmt: skip
     for work in chosen:
         want = device.step(work, work.oracle)()
