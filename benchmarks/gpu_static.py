@@ -5,9 +5,8 @@ docs/gpu_static.md; ``--all`` every tile of the tables with every kind of operan
 memory too, and writes the summary docs/gpu_static_all.md. ``--check`` writes nothing. ``--log FILE`` keeps results, so
 that a run can be resumed.
 
-The launchers run on meta tensors of a published shape while ``sadcl.kernels._launch.recording`` writes down what they
-would launch; each launch is compiled as the runtime would specialise it, in a pool of processes, and nothing is
-executed.
+The launches of a training step of a published shape are written down (:mod:`.launches`), and each is compiled as the
+runtime would specialise it, in a pool of processes; nothing is executed.
 
 The report holds registers and spills (``cuobjdump`` of the Triton wheel on the very binary that Triton would load; the
 assembly text on AMD), shared memory, how many programs fit on a processor, matrix instructions and 128-bit accesses to
@@ -18,8 +17,6 @@ part has one.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -29,18 +26,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
-
-from sadcl.testing.examples import EXAMPLES, PUBLISHED, Maker
+from .launches import ARCHES, SMALL, Job, jobs_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-SMALL = ("sm_75", "sm_86", "sm_89")  # little shared memory
 PRODUCTS = (
     "sscl._sweep_kernel",
     "sscl._pair_maximum_kernel",
@@ -51,24 +43,6 @@ PRODUCTS = (
     "label_attention_core_backward._query_gradient_kernel",
     "label_attention_core_backward._key_gradient_kernel",
 )
-# What a table's rows are compiled for.
-_OF_TABLE = {
-    "sscl": {"_sweep_kernel"},
-    "sscl_backward": {"_gradient_kernel"},
-    "label_attention_core": {"_attend_kernel", "_weight_kernel"},
-    "label_attention_core_backward": {"_score_gradient_kernel"},
-    "label_attention_core_product": {"_query_gradient_kernel", "_key_gradient_kernel"},
-}
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 _MATRIX = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma)")
 _WIDE = re.compile(
     r"(?:ld|st)\.global\S*\.v4\.[bfu]32|(?:ld|st)\.global\S*\.v2\.[bfu]64|cp\.async\.c[ag]\.shared\.global.*0x10\b"
@@ -83,36 +57,6 @@ _LIMITS = {
     "sm_90": (65536, 64, 228 << 10),
     "sm_100": (65536, 64, 228 << 10),
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel to compile for one part: plain data, so that another process can."""
-
-    arch: str
-    operands: str
-    module: str
-    name: str
-    signature: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    num_warps: int
-    num_stages: int
-    max_registers: int | None
-
-    @property
-    def kernel(self) -> Any:
-        """The kernel's function."""
-        return getattr(importlib.import_module(self.module), self.name)
-
-    def fingerprint(self) -> str:
-        """What a compilation depends on."""
-        import triton
-
-        options = (self.num_warps, self.num_stages, self.max_registers)
-        types = (self.signature, self.constants, self.attributes)
-        parts = (self.arch, self.kernel.cache_key, triton.__version__, options, types)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -135,37 +79,6 @@ class Result:
         """A line of the report's table."""
         cells = (self.arch, self.operands, f"`{self.kernel}`", self.options, self.registers, self.spilled, self.shared)
         return "| " + " | ".join(map(str, (*cells, self.programs, self.matrix or "-", self.wide))) + " |"
-
-
-def job_of(launch: Any, arch: str, operands: str) -> Job:
-    """A launch with its argument types, constants and alignments, as the runtime would specialise them."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def describe(value: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(value, tuple):
-            parts = [describe(part, (*path, index)) for index, part in enumerate(value)]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if isinstance(value, torch.Tensor):
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return "*" + _TYPES[value.dtype]
-        if value is None or value == 1:
-            constants[path] = value
-            return "constexpr"
-        if value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    names = launch.kernel.arg_names
-    for index, value in enumerate(launch.args):
-        signature[names[index]] = describe(value, (index,))
-    for name, value in launch.constants.items():
-        signature[name] = "constexpr"
-        constants[(names.index(name),)] = value
-    return Job(arch, operands, launch.kernel.__module__, launch.name, signature, constants, attributes,
-               launch.num_warps, launch.num_stages, launch.registers)  # fmt: skip
 
 
 def compile_job(job: Job) -> Any:
@@ -250,51 +163,6 @@ def examine(job: Job) -> Result:
     programs = programs_on_a_processor(arch, registers, shared, job.num_warps)
     wide = len(_WIDE.findall(text))
     return Result(arch, operands, kernel, options, registers, spilled, shared, programs, matrix, wide, tuple(faults))
-
-
-def record(arch: str, dtype: torch.dtype) -> list[Any]:
-    """What a COCO training step (B=32, V=2, C=80, D=1024, E=2048) launches with operands of ``dtype``."""
-    from sadcl.kernels import _launch
-
-    from sadcl.ops._library import OPS
-
-    with _launch.recording(_launch.PARTS[arch]) as launches:
-        for name, op in sorted((name, op) for name, op in OPS.items() if "triton" in op.backends):
-            sizes = (PUBLISHED, replace(PUBLISHED, b=4096)) if name == "compact" else (PUBLISHED,)
-            for x in (x for size in sizes for x in EXAMPLES[name](Maker(size, dtype, "meta"))):
-                out = op.run(x, "triton")
-                if op.derivative is not None:
-                    op.derivative.run(op.derivative.pack(out[: op.results], x, out), "triton")
-    return launches
-
-
-def operands_of(arch: str, everything: bool) -> dict[str, tuple[torch.dtype, str]]:
-    """Operand names of a part, with dtype and precision. sm_75 has no bfloat16 and no tf32, AMD's tf32x3 is ieee."""
-    half = {"fp16": (torch.float16, "ieee")}
-    brain = {} if arch == "sm_75" else {"bf16": (torch.bfloat16, "ieee")}
-    found = (brain or half) | {"fp32 ieee": (torch.float32, "ieee")}
-    if not everything:
-        return found
-    names = () if arch == "sm_75" else ("tf32",) if arch.startswith("gfx") else ("tf32", "tf32x3")
-    return found | half | {f"fp32 {name}": (torch.float32, name) for name in names} | {"fp64": (torch.float64, "ieee")}
-
-
-def jobs_of(arch: str, everything: bool) -> Iterator[Job]:
-    """What to compile for a part."""
-    from sadcl.kernels import _tiles
-    from sadcl.kernels._launch import PARTS
-
-    for operands, (dtype, precision) in operands_of(arch, everything).items():
-        with mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": precision}):
-            launches = record(arch, dtype)
-            kind = _tiles.kind_of(dtype, precision)
-            for op in _tiles.TABLES if everything else ():
-                for tile in _tiles.candidates(op, PARTS[arch], kind)[1:]:
-                    with mock.patch.object(_tiles, "candidates", lambda *_, tile=tile: (tile,)):
-                        launches += [launch for launch in record(arch, dtype) if launch.name in _OF_TABLE[op]]
-        for launch in launches:
-            free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))
-            yield job_of(launch, arch, "any" if free else operands)
 
 
 def write_report(results: list[Result]) -> None:
@@ -395,14 +263,6 @@ def main() -> int:
     faults = faults_of(list(results.values()))
     print(f"{len(results)} kernels compiled, {len(faults)} faults", *faults, sep="\n")
     return 1 if faults else 0
-
-
-def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    for value in args:
-        if isinstance(value, tuple):
-            yield from _tensors(value)
-        elif isinstance(value, torch.Tensor):
-            yield value
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def _read_labels(labels_ptr, offs_b, offs_c, mask, stride_lb, stride_lc):
     return tl.where(label == 1, 1, tl.where(label == -1, -1, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # BLOCK_B follows it already
 def _compact_small_kernel(
     labels_ptr,
     pairs_ptr,

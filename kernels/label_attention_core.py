@@ -120,9 +120,7 @@ def locate(item, row_blocks, groups):
 
 @triton.jit
 def _attend_kernel(
-    query_ptr,
-    keys_ptr,
-    values_ptr,
+    tensors,
     pos_ptr,
     padded_ptr,
     seed_ptr,
@@ -137,6 +135,7 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    query_ptr, keys_ptr, values_ptr = tensors
     score_ptr, weight_ptr = panel  # [programs, BLOCK_M, keys]
     context_ptr, mass_ptr, lse_ptr = outputs  # [B, C, H, D], [B, H, C] twice
     B, C, R, groups, L, D, keys = sizes
@@ -295,7 +294,7 @@ def label_attention_core(x: Any, out: Any) -> None:
         panel = (query.new_empty((programs, tile.block_m, width), dtype=acc),
                  query.new_empty((programs, tile.block_m, width)))  # fmt: skip
         launch(_attend_kernel, programs,
-               (query, keys, values, pos, padded, seed, panel, (out.context, out.mass, out.lse),
+               ((query, keys, values), pos, padded, seed, panel, (out.context, out.mass, out.lse),
                 (b, c, rows, groups, length, d, width),
                 (of_queries, of_keys, key_strides(values), of_pos, of_padding, by_image(out.context))),
                **common, **tiling)  # fmt: skip

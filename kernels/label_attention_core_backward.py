@@ -54,9 +54,7 @@ def _score_gradient_kernel(
     pos_ptr,
     padded_ptr,
     seed_ptr,
-    of_mass_ptr,
-    of_weights_ptr,
-    extra_ptr,
+    extras,
     scratch,
     sizes,
     strides,
@@ -69,6 +67,7 @@ def _score_gradient_kernel(
 ):
     """Items of (image, group, row block, split of the keys): tiles of p k and ds."""
     query_ptr, keys_ptr, values_ptr, upstream_ptr, context_ptr, lse_ptr = tensors
+    of_mass_ptr, of_weights_ptr, extra_ptr = extras  # None where nobody asked
     weight_ptr, slope_ptr = scratch  # [images, H C, keys]
     first_image, C, R, groups, L, D, keys, splits, per_split = sizes
     query_strides, key_strides, value_strides, pos_strides, pad_strides, up_strides, context_strides = strides
@@ -326,7 +325,7 @@ class _Problem:
             splits = ceil_div(blocks, per_split)
             launch(_score_gradient_kernel, items * splits,
                    ((self.query, self.keys, self.values, self.upstream, self.context, self.lse), self.pos, self.padded,
-                    self.seed, self.of_mass, self.of_weights, self.extra, (weight, slope),
+                    self.seed, (self.of_mass, self.of_weights, self.extra), (weight, slope),
                     (first, c, rows, groups, length, d, width, splits, per_split * tile.block_n), strides),
                    SCALE=self.scale, DROPOUT=self.dropout, **self.tiling(tile))  # fmt: skip
 

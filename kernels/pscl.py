@@ -73,7 +73,7 @@ def _log_sum(highest, total):
     return tl.where(total == 0, float("-inf"), finite(highest) + tl.log(tl.where(total == 0, 1.0, total)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # BLOCK_B follows it already
 def _class_kernel(
     score_ptr, target_ptr, loss_ptr, lse_ptr, B, C, RELEASED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -118,9 +118,7 @@ def _gradient_kernel(
     grad_x_ptr,
     grad_p_ptr,
     partial_ptr,
-    B,
-    C,
-    D,
+    sizes,
     strides,
     RELEASED: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -128,6 +126,7 @@ def _gradient_kernel(
 ):
     """One program: one class, BLOCK_D of its width, all images."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    B, C, D = sizes
     score_ptr, norm_x_ptr, norm_p_ptr, lse_ptr = stats
     stride_g, stride_xb, stride_xc, stride_xd, stride_pc, stride_pd = strides
     c = (tl.program_id(0) % C).to(tl.int64)
@@ -217,7 +216,8 @@ def pscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
         _gradient_kernel,
         c * ceil_div(d, block_d),
         (grad, x.features, x.prototypes, x.target.contiguous(), x.temperature,
-         (saved.score, saved.norm_x, saved.norm_p, saved.lse), out.grad_features, out.grad_prototypes, partial, b, c, d,
+         (saved.score, saved.norm_x, saved.norm_p, saved.lse),
+         out.grad_features, out.grad_prototypes, partial, (b, c, d),
          (grad.stride(0), *x.features.stride(), *x.prototypes.stride())),
         RELEASED=x.released, BLOCK_B=16, BLOCK_D=block_d,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import pickle
@@ -9,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from benchmarks import gpu_static
-from benchmarks.gpu_static import Job, examine, jobs_of
+from benchmarks.gpu_static import examine
+from benchmarks.launches import Job, job_of, jobs_of, record
+from sadcl.testing.examples import PUBLISHED, Size
 
 
 def job(arch: str, name: str) -> Job:
@@ -54,3 +58,17 @@ def test_results_are_kept_and_faults_end_in_failure(
     log.write_text(log.read_text().replace('"faults": []', '"faults": ["spills 8 bytes"]'))
     monkeypatch.setattr(gpu_static, "examine", None)  # nothing is compiled again
     assert gpu_static.main() == 1 and "_asl_kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [PUBLISHED, Size(32, v=3, c=7, d=33, e=36, length=50, heads=4)], ids=["coco", "odd"])
+def test_a_kernel_is_compiled_a_few_times_for_all_batch_sizes(size: Size) -> None:
+    """The last batch of an epoch, or buckets, must not stop for a compiler: no constant follows the batch closely."""
+    versions: dict[tuple[str, str, int], set[tuple[object, ...]]] = {}
+    for b in range(1, 257):
+        calls: collections.Counter[str] = collections.Counter()  # calls with other options are other versions anyway
+        for launch in record("sm_90", torch.float16, dataclasses.replace(size, b=b)):
+            one = job_of(launch, "sm_90", "")
+            name = f"{one.module}.{one.name}"
+            versions.setdefault((one.module, one.name, calls[name]), set()).add(one.version())
+            calls[name] += 1
+    assert {kernel: len(found) for kernel, found in versions.items() if len(found) > 6} == {}

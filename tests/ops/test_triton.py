@@ -74,6 +74,20 @@ def test_kernels_import_nothing_above_them(path: Path) -> None:
     assert imported <= {"_checks", "_dtypes"}
 
 
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_are_read_on_a_few_screens(path: Path) -> None:
+    """Few arguments a kernel, few lines a file, and one place that knows how the rows' tables lie."""
+    text = path.read_text()
+    arguments = {
+        node.name: len(node.args.args)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert not {name: count for name, count in arguments.items() if count > 15}
+    assert len(text.splitlines()) <= 400
+    assert path.stem == "_rows" or not any(place in text for place in ("_plane(", "table.stat +", "table.segment +"))
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_never_wait_for_the_device(name: str) -> None:
     path = KERNELS / f"{name}.py"
