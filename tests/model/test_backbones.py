@@ -133,6 +133,21 @@ def test_what_gives_no_map_is_refused_by_name(name, size, why):
         build_backbone(name, image_size=size)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", timm.list_modules())
+def test_every_family_gives_a_map_or_says_why_not(family):
+    for name in timm.list_models(module=family)[::5]:
+        size = timm.get_pretrained_cfg(name).input_size[1:]
+        with torch.device("meta"):
+            try:
+                backbone = build_backbone(f"timm:{name}", image_size=size)
+            except ValueError as error:
+                assert str(error).startswith("backbone: "), name
+                continue
+            maps = backbone(torch.empty(1, 3, *size))
+        assert maps.shape == (1, backbone.channels, *backbone.feature_size), name
+
+
 def test_other_sizes_have_their_own_grids():
     backbone = build_backbone("test_vit", image_size=(48, 64)).eval()
     with torch.device("meta"):
