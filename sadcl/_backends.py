@@ -126,6 +126,16 @@ def takes_cpp(device: torch.device) -> bool:
     return os.environ.get("SADCL_BACKEND", "") in ("", "cpp") and not _why_not("cpp", device.type)
 
 
+def makes_program() -> bool:
+    """Whether torch.export (so torch.onnx.export too) or torch.jit traces, for a program that may run elsewhere.
+
+    What has a form in torch's own operators (attention, classifier, linear layers) then takes it, so that the program
+    needs neither this library nor this machine; unless a backend was asked for by name.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
+    return (exporting() or torch.jit.is_tracing()) and not os.environ.get("SADCL_BACKEND")
+
+
 def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
     """The backend of a call that has no ``backend`` argument (classifier, bank): ``SADCL_BACKEND`` or the best.
 

@@ -170,14 +170,11 @@ class Backbone(nn.Module):
         grid = self._measured(size) or (self._computed and self._computed(size)) or getattr(patches, "grid_size", None)
         prefix = getattr(self.body, "num_prefix_tokens", None)
         if grid is None or count < grid[0] * grid[1] or prefix not in (None, count - grid[0] * grid[1]):
+            own = "it does not tell the grid" if grid is None else f"its grid is {grid[0]} x {grid[1]}"
+            own += f", with {prefix} in front" if prefix else ""
             raise ValueError(
-                f"backbone: {type(self.body).__name__} gives {count} tokens, of which "
-                + (
-                    "it does not tell the grid"
-                    if grid is None
-                    else f"{grid[0]} x {grid[1]} with {prefix} in front are not"
-                )
-                + "; expected a network with a feature map"
+                f"backbone: {type(self.body).__name__} gives {count} tokens and {own}; expected one feature map or its "
+                "tokens"
             )
         self.feature_size = (int(grid[0]), int(grid[1]))
         self._prefix = count - grid[0] * grid[1]

@@ -119,6 +119,6 @@ class MemoryBank(OwnTensors):
     def _check_batch(self, batch: int) -> None:
         if batch > self.batch_slots:
             raise ValueError(
-                f"batch of {batch} images: the memory bank has {self.batch_slots} slots; build it with "
-                "batch_slots >= the batch size of one process, or call the model with contrastive=False"
+                f"batch of {batch} images: the memory bank has {self.batch_slots} slots; call init_contrastive with "
+                "batch_slots >= the batch size of one process, or the model with contrastive=False"
             )

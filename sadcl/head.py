@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,7 @@ class SADCLHead(nn.Module):
         self.memory_bank: MemoryBank | None = None
         if contrastive:
             self.init_contrastive(batch_slots=bank_slots)
+        self.register_load_state_dict_post_hook(_place_positions)
 
     def forward(
         self,
@@ -302,6 +303,12 @@ class SADCLHead(nn.Module):
 def _where(like: Tensor) -> torch.device:
     """Where to make what joins ``like``, whatever the default device: with the CPU's random numbers, or on meta."""
     return torch.device("meta" if like.is_meta else "cpu")
+
+
+def _place_positions(head: SADCLHead, _: Any) -> None:
+    """Positions are in no state dict: a meta head's follow the tensors that load_state_dict assigned."""
+    if head.position.position.is_meta and not head.queries.is_meta:
+        head.position.to_empty(device=head.queries.device)
 
 
 def _check_sizes(

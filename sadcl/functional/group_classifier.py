@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _checks as check
-from .._backends import resolve_implicit
+from .._backends import makes_program, resolve_implicit
 from ..ops import group_classifier as _group_classifier
 from ..portable.group_classifier import classify
 
@@ -35,6 +35,6 @@ def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: st
         check.check_size("features", features, dim, weight.shape[dim - 1], axis, "weight")
     check.check_devices(features=features, weight=weight, bias=bias)
     name = backend or resolve_implicit("group_classifier", features.device, BACKENDS)
-    if name == "torch":  # plain ATen: exportable, differentiable twice
+    if name == "torch" or (backend is None and makes_program()):  # plain ATen: exportable, differentiable twice
         return classify(features, weight, bias)
     return _group_classifier.group_classifier(_group_classifier.Inputs(features, weight, bias), name).logits

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backends import resolve
+from .._backends import makes_program, resolve
 from .._checks import check_devices, check_floating, check_same_device, check_size, check_tensor
 from ..ops import label_attention as _label_attention
 from ..ops.label_attention import FORMS
@@ -71,6 +71,8 @@ def label_attention(
         out_proj_weight=out_proj_weight,
         out_proj_bias=out_proj_bias,
     )
+    if backend is None and makes_program():
+        backend = "torch"
     chosen = resolve(backend, "label_attention", memory.device, BACKENDS)
     if chosen == "reference":
         dropped = None
@@ -93,7 +95,9 @@ def label_attention(
     projections = portable.Projections(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads)
     batch, length, width = memory.shape
     if form is None:
-        form = choose_form(batch, query.shape[-2], length, width, num_heads, query.dim() == 2)
+        # A program for any batch size must not compare it with anything: its form is that for one image.
+        known = batch if type(batch) is int and not makes_program() else 1
+        form = choose_form(known, query.shape[-2], length, width, num_heads, query.dim() == 2)
     arguments = (query, memory, projections, memory_pos, key_padding_mask, dropout, need_weights, form)
     if chosen == "torch":
         return portable.attend(*arguments)

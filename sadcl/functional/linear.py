@@ -5,7 +5,7 @@ one runs is decided by the processor alone, and by ``SADCL_LINEAR``:
 
 - ``auto`` (default): ours on AMD processors with AVX-512, torch's everywhere else. On a Zen 3 (AVX2) both reach the
   same speed within 10 %, so torch's stays there.
-- ``cpp`` or ``torch``: that one.
+- ``cpp`` or ``torch``: that one. A program that torch.export or torch.jit makes has torch's unless ``cpp`` says so.
 
 Ours takes CPU float32 and float64; other tensors, and everything under autocast, go to torch. Precision is never
 lowered.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backends import backends
+from .._backends import backends, makes_program
 from .._checks import check_choice
 from ..ops import linear as _linear
 from ..ops._native import extension
@@ -42,7 +42,7 @@ OURS_IS_FASTER = _probe()  # when this module loads: a call under torch.compile 
 def _chosen() -> str:
     asked = check_choice(SWITCH, os.environ.get(SWITCH) or "auto", ("auto", "cpp", "torch"))
     if asked == "auto":
-        return "cpp" if OURS_IS_FASTER else "torch"
+        return "cpp" if OURS_IS_FASTER and not makes_program() else "torch"
     if asked == "cpp" and not backends()["cpp"].available:
         raise RuntimeError(f"{SWITCH}='cpp': {backends()['cpp'].reason}")
     return asked

@@ -38,6 +38,11 @@ SMALL = {
         ("test_vit", (48, 64), 64, (3, 4)),
         ("vit_small_patch14_reg4_dinov2", (28, 42), 384, (2, 3)),  # register tokens
         ("swin_tiny_patch4_window7_224", (64, 64), 768, (2, 2)),  # NHWC
+        ("vit_tiny_r_s16_p8_224", (64, 96), 192, (2, 3)),  # a network of convolutions before the patches
+        ("levit_128s", (64, 96), 384, (1, 2)),  # tokens that become fewer on the way
+        ("xcit_nano_12_p16_224", (48, 64), 128, (3, 4)),
+        ("gmlp_ti16_224", (48, 64), 128, (3, 4)),
+        ("test_mambaout", (64, 96), 64, (2, 3)),  # NHWC
         ("torchvision:swin_t", (64, 96), 768, (2, 3)),
         ("torchvision:mobilenet_v3_small", (64, 96), 576, (2, 3)),
     ],
@@ -62,6 +67,119 @@ def test_vit_tokens_go_back_to_their_places():
         tokens = backbone.body.forward_features(images)
         maps = backbone(images)
     assert torch.equal(maps[0, :, 1, 2], tokens[0, 1 + 1 * 4 + 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_r_s16_p8_224", "levit_128s", "xcit_nano_12_p16_224", "test_vit", "test_vit_relpos", "cait_xxs24_224"],
+)
+def test_tokens_lie_where_the_network_itself_puts_them(name):
+    backbone = build_backbone(name, image_size=(64, 96)).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        (own,) = backbone.body.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        torch.testing.assert_close(backbone(images), own, rtol=1e-4, atol=1e-4)
+
+
+# Of every kind of network that timm has, by its shapes alone (the meta device computes nothing).
+FAMILIES = {
+    "beit_base_patch16_224": (768, (14, 14)),
+    "convit_tiny": (192, (14, 14)),
+    "deit_tiny_distilled_patch16_224": (192, (14, 14)),
+    "efficientformer_l1": (448, (7, 7)),
+    "hiera_tiny_224": (768, (7, 7)),
+    "mixer_s32_224": (512, (7, 7)),
+    "mvitv2_tiny": (768, (7, 7)),
+    "nest_tiny": (384, (14, 14)),
+    "pvt_v2_b0": (256, (7, 7)),
+    "samvit_base_patch16_224": (768, (14, 14)),
+    "tnt_s_legacy_patch16_224": (384, (14, 14)),
+    "twins_svt_small": (512, (7, 7)),
+    "vit_base_r50_s16_224": (768, (14, 14)),
+    "vit_small_r26_s32_224": (384, (7, 7)),
+    "vit_tiny_patch16_dinov3_qkvb": (192, (14, 14)),
+    "vitamin_small_224": (384, (14, 14)),
+    "volo_d1_224": (384, (14, 14)),
+    "xcit_tiny_12_p8_224": (192, (28, 28)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grids_are_the_networks_own(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("meta"):
+        backbone = build_backbone(name, image_size=224)
+        maps = backbone(torch.empty(2, 3, 224, 224))
+    channels, grid = FAMILIES[name]
+    assert (backbone.channels, backbone.feature_size) == (channels, grid)
+    assert maps.shape == (2, channels, *grid)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "why"),
+    [
+        ("coat_tiny", 224, "CoaT gives a list"),
+        ("crossvit_tiny_240", 240, "CrossVit gives a list"),
+        ("pit_ti_224", 224, "PoolingVisionTransformer gives 1 tokens and its grid is 7 x 7"),
+        ("vit_tiny_patch16_224", 8, "cannot take images of 8 x 8|cannot build"),
+        ("levit_128s", 7, "cannot take images of 7 x 7|cannot build"),
+    ],
+)
+def test_what_gives_no_map_is_refused_by_name(name, size, why):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("meta"), pytest.raises(ValueError, match=f"backbone: .*({why})"):
+        build_backbone(name, image_size=size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", timm.list_modules())
+def test_every_family_gives_a_map_or_says_why_not(family):
+    for name in timm.list_models(module=family)[::5]:
+        size = timm.get_pretrained_cfg(name).input_size[1:]
+        with torch.device("meta"):
+            try:
+                backbone = build_backbone(f"timm:{name}", image_size=size)
+            except ValueError as error:
+                assert str(error).startswith("backbone: "), name
+                continue
+            maps = backbone(torch.empty(1, 3, *size))
+        assert maps.shape == (1, backbone.channels, *backbone.feature_size), name
+
+
+def test_other_sizes_have_their_own_grids():
+    backbone = build_backbone("test_vit", image_size=(48, 64)).eval()
+    with torch.device("meta"):
+        hybrid = build_backbone("vit_tiny_r_s16_p8_224", image_size=64).eval()
+        twins = build_backbone("twins_svt_small", image_size=64).eval()
+    with torch.no_grad():
+        assert backbone(torch.randn(1, 3, 32, 80)).shape == (1, 64, 2, 5)
+        assert hybrid(torch.empty(1, 3, 128, 96, device="meta")).shape == (1, 192, 4, 3)
+        for size in ((64, 96), (96, 64), (96, 96)):
+            assert twins(torch.empty(1, 3, *size, device="meta")).shape == (1, 512, size[0] // 32, size[1] // 32)
+
+
+def test_a_count_that_fits_no_grid_is_an_error():
+    backbone = build_backbone("test_vit", image_size=(48, 64)).eval()
+    forward = backbone.body.forward_features
+    backbone.body.forward_features = lambda images: forward(images)[:, :-1]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"11 tokens, no grid of 3 x 4; expected.*\(48, 64\)"):
+        backbone(torch.randn(1, 3, 48, 64))
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_compiled_and_exported_grids(computed):
+    backbone = build_backbone("test_vit", image_size=(64, 96)).eval()
+    if not computed:
+        backbone._computed = None  # as of a network whose patch embedding computes none
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        want = backbone(images)
+        compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), want, rtol=1e-4, atol=1e-4)
+        program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("b")},), strict=False)
+        torch.testing.assert_close(program.module()(images[:1].repeat(3, 1, 1, 1))[2], want[0], rtol=1e-4, atol=1e-4)
 
 
 def test_swin_maps_are_permuted_not_reshaped():

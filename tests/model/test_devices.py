@@ -1,4 +1,4 @@
-"""A tensor on another device than the rest: a ValueError that names it, whatever the backend and the module.
+"""Inputs that no address tells: on another device (a ValueError that names it), lazily negated, lazily zero.
 
 The meta device stands in for an accelerator; a kernel that took such a tensor would read from no address at all.
 """
@@ -93,3 +93,49 @@ def test_head() -> None:
         head(torch.empty(B, D, 2, 3, device="meta"))
     with pytest.raises(ValueError, match="queries is on meta but feature_map is on cpu"):
         head.to("meta")(torch.zeros(B, D, 2, 3))
+
+
+def lazy(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a view that negates when it is read."""
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+def zero(x: torch.Tensor) -> torch.Tensor:
+    """Zeros that are nowhere."""
+    return torch._efficientzerotensor(x.shape, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("make", [lazy, zero])
+@pytest.mark.parametrize("backend", backends_here("label_attention", "reference"))
+@pytest.mark.parametrize("form", ["plain", "folded"])
+def test_lazy_inputs_of_label_attention(form: str, backend: str, make) -> None:
+    module = sadcl.LabelAttention(D, 2, form=form, backend=backend)
+    given = [make_features(C, D), make_features(B, L, D), make_features(L, D)]
+    for place in range(3):
+        mixed = [*given]
+        mixed[place] = make(given[place])
+        solid = [x.clone() if place == i else x for i, x in enumerate(mixed)]
+        assert torch.equal(module(*mixed)[0], module(*solid)[0])
+        upstream = make_features(B, C, D)
+        grads = [torch.autograd.grad(module(*x)[0], module.parameters(), make(upstream)) for x in (mixed, solid)]
+        wanted = torch.autograd.grad(module(*solid)[0], module.parameters(), make(upstream).clone())
+        for a, b, c in zip(*grads, wanted, strict=True):
+            assert torch.equal(a, b) and torch.equal(b, c)
+
+
+@pytest.mark.parametrize("make", [lazy, zero])
+@pytest.mark.parametrize("backend", backends_here("group_classifier", "reference"))
+def test_lazy_inputs_of_classifier_and_bank(backend: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SADCL_BACKEND", backend)
+    module, features = GroupClassifier(C, D), make_features(B, C, D)
+    assert torch.equal(module(make(features)), module(make(features).clone()))
+    given = {"label_features": features, "scores": make_features(B, C, 1)[..., 0], "labels": make_labels(B, C)}
+    for name in given:
+        banks = [MemoryBank(B, C, D), MemoryBank(B, C, D)]
+        for bank, x in zip(banks, (make(given[name]), make(given[name]).clone()), strict=True):
+            bank.slots.fill_(3.0)
+            bank.update(**{**given, name: x}, threshold=0.4)
+        assert torch.equal(banks[0].slots, banks[1].slots)
+        assert bool((banks[0].slots != 3.0).any()) != (name == "labels" and make is zero)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,23 @@ def test_state_dict_round_trip_and_the_bank_is_left_to_its_process():
         assert torch.equal(got, want)
     assert "memory_bank.slots" in head.state_dict() and "memory_bank.slots" not in dict(head.named_buffers())
     assert isinstance(head(x), SADCLOutput)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_head_built_on_meta_is_whole_after_assigning_a_state(nested):
+    head, x = make(0)
+    with torch.device("meta"):
+        other, _ = make(1)
+    loaded, state = (nn.Sequential(other), nn.Sequential(head)) if nested else (other, head)
+    loaded.load_state_dict(state.state_dict(), assign=True)
+    assert not [name for name, t in [*other.named_parameters(), *other.named_buffers()] if t.is_meta]
+    for size in ((3, 4), (2, 5)):
+        y = torch.randn(B, 12, *size)
+        for got, want in zip(other.eval()(y)[:5], head.eval()(y)[:5], strict=True):
+            assert torch.equal(got, want)
+    assert other.double().position.position.dtype == torch.float64
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(other)))
+    assert torch.equal(twin(x.double()).logits, other(x.double()).logits)
 
 
 def test_distributed_data_parallel_takes_the_output_apart(tmp_path):
