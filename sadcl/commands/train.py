@@ -7,20 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sadcl._json import dumps
 from sadcl.checkpoint import remove_drafts, write_atomically
 from sadcl.report.report import draw, summary, table
 from sadcl.train import distributed
 from sadcl.train.config import TrainConfig
+from sadcl.train.console import say
 from sadcl.train.lock import locked
 from sadcl.train.run import TITLES, Run
 
 __all__ = ["train"]
 
 
-def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] = say) -> dict[str, Any]:
     """Run a config to its end and write ``metrics.json`` and the pictures.
 
     Started by torchrun, the processes train together; the main one writes and speaks.
