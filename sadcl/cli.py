@@ -136,7 +136,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     from sadcl.commands.train import train
 
-    train(asked.config, asked.resume)
+    train(asked.config, asked.resume, edited=asked.edited)
     return 0
 
 

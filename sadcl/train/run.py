@@ -108,9 +108,14 @@ class Run:
 
     # -- the stages --
 
-    def run(self, resume: bool = False) -> dict[str, MultilabelReport]:
-        """All stages in order; returns the report of each at its end."""
-        state = self._resume_state() if resume else None
+    def run(self, resume: bool = False, edited: bool = False) -> dict[str, MultilabelReport]:
+        """All stages in order; returns the report of each at its end.
+
+        Args:
+            resume: go on from ``last.pt``.
+            edited: then go on with other pictures, too.
+        """
+        state = self._resume_state(edited) if resume else None
         step = self.progress.step
         if distributed.is_main():
             if not resume:
@@ -153,7 +158,7 @@ class Run:
         if resuming:
             assert state is not None
             restore_stage(state, self.model, stage)
-            self.progress.best = state["best"]
+            self.progress.best = None if "val" in state["edits"] else state["best"]  # measured on other pictures
         self.progress.epoch = stage.batches.epoch
         report = self._epochs(step, stage, set_epoch)
         if step.select == "best":
@@ -298,9 +303,9 @@ class Run:
         batches = distributed.BatchShard(count, batch_size)
         return DataLoader(images, batch_sampler=batches, num_workers=self._workers() if workers is None else workers)
 
-    def _resume_state(self) -> dict[str, Any] | None:
+    def _resume_state(self, edited: bool) -> dict[str, Any] | None:
         """What to continue from, and a word about it."""
-        state = read_last(self.config, self.images)
+        state = read_last(self.config, self.images, edited)
         if state is None:
             self.say(f"nothing to resume in {self.folder}: starting from the beginning")
             return None
@@ -308,7 +313,11 @@ class Run:
         self.progress.step = state.get("step", 0)
         batch = state["training"]["position"]["batch"]
         middle = f", after batch {batch} of the next" if batch else ""
+        if "train" in state["edits"]:
+            middle = ", which begins again" if batch else ""
         self.say(f"resuming {TITLES[state['stage']]} after epoch {state['epoch']}{middle}")
+        for side, changes in state["edits"].items():
+            self.say(f"  edited since ({side}): {changes}")
         return state
 
     def _finish(self) -> None:
