@@ -14,7 +14,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from sadcl.model import SADCL
 __all__ = [
     "CannotWrite",
     "CheckpointError",
+    "behind",
     "load_checkpoint",
+    "make_folder",
     "remove_drafts",
     "restore_model",
     "save_checkpoint",
@@ -41,6 +43,7 @@ SEAL = b"sadcl-sha256:"  # then the 32 bytes of the digest
 SEAL_SIZE = len(SEAL) + 32
 DRAFT = ".draft"
 WEIGHTS = ".safetensors"
+E = TypeVar("E", bound=BaseException)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,7 +70,7 @@ def write_atomically(path: Path, write: Callable[..., Any]) -> None:
     """
     draft = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=DRAFT)
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -78,7 +81,9 @@ def write_atomically(path: Path, write: Callable[..., Any]) -> None:
     except BaseException as error:
         if draft is not None:
             Path(draft).unlink(missing_ok=True)
-        if isinstance(error, Exception) and (cause := _os_error(error)) is not None:
+        if behind(error, KeyboardInterrupt) is not None:  # torch's writer turns it into an error of its own
+            raise KeyboardInterrupt from None
+        if isinstance(error, Exception) and (cause := behind(error, OSError)) is not None:
             raise CannotWrite(path, cause) from error
         raise
     if os.name == "posix":
@@ -89,11 +94,32 @@ def write_atomically(path: Path, write: Callable[..., Any]) -> None:
             os.close(folder)
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind another one: torch's writer raises one that does not say what happened."""
-    while error is not None and not isinstance(error, OSError):
+def behind(error: BaseException | None, kind: type[E]) -> E | None:
+    """The error of a kind that is, or led to, another one: what writes or loads may raise one that says nothing."""
+    seen: set[int] = set()
+    while error is not None and not isinstance(error, kind) and id(error) not in seen:  # they may form a circle
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, kind) else None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; one that is there, or a link to one, is left as it is.
+
+    Raises:
+        ValueError: a link that leads nowhere, or a file, is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+            raise
+    for part in (folder, *folder.parents):
+        if part.is_symlink() and not part.exists():
+            raise ValueError(f"{part}: a link to {os.readlink(part)}, which is not there; make that folder")
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"{part}: a file, expected a folder")
 
 
 def remove_drafts(folder: Path) -> None:

@@ -11,7 +11,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from sadcl._json import dumps
 
@@ -46,35 +47,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"sadcl: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        return {
-            "train": _train,
-            "eval": _eval,
-            "study": _study,
-            "predict": _predict,
-            "export": _export,
-            "bench": _bench,
-            "fetch": _fetch,
-            "doctor": _doctor,
-        }[name](rest)
-    except KeyboardInterrupt:
+    command = {
+        "train": _train,
+        "eval": _eval,
+        "study": _study,
+        "predict": _predict,
+        "export": _export,
+        "bench": _bench,
+        "fetch": _fetch,
+        "doctor": _doctor,
+    }[name]
+    with _stream("stdout"), _stream("stderr"):
+        try:
+            code = command(rest)
+            sys.stdout.flush()
+            return code
+        except BaseException as error:
+            excused = _excuse(name, error)
+            if excused is None:
+                raise
+            return excused
+
+
+def _excuse(name: str, error: BaseException) -> int | None:
+    """Say in one line what stopped a command; returns the exit code, or None for what is our own mistake."""
+    from sadcl.checkpoint import behind
+
+    if behind(error, KeyboardInterrupt) is not None:  # a library may have made another error of it
         print(f"\nsadcl {name}: interrupted", file=sys.stderr)
         return 130
-    except ImportError as error:
-        if os.environ.get("SADCL_TRACEBACK"):
-            raise
+    if isinstance(error, BrokenPipeError):  # the reader of our output has left: `sadcl predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if os.environ.get("SADCL_TRACEBACK"):
+        return None
+    if isinstance(error, ImportError):
         extras = "train,export" if name == "export" else "train"
         hint = "" if error.name is None or error.name.startswith("sadcl") else f"; try: pip install 'sadcl[{extras}]'"
         print(f"sadcl {name}: error: {error}{hint}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has left: `sadcl predict ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("SADCL_TRACEBACK"):
-            raise
+    if isinstance(error, ValueError | OSError | FloatingPointError):
         print(f"sadcl {name}: error{_process()}: {error}", file=sys.stderr)
         return 2
+    return None
+
+
+@contextmanager
+def _stream(name: str) -> Iterator[None]:
+    """Have a text stream of ``sys`` that takes everything, for as long as the context lasts.
+
+    Programs without a console have none (None): nothing is said. What an encoding lacks is escaped: a label's name
+    stops no command.
+    """
+    stream = getattr(sys, name)
+    if stream is None:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            setattr(sys, name, nowhere)
+            try:
+                yield
+            finally:
+                setattr(sys, name, None)
+    elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it flushes, and the reader may have left
+                stream.reconfigure(errors="strict")
+    else:
+        yield
 
 
 def _process() -> str:
@@ -95,7 +136,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     from sadcl.commands.train import train
 
-    train(asked.config, asked.resume)
+    train(asked.config, asked.resume, edited=asked.edited)
     return 0
 
 

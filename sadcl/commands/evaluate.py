@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from sadcl.checkpoint import CheckpointError, load_checkpoint, restore_model, thresholds_of
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.metrics._inputs import Threshold
 from sadcl.model import SADCL
 from sadcl.train.config import TrainConfig, config_from_dict
+from sadcl.train.console import bar
 from sadcl.train.data import Pairs, load_validation
 
 __all__ = ["evaluate_checkpoint"]
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
 @torch.inference_mode()
 def _evaluate_pictures(model: SADCL, images: Pairs, threshold: Threshold, workers: int) -> MultilabelReport:
     seen = MultilabelAccumulator(threshold)
-    for pictures, labels in tqdm(DataLoader(images, 64, num_workers=workers), desc="eval", unit="batch", leave=False):
+    for pictures, labels in bar(DataLoader(images, 64, num_workers=workers), desc="eval", unit="batch"):
         output = model(model.preprocessing(pictures), contrastive=False)
         seen.update(output.logits.sigmoid(), labels)
     return seen.compute()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sadcl._json import dumps
 from sadcl.attention import LabelAttention
-from sadcl.checkpoint import load_checkpoint, restore_model, save_weights
+from sadcl.checkpoint import load_checkpoint, make_folder, restore_model, save_weights
 from sadcl.commands.predict import find_pictures
 from sadcl.data.images import image_tensor
 from sadcl.functional.label_attention import choose_form
@@ -120,7 +120,7 @@ def export_model(
     if kind not in FORMATS:
         raise ValueError(f"kind: expected one of {', '.join(FORMATS)}, got {kind!r}")
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     recogniser = _Recogniser(model)
     facts: dict[str, Any] = {"format": kind, **_interface(model), **(about or {}), "versions": _versions(kind)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

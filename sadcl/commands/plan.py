@@ -17,7 +17,7 @@ from sadcl.model import SADCL
 from sadcl.train.build import make_loss
 from sadcl.train.config import AugmentConfig, StepConfig, TrainConfig, augments
 from sadcl.train.data import load_images
-from sadcl.train.optim import make_optimizer, make_schedule
+from sadcl.train.optim import advance, make_optimizer, make_schedule
 
 __all__ = ["plan"]
 
@@ -172,7 +172,7 @@ def _stage_lines(config: TrainConfig, name: str, step: StepConfig, images: int, 
         if epoch in marks:
             rates.append(f"{epoch}: {max(group['lr'] for group in optimizer.param_groups):.2g}")
         if epoch < step.epochs:
-            _advance(optimizer, schedule, per_epoch - (epoch == step.epochs - 1))
+            advance(optimizer, schedule, per_epoch - (epoch == step.epochs - 1))
     loss: DualContrastiveLoss = make_loss(config.loss)
     weights = (loss.classification_weight, loss.sample_weight, loss.prototype_weight)
     used = "ASL" if name != "step2" else "{:g} ASL + {:g} SSCL + {:g} PSCL".format(*weights)
@@ -193,12 +193,6 @@ def _stage_lines(config: TrainConfig, name: str, step: StepConfig, images: int, 
         + (f"; stops after {step.patience} without a better mAP" if step.patience else ""),
     ]
     return lines
-
-
-def _advance(optimizer: Any, schedule: Any, steps: int) -> None:
-    for _ in range(steps):
-        optimizer._opt_called = True  # the schedule otherwise warns that nothing was optimised
-        schedule.step()
 
 
 def _augmentation(config: AugmentConfig) -> str:

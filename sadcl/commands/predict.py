@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,13 +59,13 @@ def find_pictures(given: Iterable[str], stdin: BinaryIO, passed_over: Counter[st
         given: files (of any suffix, existing or not), folders (every file in them with a suffix of
             :func:`sadcl.data.images.picture_suffixes`, subfolders included, hidden files and folders not, sorted), or
             ``-``.
-        stdin: one path a line; a folder is searched here, too.
+        stdin: one path a line, in the bytes of the file system or, after a byte-order mark, in UTF-8 or UTF-16; a
+            folder is searched here, too.
         passed_over: counts the files of folders that are left out, by suffix.
     """
     for name in given:
         if name == "-":
-            listed = (os.fsdecode(line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")) for line in stdin)
-            yield from find_pictures((path for path in listed if path not in ("", "-")), stdin, passed_over)
+            yield from find_pictures((path for path in _lines(stdin) if path not in ("", "-")), stdin, passed_over)
         elif os.path.isdir(name):
             for folder, subfolders, files in os.walk(name):
                 subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
@@ -76,6 +77,15 @@ def find_pictures(given: Iterable[str], stdin: BinaryIO, passed_over: Counter[st
                         passed_over[suffix or "no suffix"] += 1
         else:
             yield name
+
+
+def _lines(stdin: BinaryIO) -> Iterator[str]:
+    first = stdin.readline()
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield from (first + stdin.read()).decode("utf-16").splitlines()
+        return
+    for line in chain([first.removeprefix(codecs.BOM_UTF8)], stdin):
+        yield os.fsdecode(line.rstrip(b"\r\n"))
 
 
 @torch.inference_mode()
@@ -181,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     classes, thresholds = content["classes"], thresholds_of(content, options.threshold)
     model = restore_model(content).to(_device(options.device))
     passed_over: Counter[str] = Counter()
-    stdin = sys.stdin.buffer if "-" in options.images else io.BytesIO()
+    stdin = sys.stdin.buffer if "-" in options.images and sys.stdin is not None else io.BytesIO()
     paths = list(find_pictures(options.images, stdin, passed_over))
     if passed_over:
         kinds = ", ".join(f"{_printable(suffix)} {count}" for suffix, count in passed_over.most_common(8))

@@ -6,19 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from sadcl._json import dumps
-from sadcl.checkpoint import write_atomically
+from sadcl.checkpoint import make_folder, write_atomically
 from sadcl.study.bench import Bench
 from sadcl.study.config import PARTS, PartConfig, StudyConfig
 from sadcl.study.report import write_report
 from sadcl.study.trials import Study, Trial
+from sadcl.train.console import say
 
 __all__ = ["run", "study"]
 
 
-def study(config: StudyConfig, dry_run: bool = False, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
+def study(config: StudyConfig, dry_run: bool = False, say: Callable[[str], None] = say) -> dict[str, Any]:
     """Run a study to its end, or print what it would run.
 
     Args:
@@ -39,7 +38,7 @@ def study(config: StudyConfig, dry_run: bool = False, say: Callable[[str], None]
 
 def run(study: Study) -> dict[str, Any]:
     """Everything that is not finished yet, then the report; returns the content of ``study.json``."""
-    study.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(study.folder)
     write_atomically(study.folder / "config.yaml", lambda file: file.write(study.config.as_yaml().encode()))
     study.say(study.describe())
     for name in PARTS:

@@ -7,20 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sadcl._json import dumps
 from sadcl.checkpoint import remove_drafts, write_atomically
 from sadcl.report.report import draw, summary, table
 from sadcl.train import distributed
 from sadcl.train.config import TrainConfig
+from sadcl.train.console import say
 from sadcl.train.lock import locked
 from sadcl.train.run import TITLES, Run
 
 __all__ = ["train"]
 
 
-def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
+def train(
+    config: TrainConfig, resume: bool = False, say: Callable[[str], None] = say, edited: bool = False
+) -> dict[str, Any]:
     """Run a config to its end and write ``metrics.json`` and the pictures.
 
     Started by torchrun, the processes train together; the main one writes and speaks.
@@ -29,6 +30,8 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
         config: what to run.
         resume: continue the run in ``config.output``.
         say: receives the lines that people read.
+        edited: with ``resume``, go on although the lists of pictures were edited since: from the beginning of the
+            interrupted epoch, with the pictures as they are now.
 
     Returns:
         What ``metrics.json`` holds.
@@ -40,17 +43,17 @@ def train(config: TrainConfig, resume: bool = False, say: Callable[[str], None] 
     with distributed.joined():
         if not distributed.is_main():
             distributed.wait()  # the folder is ours
-            return _train(config, resume, say)
+            return _train(config, resume, say, edited)
         with locked(folder):
             remove_drafts(folder)
             distributed.wait()
-            return _train(config, resume, say)
+            return _train(config, resume, say, edited)
 
 
-def _train(config: TrainConfig, resume: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def _train(config: TrainConfig, resume: bool, say: Callable[[str], None], edited: bool) -> dict[str, Any]:
     began = time.perf_counter()
     run = Run(config, say)
-    reports = run.run(resume)
+    reports = run.run(resume, edited)
     metrics = summary(run, reports)
     if config.eval_image_size:
         sized = {name: run.evaluate_at(name, config.eval_image_size) for name in reports}

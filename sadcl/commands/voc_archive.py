@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from sadcl.checkpoint import CheckpointError, load_checkpoint, restore_model
 from sadcl.data.voc import VOC_CLASSES, VocDataset, write_voc_results
 from sadcl.train.config import TrainConfig, config_from_dict
+from sadcl.train.console import bar
 
 __all__ = ["voc_archive"]
 
@@ -46,7 +46,7 @@ def voc_archive(
     # Logits, not probabilities: near 1 those would tie.
     logits = [
         model(model.preprocessing(pictures), contrastive=False).logits.float()
-        for pictures, _ in tqdm(batches, desc="predict", unit="batch", leave=False)
+        for pictures, _ in bar(batches, desc="predict", unit="batch")
     ]
     competition = 2 if config.model.pretrained or config.model.init_from else 1
     scores = torch.cat(logits)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from sadcl.head import SADCLOutput
 from sadcl.prototypes import build_prototypes
@@ -20,6 +19,7 @@ from sadcl.study.config import ARMS, PartConfig, StudyConfig, train_config
 from sadcl.study.trials import Trial
 from sadcl.train.build import build_model, make_loss
 from sadcl.train.config import LossConfig
+from sadcl.train.console import bar
 from sadcl.train.data import EVAL_BATCH, Pairs, PreprocessedDataset, as_features, load_images
 from sadcl.train.loop import Forward, evaluate, make_stage, train_epoch
 
@@ -66,7 +66,7 @@ class Bench:
         self.train_set: Pairs
         self.val_set: Pairs
         if self.frozen:
-            progress = lambda text: partial(tqdm, desc=f"seed {seed}: {text}", unit="batch", leave=False)  # noqa: E731
+            progress = lambda text: partial(bar, desc=f"seed {seed}: {text}", unit="batch")  # noqa: E731
             sides = as_features(images, self.model, self.config, self.features, self.device, progress)
             self.train_set, self.val_set = sides
         else:

@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sadcl.study.config import PARTS, Choice, PartConfig, StudyConfig, candidates, train_config
+from sadcl.train.console import say
 
 __all__ = ["Study", "Trial"]
 
@@ -43,7 +42,7 @@ class Study:
         say: receives the lines that people read.
     """
 
-    def __init__(self, config: StudyConfig, say: Callable[[str], None] = tqdm.write) -> None:
+    def __init__(self, config: StudyConfig, say: Callable[[str], None] = say) -> None:
         self.config, self.say = config, say
         self.folder = Path(config.output)
 

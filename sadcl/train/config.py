@@ -253,6 +253,7 @@ class Parsed:
     config: TrainConfig
     resume: bool
     dry_run: bool
+    edited: bool = False
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Parsed:
@@ -266,6 +267,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Parsed:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
+    parser.add_argument(
+        "--resume-edited", action="store_true", help="the same, even if the lists of pictures were edited since"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print data, parameters, memory and steps, then stop")
     parser.add_class_arguments(TrainConfig)
     try:
@@ -273,14 +277,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Parsed:
     except ValueError as error:
         parser.error(str(error))
     parsed = parser.parse_args(arguments)
-    resume, dry_run = parsed.pop("resume"), parsed.pop("dry_run")
+    resume, dry_run, edited = parsed.pop("resume"), parsed.pop("dry_run"), parsed.pop("resume_edited")
     parsed.pop("config", None)
     config = config_from_dict(parsed.as_dict())
     try:
         check_config(config)
     except ValueError as error:
         parser.error(str(error))
-    return Parsed(config, resume, dry_run)
+    return Parsed(config, resume or edited, dry_run, edited)
 
 
 def parse_config(argv: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:

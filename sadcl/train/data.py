@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sadcl.data.voc import VocDataset
 from sadcl.model import SADCL
 from sadcl.train.config import DataConfig, TrainConfig
 from sadcl.train.data_config import LISTS, Side
+from sadcl.train.listed import listed
 
 __all__ = [
     "EVAL_BATCH",
@@ -58,6 +59,7 @@ class Images:
         classes: the C label names.
         title: one line for people: what the pictures are.
         protocol: how validation was held out, for the record beside a figure.
+        listed: side -> what :func:`sadcl.train.listed.listed` says of it.
     """
 
     train: Pictures
@@ -65,6 +67,7 @@ class Images:
     classes: tuple[str, ...]
     title: str
     protocol: str
+    listed: dict[str, Tensor] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Counts of both sides, for people, and whether they share pictures."""
@@ -103,12 +106,14 @@ def load_images(config: DataConfig, seed: int) -> Images:
         source = find_source(config.source, config.root)
         train_part = split_objects(source, "train", config.split_seed)
         scenes = SceneDataset(train_part, config.train_images, seed, config.image_size)
-        return Images(scenes, val, classes, source.title, protocol)
+        both = {"train": listed(scenes, None), "val": listed(val, None)}
+        return Images(scenes, val, classes, source.title, protocol, both)
     train = open_listing(config, "train", None)
     if not train.annotated:
         raise ValueError(f"data.train_list {config.list_of('train')}: {train.title} has no annotations to train on")
     val, classes, protocol = load_validation(config, seed, train.classes)
-    return Images(train, val, classes, train.title, protocol)
+    both = {"train": listed(train, config.start_of("train")), "val": listed(val, config.start_of("val"))}
+    return Images(train, val, classes, train.title, protocol, both)
 
 
 def load_validation(

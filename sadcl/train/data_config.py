@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -96,6 +97,11 @@ class DataConfig:
     def folder_of(self, side: Side) -> str | None:
         """The folder that a side's paths start from, if it was given."""
         return (self.train_folder if side == "train" else self.val_folder) or self.root
+
+    def start_of(self, side: Side) -> str | None:
+        """The folder that a side's paths start from."""
+        given = self.folder_of(side)
+        return os.path.dirname(self.list_of(side) or "") if given is None and self.source in LISTS else given
 
     def validated_on(self, source: str, path: str) -> DataConfig:
         """The same input to the model, measured on another list."""

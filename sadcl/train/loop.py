@@ -18,7 +18,8 @@ from sadcl.model import SADCL
 from sadcl.train import distributed
 from sadcl.train.config import EmaConfig, StepConfig
 from sadcl.train.ema import make_ema
-from sadcl.train.optim import make_optimizer, make_schedule
+from sadcl.train.nonfinite import NonFiniteLoss, accused, another
+from sadcl.train.optim import advance, make_optimizer, make_schedule
 from sadcl.train.order import ShuffledBatches, rng_state, set_rng_state
 from sadcl.train.timing import Stopwatch
 
@@ -38,19 +39,6 @@ Forward = Callable[..., SADCLOutput]
 PREFETCH = 4  # batches a worker prepares in advance
 SMALLEST_SCALE = 2.0**-14  # of gradients in float16
 RANK_SEED = 1_000_003  # between the dropout seeds of two processes
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss or its gradient became NaN or infinite; going on would destroy the weights.
-
-    Attributes:
-        batch: images, labels and loss parts of the batch, on the CPU, and the names of the parameters whose gradient is
-            not finite; empty if it is another process's.
-    """
-
-    def __init__(self, message: str, batch: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.batch = batch
 
 
 @dataclass
@@ -171,6 +159,18 @@ class Stage:
         self.steps, self.sums = state["steps"], dict(state["sums"])
         set_rng_state(state["rng"])
 
+    def load_other_images(self, state: dict[str, Any]) -> None:
+        """Continue from the :meth:`state_dict` of a stage on other images, at the beginning of its epoch."""
+        groups = self.optimizer.state_dict()["param_groups"]  # the rates come from the schedule, anew
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.batches.load_state_dict({**state["position"], "batch": 0})
+        self.steps = self.batches.epoch * self.steps_per_epoch
+        advance(self.optimizer, self.scheduler, self.steps)
+        set_rng_state(state["rng"])
+
 
 def make_stage(
     model: nn.Module,
@@ -280,7 +280,7 @@ def train_epoch(
         numbers = values.get()
         finite = all(map(math.isfinite, numbers.values())) and stage.gradient_is_finite(forward)
         if not distributed.everyone(finite):
-            raise NonFiniteLoss(*(_ANOTHER if finite else _accused(model, images, labels, numbers)))
+            raise another() if finite else accused(model, images, labels, numbers)
         for name, value in numbers.items():
             stage.sums[name] = stage.sums.get(name, 0.0) + value * len(labels)
         seen += len(labels)
@@ -300,19 +300,6 @@ def train_epoch(
     stage.sums = {}
     stage.batches.finish_epoch()
     return means
-
-
-_ANOTHER: tuple[str, dict[str, Any]] = ("the loss or gradient of another process is not finite", {})
-
-
-def _accused(model: nn.Module, images: Tensor, labels: Tensor, numbers: dict[str, float]) -> tuple[str, dict[str, Any]]:
-    """What is not finite, in words, and the batch that did it."""
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": numbers, "gradient": wrong}
-    said = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
-    if all(map(math.isfinite, numbers.values())):
-        return f"the gradient is not finite, though the loss is: {said}", batch
-    return f"the loss is not finite: {said}", batch
 
 
 def _losses(loss: DualContrastiveLoss, output: SADCLOutput, labels: Tensor, contrastive: bool) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
 
 from sadcl.train.config import StepConfig
 
-__all__ = ["make_optimizer", "make_schedule", "param_groups"]
+__all__ = ["advance", "make_optimizer", "make_schedule", "param_groups"]
 
 WARMUP_START = 0.01  # of the learning rate
 
@@ -78,3 +78,10 @@ def make_schedule(optimizer: Optimizer, step: StepConfig, steps_per_epoch: int) 
         return after
     before = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
     return SequentialLR(optimizer, [before, after], milestones=[warmup])
+
+
+def advance(optimizer: Optimizer, schedule: LRScheduler, steps: int) -> None:
+    """Move the learning rate on as so many optimizer steps would."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule otherwise warns: nothing was optimised
+    for _ in range(steps):
+        schedule.step()

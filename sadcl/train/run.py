@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from sadcl.checkpoint import load_checkpoint, restore_model, save_checkpoint, write_atomically
+from sadcl.checkpoint import load_checkpoint, make_folder, restore_model, save_checkpoint, write_atomically
 from sadcl.data.images import ImageFileError
 from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
@@ -22,6 +21,7 @@ from sadcl.prototypes import build_prototypes
 from sadcl.train import distributed
 from sadcl.train.build import build_model, make_loss
 from sadcl.train.config import StepConfig, TrainConfig, augments
+from sadcl.train.console import bar, say
 from sadcl.train.data import EVAL_BATCH, Images, Pairs, PreprocessedDataset, as_features, load_images, load_validation
 from sadcl.train.log import RunLog
 from sadcl.train.loop import (
@@ -54,10 +54,10 @@ class Run:
         say: receives the lines that people read.
     """
 
-    def __init__(self, config: TrainConfig, say: Callable[[str], None] = tqdm.write) -> None:
+    def __init__(self, config: TrainConfig, say: Callable[[str], None] = say) -> None:
         self.config, self.say = config, say if distributed.is_main() else _unsaid
         self.folder = Path(config.output)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.device = distributed.run_device()
         self.autocast = autocast_dtype(config.amp, self.device)
         seed_everything(config.seed)
@@ -92,7 +92,7 @@ class Run:
                 self.config,
                 Path(self.config.data.feature_cache or self.folder / "features"),
                 self.device,
-                lambda name: partial(tqdm, desc=name, unit="batch", leave=False, disable=not distributed.is_main()),
+                lambda name: partial(bar, desc=name, unit="batch"),
             )
         return train, val, self.model.head
 
@@ -108,9 +108,14 @@ class Run:
 
     # -- the stages --
 
-    def run(self, resume: bool = False) -> dict[str, MultilabelReport]:
-        """All stages in order; returns the report of each at its end."""
-        state = self._resume_state() if resume else None
+    def run(self, resume: bool = False, edited: bool = False) -> dict[str, MultilabelReport]:
+        """All stages in order; returns the report of each at its end.
+
+        Args:
+            resume: go on from ``last.pt``.
+            edited: then go on with other pictures, too.
+        """
+        state = self._resume_state(edited) if resume else None
         step = self.progress.step
         if distributed.is_main():
             if not resume:
@@ -153,7 +158,7 @@ class Run:
         if resuming:
             assert state is not None
             restore_stage(state, self.model, stage)
-            self.progress.best = state["best"]
+            self.progress.best = None if "val" in state["edits"] else state["best"]  # measured on other pictures
         self.progress.epoch = stage.batches.epoch
         report = self._epochs(step, stage, set_epoch)
         if step.select == "best":
@@ -170,18 +175,11 @@ class Run:
         report = None
         steps = stage.steps_per_epoch
         forward = distributed.parallel(self.forward, self.device)
-        with tqdm(
-            total=step.epochs * steps,
-            initial=stage.steps,
-            desc=TITLES[name],
-            unit="step",
-            leave=False,
-            disable=not distributed.is_main(),
-        ) as bar:
+        with bar(total=step.epochs * steps, initial=stage.steps, desc=TITLES[name], unit="step") as shown:
 
             def on_step(parts: dict[str, float]) -> None:
-                bar.set_postfix(loss=f"{parts['total']:.1f}", refresh=False)
-                bar.update()
+                shown.set_postfix(loss=f"{parts['total']:.1f}", refresh=False)
+                shown.update()
                 progress.step += 1
                 every = self.config.checkpoint_every
                 if every and progress.step % every == 0 and stage.batches.batch < len(stage.batches):
@@ -305,9 +303,9 @@ class Run:
         batches = distributed.BatchShard(count, batch_size)
         return DataLoader(images, batch_sampler=batches, num_workers=self._workers() if workers is None else workers)
 
-    def _resume_state(self) -> dict[str, Any] | None:
+    def _resume_state(self, edited: bool) -> dict[str, Any] | None:
         """What to continue from, and a word about it."""
-        state = read_last(self.config, self.images)
+        state = read_last(self.config, self.images, edited)
         if state is None:
             self.say(f"nothing to resume in {self.folder}: starting from the beginning")
             return None
@@ -315,7 +313,11 @@ class Run:
         self.progress.step = state.get("step", 0)
         batch = state["training"]["position"]["batch"]
         middle = f", after batch {batch} of the next" if batch else ""
+        if "train" in state["edits"]:
+            middle = ", which begins again" if batch else ""
         self.say(f"resuming {TITLES[state['stage']]} after epoch {state['epoch']}{middle}")
+        for side, changes in state["edits"].items():
+            self.say(f"  edited since ({side}): {changes}")
         return state
 
     def _finish(self) -> None:

@@ -16,11 +16,13 @@ from sadcl.model import SADCL
 from sadcl.train import distributed
 from sadcl.train.config import TrainConfig, config_from_dict
 from sadcl.train.data import Images
+from sadcl.train.listed import edits
 from sadcl.train.loop import NonFiniteLoss, Stage
 from sadcl.train.order import rng_state, set_rng_state
 
 __all__ = ["Progress", "content", "dump_batch", "others_state", "read_last", "restore_stage"]
 
+NAMES = {"train": "training", "val": "validation"}
 # Keys that a resumed run may change: they say where things are and what is drawn, not what is computed.
 FREE = ("output", "plots", "checkpoint_every", "data.workers", "data.feature_cache", "data.root")
 
@@ -83,7 +85,9 @@ def content(
         "thresholds": progress.thresholds,
         "history": progress.history,
     }
-    return kept if training is None else {**kept, "training": training.state_dict(), "others": list(others)}
+    if training is None:
+        return kept
+    return {**kept, "listed": images.listed, "training": training.state_dict(), "others": list(others)}
 
 
 def others_state(model: SADCL, stage: Stage) -> list[dict[str, Any]]:
@@ -97,9 +101,17 @@ def others_state(model: SADCL, stage: Stage) -> list[dict[str, Any]]:
 
 
 def restore_stage(state: dict[str, Any], model: SADCL, stage: Stage) -> None:
-    """Put a stage back to where a checkpoint of :func:`content` was made: the weights, and all that trains them."""
+    """Put a stage back to where a checkpoint of :func:`content` was made: the weights, and all that trains them.
+
+    With a training list that was edited since, the epoch begins again, with the schedule at its share of the steps that
+    there are now.
+    """
     model.load_state_dict(state["model"])
-    stage.load_state_dict(state["training"])
+    edited = "train" in state["edits"]
+    if edited:
+        stage.load_other_images(state["training"])
+    else:
+        stage.load_state_dict(state["training"])
     if distributed.is_main():
         return
     own = state["others"][distributed.rank() - 1]
@@ -107,15 +119,23 @@ def restore_stage(state: dict[str, Any], model: SADCL, stage: Stage) -> None:
     for bank in (one.head.memory_bank for one in models):
         if bank is not None:
             bank.slots.copy_(own["bank"])
-    stage.sums = dict(own["sums"])
+    stage.sums = {} if edited else dict(own["sums"])
     set_rng_state(own["rng"])
 
 
-def read_last(config: TrainConfig, images: Images) -> dict[str, Any] | None:
+def read_last(config: TrainConfig, images: Images, edited: bool = False) -> dict[str, Any] | None:
     """What ``last.pt`` holds, if it is this run's; None if there is nothing yet.
 
+    Args:
+        config: of the run.
+        images: what it would go on with.
+        edited: take them although the lists were edited since.
+
+    Returns:
+        The checkpoint, and in ``edits`` what was changed: side -> in words.
+
     Raises:
-        CheckpointError: it is of a run with another config, other labels or another number of processes.
+        CheckpointError: it is of a run with another config, other labels, pictures or number of processes.
     """
     path = Path(config.output) / "last.pt"
     if not path.is_file():
@@ -129,7 +149,13 @@ def read_last(config: TrainConfig, images: Images) -> dict[str, Any] | None:
                 f"resume with --config {path.with_name('config.yaml')}"
             )
     if tuple(state["classes"]) != images.classes:
-        raise CheckpointError(f"{path}: was started on other labels ({state['title']})")
+        other = sorted(set(state["classes"]) ^ set(images.classes)) or ["in another order"]
+        raise CheckpointError(f"{path}: was started on other labels ({state['title']}): {', '.join(other[:5])}")
+    sides = {side: edits(then, images.listed[side]) for side, then in state.get("listed", {}).items()}
+    state["edits"] = {side: changes for side, changes in sides.items() if changes}
+    if state["edits"] and not edited:
+        said = "; ".join(f"{NAMES[side]}: {changes}" for side, changes in state["edits"].items())
+        raise CheckpointError(f"{path}: the pictures are not those it was started on ({said}); --resume-edited goes on")
     processes = 1 + len(state.get("others", []))
     if processes != distributed.world():
         raise CheckpointError(

@@ -1,0 +1,45 @@
+"""A loss or gradient that is not finite: what to say of it, and the batch that did it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["NonFiniteLoss", "accused", "another"]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient became NaN or infinite; going on would destroy the weights.
+
+    Attributes:
+        batch: images, labels and loss parts of the batch, on the CPU, and the names of the parameters whose gradient is
+            not finite; empty if it is another process's.
+    """
+
+    def __init__(self, message: str, batch: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+def another() -> NonFiniteLoss:
+    """It happened in another process, which has the batch."""
+    return NonFiniteLoss("the loss or gradient of another process is not finite", {})
+
+
+def accused(model: nn.Module, images: Tensor, labels: Tensor, parts: dict[str, float]) -> NonFiniteLoss:
+    """It happened in this process, with this batch.
+
+    Args:
+        model: with the gradients.
+        images: of the batch.
+        labels: of the batch.
+        parts: its losses.
+    """
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": parts, "gradient": wrong}
+    said = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+    if all(map(math.isfinite, parts.values())):
+        return NonFiniteLoss(f"the gradient is not finite, though the loss is: {said}", batch)
+    return NonFiniteLoss(f"the loss is not finite: {said}", batch)
