@@ -56,6 +56,11 @@ def _dual(x: Any) -> Results:
     return rows, reference.pscl(x.embeddings, x.prototypes, x.target, x.prototype_temperature, x.released)
 
 
+def _linear(x: Any) -> Results:
+    product = x.x.double() @ x.weight.double().t()
+    return (product if x.bias is None else product + x.bias.double(),)
+
+
 def _label_attention(x: Any) -> Results:
     dropped = None
     batch, length, _ = x.memory.shape
@@ -94,7 +99,7 @@ ORACLES: dict[str, Callable[[Any], Results]] = {
     "group_classifier": lambda x: (reference.group_classifier(*x),),
     "label_attention": _label_attention,
     "label_attention_core": _label_attention_core,
-    "linear": lambda x: (torch.nn.functional.linear(*(None if t is None else t.double() for t in x)),),
+    "linear": _linear,
     "pscl": _pscl,
     "sscl": _sscl,
 }
