@@ -35,15 +35,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sadcl.prototypes",),
     ("sadcl.model",),
     ("sadcl.backbones", "sadcl.head"),
-    ("sadcl.transformer", "sadcl.bank", "sadcl.classes"),
+    ("sadcl.transformer", "sadcl.bank", "sadcl.classes", "sadcl.backbone_weights"),
     ("sadcl.attention", "sadcl.losses", "sadcl.metrics"),
+    ("sadcl.linear",),
     ("sadcl.functional",),
     ("sadcl.reference",),  # beside the ops, not above them: see NEVER
     ("sadcl.ops",),
     ("sadcl._backends",),
     ("sadcl._C", "sadcl.kernels", "sadcl.cuda", "sadcl.portable"),
     ("sadcl._checks",),
-    ("sadcl._dtypes", "sadcl._files", "sadcl._json"),
+    ("sadcl._dtypes", "sadcl._files", "sadcl._json", "sadcl._own"),
 )
 
 # (importer, imported): what the order alone does not forbid. The oracles are for the tests and the backend "reference".
@@ -51,7 +52,12 @@ NEVER = (
     ("sadcl.reference", "sadcl.ops"),
     ("sadcl.kernels", "sadcl.portable"),
     ("sadcl.portable", "sadcl.kernels"),
-    *((name, "sadcl.reference") for layer in LAYERS[:13] for name in layer if name not in ("sadcl", "sadcl.testing")),
+    *(
+        (name, "sadcl.reference")
+        for layer in LAYERS[: LAYERS.index(("sadcl.functional",))]
+        for name in layer
+        if name not in ("sadcl", "sadcl.testing")
+    ),
 )
 # torchrun starts modules, so `python -m sadcl.train` has to be the command.
 ALLOWED = (("sadcl.train.__main__", "sadcl.cli"),)
