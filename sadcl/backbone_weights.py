@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._files import mistaken_for_checkpoint, unwrapped
+
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "_fc.")
@@ -24,6 +26,8 @@ def read_weights(path: str) -> Mapping[str, Tensor]:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"pretrained: no such file {path!r}; expected True, False or a path")
+    if what := mistaken_for_checkpoint(path):
+        raise ValueError(f"pretrained: {path}: {what}")
     try:
         if path.endswith(".safetensors"):
             return importlib.import_module("safetensors.torch").load_file(path)
@@ -43,8 +47,8 @@ def read_weights(path: str) -> Mapping[str, Tensor]:
 
 def load_weights(body: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load every parameter of the body; only classifier weights may be left over."""
-    given = {key.removeprefix("module."): value for key, value in state.items()}
     wanted = body.state_dict()
+    given = unwrapped(state, wanted)
     missing = [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in given if k not in wanted and not k.startswith(_CLASSIFIERS)]
     wrong = [k for k in wanted if k in given and given[k].shape != wanted[k].shape]

@@ -35,8 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sadcl.prototypes",),
     ("sadcl.model",),
     ("sadcl.backbones", "sadcl.head"),
-    ("sadcl.backbone_weights",),
-    ("sadcl.transformer", "sadcl.bank", "sadcl.classes"),
+    ("sadcl.transformer", "sadcl.bank", "sadcl.classes", "sadcl.backbone_weights"),
     ("sadcl.attention", "sadcl.losses", "sadcl.metrics"),
     ("sadcl.linear",),
     ("sadcl.functional",),
@@ -53,7 +52,12 @@ NEVER = (
     ("sadcl.reference", "sadcl.ops"),
     ("sadcl.kernels", "sadcl.portable"),
     ("sadcl.portable", "sadcl.kernels"),
-    *((name, "sadcl.reference") for layer in LAYERS[:15] for name in layer if name not in ("sadcl", "sadcl.testing")),
+    *(
+        (name, "sadcl.reference")
+        for layer in LAYERS[: LAYERS.index(("sadcl.functional",))]
+        for name in layer
+        if name not in ("sadcl", "sadcl.testing")
+    ),
 )
 # torchrun starts modules, so `python -m sadcl.train` has to be the command.
 ALLOWED = (("sadcl.train.__main__", "sadcl.cli"),)

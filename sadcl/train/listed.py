@@ -29,7 +29,7 @@ def listed(side: ImageListing | SceneDataset, folder: str | os.PathLike[str] | N
     if isinstance(side, ImageListing):
         names = [_relative(path, os.fspath(folder or "")) for path in side.paths]
         labels = enumerate(zip(names, side.positive, strict=True))
-        rows = [[name, list(positive), sorted(side.ignored.get(i, ()))] for i, (name, positive) in labels]
+        rows = [[name, positive, side.ignored.get(i, ()), side.absent.get(i)] for i, (name, positive) in labels]
     return torch.frombuffer(bytearray(zlib.compress(json.dumps(rows).encode())), dtype=torch.uint8)
 
 
@@ -52,14 +52,8 @@ def _relative(path: str, folder: str) -> str:
 
 
 def _read(packed: Tensor) -> dict[str, Any]:
-    """Name -> labels, in order; a name that comes again gets a number."""
-    found: dict[str, Any] = {}
-    for name, *labels in json.loads(zlib.decompress(packed.numpy().tobytes())):
-        count = 2
-        while name in found:
-            name, count = f"{name} ({count})", count + 1
-        found[name] = labels
-    return found
+    """Name -> labels, in order."""
+    return {name: labels for name, *labels in json.loads(zlib.decompress(packed.numpy().tobytes()))}
 
 
 def _words(one: str, many: str, names: list[str]) -> str:

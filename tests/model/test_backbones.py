@@ -303,11 +303,16 @@ def test_weights_from_a_path(tmp_path):
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None)
     path = tmp_path / "weights.pth"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
-    backbone = build_backbone("resnet18", path, 64)
-    assert torch.equal(backbone.body.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
+    for prefix in ("module.", "_orig_mod.", "model.module."):
+        torch.save({"state_dict": {f"{prefix}{k}": v for k, v in network.state_dict().items()}}, path)
+        backbone = build_backbone("resnet18", path, 64)
+        assert torch.equal(backbone.body.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
     with pytest.raises(ValueError, match=r"weights.pth does not fit this backbone: missing"):
         build_backbone("resnet34", path, 64)
+    page = tmp_path / "page.pth"
+    page.write_text("<!DOCTYPE html><html>")
+    with pytest.raises(ValueError, match=r"page.pth: a web page"):
+        build_backbone("resnet18", page, 64)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"weights.pth is truncated"):
         build_backbone("resnet18", path, 64)

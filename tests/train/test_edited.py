@@ -55,7 +55,6 @@ A, B, C, D = (("sub/a.png", (0,), ()), ("b.png", (1, 2), ()), ("c.png", (), (1,)
         ([A, ("b.png", (1,), ()), C], "1 picture has other labels (b.png)"),
         ([A, B, ("c.png", (), ())], "1 picture has other labels (c.png)"),
         ([A, ("b.png", (2, 1), ()), C], ""),
-        ([A, B, C, B], "1 picture is new (b.png (2))"),
         ([("a.png", (0,), ()), B, C], "1 picture is gone (sub/a.png), 1 picture is new (a.png)"),
     ],
 )
