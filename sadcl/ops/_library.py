@@ -7,7 +7,9 @@ order: they get the tuples and use field names, and so do the bindings of the ex
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ _TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells i
 _SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float"}
 
 _EAGER: dict[str, Callable[..., Any]] = {}
+_DIFFERENTIABLE: dict[str, Callable[..., Any]] = {}
 _TRANSFORMED: dict[str, Callable[..., Any]] = {}
 OPS: dict[str, Op] = {}
 
@@ -139,17 +142,39 @@ class _Derivative:
         self.op, self.backward = op, backward
         inputs, outputs = op.inputs._fields, op.outputs._fields
         needs = (*inputs, *outputs[op.results :]) if backward.needs is None else backward.needs
-        self.x_at = [i for i, name in enumerate(inputs) if name in needs]
-        self.out_at = [i for i, name in enumerate(outputs) if name in needs]
-        self.is_tensor = [types[inputs[i]] in _TENSORS for i in self.x_at]
+        x_at = [i for i, name in enumerate(inputs) if name in needs]
+        out_at = [i for i, name in enumerate(outputs) if name in needs]
+        tensors = [i for i in x_at if types[inputs[i]] in _TENSORS]
+        constants = [i for i in x_at if i not in tensors]
+        # What is saved is a row of tensors, t, and a row of constants, c.
+        x_from = {inputs[i]: f"t[{k}]" for k, i in enumerate(tensors)}
+        x_from |= {inputs[i]: f"c[{k}]" for k, i in enumerate(constants)}
+        out_from = {outputs[i]: f"t[{len(tensors) + k}]" for k, i in enumerate(out_at)}
+        self.tensors_of = _compiled("x, out", [f"x[{i}]" for i in tensors] + [f"out[{i}]" for i in out_at])
+        self.constants_of = _compiled("x", [f"x[{i}]" for i in constants])
+        self.inputs_of = _compiled("t, c", [x_from.get(name, "None") for name in inputs], op.inputs)
+        self.saved_of = _compiled("t", [out_from.get(name, "None") for name in outputs], op.outputs)
+        # The backward op's arguments of both, and back.
+        self.flat = _compiled("t, c", [x_from[inputs[i]] for i in x_at] + [out_from[outputs[i]] for i in out_at])
+        count = op.results + len(x_at)
+        where = {i: op.results + k for k, i in enumerate(x_at)}
+        self.split = _compiled(
+            "a",
+            [
+                _row([f"a[{where[i]}]" for i in tensors] + [f"a[{count + k}]" for k in range(len(out_at))]),
+                _row([f"a[{where[i]}]" for i in constants]),
+            ],
+        )
         self.gradient_at = [inputs.index(name) for name in backward.gradients]
+        self.none = (None,) * (len(inputs) + 1)
+        self.wanted: dict[tuple[bool, ...], tuple[str, ...]] = {}
         upstream = [f"grad_{name}" for name in outputs[: op.results]]
         self.upstream: Any = namedtuple("upstream", upstream)  # type: ignore[misc]
         grads = namedtuple("grads", [f"grad_{name}" for name in backward.gradients])  # type: ignore[misc]
         self.fills: Any = backward.fills or grads
         self.schema = [f"Tensor {upstream[0]}", *(f"Tensor? {name}" for name in upstream[1:])]
-        self.schema += [f"{_SCHEMA[types[inputs[i]]]} {inputs[i]}" for i in self.x_at]
-        self.schema += [f"Tensor {outputs[i]}" for i in self.out_at]
+        self.schema += [f"{_SCHEMA[types[inputs[i]]]} {inputs[i]}" for i in x_at]
+        self.schema += [f"Tensor {outputs[i]}" for i in out_at]
         self.schema += ["bool[] wanted"]
         self.arguments: Any = namedtuple("arguments", [part.split()[1] for part in self.schema])  # type: ignore[misc]
         self._register()
@@ -170,16 +195,15 @@ class _Derivative:
 
     def unpack(self, given: Any) -> tuple[Any, Any, Any, tuple[str, ...]]:
         """Arguments as (upstream, inputs, saved outputs, wanted)."""
-        x: list[Any] = [None] * len(self.op.inputs._fields)
-        saved: list[Any] = [None] * len(self.op.outputs._fields)
-        values = iter(given)
-        upstream = self.upstream(*(next(values) for _ in self.upstream._fields))
-        for i in self.x_at:
-            x[i] = next(values)
-        for i in self.out_at:
-            saved[i] = next(values)
-        wanted = tuple(name for name, asked in zip(self.backward.gradients, next(values), strict=True) if asked)
-        return upstream, self.op.inputs(*x), self.op.outputs(*saved), wanted
+        tensors, constants = self.split(given)
+        upstream = self.upstream(*given[: self.op.results])
+        return upstream, self.inputs_of(tensors, constants), self.saved_of(tensors), self.names_of(tuple(given[-1]))
+
+    def names_of(self, asked: tuple[bool, ...]) -> tuple[str, ...]:
+        """The inputs of which a gradient is asked for."""
+        if asked not in self.wanted:
+            self.wanted[asked] = tuple(itertools.compress(self.backward.gradients, asked))
+        return self.wanted[asked]
 
     def allocate(self, x: Any, wanted: tuple[str, ...]) -> Any:
         """Uninitialised gradients, None for those that are not made."""
@@ -195,19 +219,21 @@ class _Derivative:
     def pack(self, upstream: tuple[Tensor | None, ...], x: Any, out: Any, wanted: tuple[str, ...] | None = None) -> Any:
         """The backward op's arguments, but for the backend; ``wanted`` None: all gradients of inputs that are there."""
         asked = [getattr(x, name) is not None if wanted is None else name in wanted for name in self.backward.gradients]
-        return self.arguments(*upstream, *(x[i] for i in self.x_at), *(out[i] for i in self.out_at), asked)
+        return self.arguments(*upstream, *self.flat(self.tensors_of(x, out), self.constants_of(x)), asked)
 
-    def run(self, given: Any, backend: str) -> tuple[Tensor, ...]:
-        """Run one backend's implementation; what it left out is a tensor of no elements."""
+    def grads(self, upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...], backend: str) -> Any:
+        """What one backend's implementation gives; None for what it left out."""
         implementation = self.backward.implementations[backend]
-        upstream, x, saved, wanted = self.unpack(given)
         if isinstance(implementation, Into):
             grads = self.allocate(x, wanted)
             implementation.run(upstream, x, saved, grads)
-        else:
-            got = implementation(upstream, x, saved, wanted)
-            grads = self.fills(*(got.get(name) for name in self.fills._fields)) if isinstance(got, Mapping) else got
-        return self._complete(grads, given)
+            return grads
+        got = implementation(upstream, x, saved, wanted)
+        return self.fills(*(got.get(name) for name in self.fills._fields)) if isinstance(got, Mapping) else got
+
+    def run(self, given: Any, backend: str) -> tuple[Tensor, ...]:
+        """The same of the op's arguments; what was left out is a tensor of no elements."""
+        return self._complete(self.grads(*self.unpack(given), backend), given)
 
     def fake(self, given: Any) -> tuple[Tensor, ...]:
         """Shapes and dtypes of :meth:`run`'s results."""
@@ -222,44 +248,64 @@ class _Derivative:
         """Save what the backward needs."""
         made = _several(output)
         ctx.mark_non_differentiable(*made[self.op.results :])
-        needed = [given[i] for i in self.x_at]
-        tensors = [value for value, is_tensor in zip(needed, self.is_tensor, strict=True) if is_tensor]
-        ctx.save_for_backward(*tensors, *(made[i] for i in self.out_at))
-        ctx.constants = [value for value, is_tensor in zip(needed, self.is_tensor, strict=True) if not is_tensor]
+        ctx.save_for_backward(*self.tensors_of(given, made))
+        ctx.constants = self.constants_of(given)
         ctx.backend = given[-1]
         ctx.first = None if self.op.results == 1 else (made[0].shape, made[0].dtype, made[0].device)
 
     def derive(self, ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        """Call the backward op and hand each gradient to its input."""
+        """Run the backward, as the op where somebody watches, and hand each gradient to its input."""
         needed = ctx.needs_input_grad
-        answer: list[Any] = [None] * len(needed)
-        wanted = [bool(needed[i]) for i in self.gradient_at]
-        if not any(wanted):
-            return tuple(answer)
-        first, *others = upstream[: self.op.results]
-        if first is None:
+        asked = tuple(needed[i] for i in self.gradient_at)
+        if True not in asked:
+            return self.none
+        upstream = upstream[: self.op.results]
+        if upstream[0] is None:
             shape, dtype, device = ctx.first
-            first = torch.zeros(shape, dtype=dtype, device=device)
-        tensors, constants = iter(ctx.saved_tensors), iter(ctx.constants)  # read once: checkpointing allows no more
-        x = [next(tensors if is_tensor else constants) for is_tensor in self.is_tensor]
-        got = call(f"{self.op.name}_backward", first, *others, *x, *tensors, wanted, ctx.backend)
-        grads = self.fills(*(None if grad.shape == (0,) else grad for grad in _several(got)))
+            upstream = (torch.zeros(shape, dtype=dtype, device=device), *upstream[1:])
+        tensors, constants, backend = ctx.saved_tensors, ctx.constants, ctx.backend  # read once, for checkpointing
+        x = self.inputs_of(tensors, constants)
+        if torch.is_grad_enabled() or watched(*upstream, *tensors) or upstream[0].is_meta:
+            arguments = (*upstream, *self.flat(tensors, constants), list(asked), backend)
+            got = _several(call(f"{self.op.name}_backward", *arguments))
+            grads = self.fills(*(None if grad.shape == (0,) else grad for grad in got))
+        else:
+            name = self.op.name
+            above, x = resolved(name, self.upstream(*upstream)), resolved(name, x)
+            with _quiet(backend, upstream[0]):
+                grads = self.grads(above, x, self.saved_of(tensors), self.names_of(asked), backend)
+        answer = list(self.none)
         if self.backward.spread is not None:
-            _, inputs, _, _ = self.unpack((first, *others, *x, *[None] * len(self.out_at), wanted))
-            by_name = self.backward.spread(grads, inputs)
+            by_name = self.backward.spread(grads, x)
             grads = [by_name.get(f"grad_{name}") for name in self.backward.gradients]
-        for i, asked, grad in zip(self.gradient_at, wanted, grads, strict=True):
-            answer[i] = grad if asked else None
+        for i, wanted, grad in zip(self.gradient_at, asked, grads, strict=True):
+            answer[i] = grad if wanted else None
         return tuple(answer)
 
 
+def _compiled(arguments: str, parts: list[str], make: Any = None) -> Callable[..., Any]:
+    """A function of ``arguments`` that gives ``make(*parts)``, or the row of them: expressions, as namedtuple makes its
+    own. Loops over the fields of a call's tuples would cost a small loss a tenth of its time."""
+    return eval(f"lambda {arguments}: {'make' if make else ''}{_row(parts)}", {"make": make})
+
+
+def _row(parts: list[str]) -> str:
+    return f"({''.join(f'{part}, ' for part in parts)})"
+
+
+def _quiet(backend: str, tensor: Tensor) -> Any:
+    """Autocast is still on inside an op's implementation and would round its float32 matmuls."""
+    return torch.autocast(tensor.device.type, enabled=False) if backend == "torch" else contextlib.nullcontext()
+
+
 def watched(*args: Any) -> bool:
-    """Whether somebody watches what runs: a tracer, a dispatch mode (fake tensors, a FLOP counter), torch.func."""
+    """Whether somebody watches what runs: a compiler or tracer, a dispatch mode (fake tensors), torch.func."""
     return (
-        is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in _PLAIN for x in args)
+        or not _PLAIN.issuperset(map(type, args))
     )
 
 
@@ -275,7 +321,7 @@ def call(name: str, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active() and not is_in_torch_dispatch_mode():
             return _TRANSFORMED[name](*args)
         return getattr(torch.ops.sadcl, name)(*args)
-    return _EAGER[name](*args)
+    return (_DIFFERENTIABLE if torch.is_grad_enabled() else _EAGER)[name](*args)
 
 
 def _several(output: Any) -> tuple[Any, ...]:
@@ -300,16 +346,13 @@ def _register(
     def run(*args: Any) -> Any:
         *given, backend = args
         x = resolved(name, inputs(*given))
-        if backend == "torch":
-            # Autocast is still on inside an op's implementation and would round its float32 matmuls.
-            with torch.autocast(given[0].device.type, enabled=False):
-                return plain(implementations[backend](x))
-        return plain(implementations[backend](x))
+        with _quiet(backend, given[0]):
+            return plain(implementations[backend](x))
 
     LIBRARY.define(f"{name}({', '.join([*schema, 'str backend'])}) -> ({', '.join(['Tensor'] * returns)})")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sadcl::{name}", lambda *args: plain(fake(inputs(*args[:-1]))), lib=LIBRARY)
-    _EAGER[name] = run
+    _EAGER[name] = _DIFFERENTIABLE[name] = run
     _TRANSFORMED[name] = transformable(name, run, None, None)
 
 
@@ -335,5 +378,5 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derive)}
     function: Any = type(f"sadcl_{name}", (torch.autograd.Function,), methods)
-    _EAGER[name] = function.apply
+    _DIFFERENTIABLE[name] = function.apply
     _TRANSFORMED[name] = transformable(name, run, derive, prepare)

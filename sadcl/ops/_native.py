@@ -35,19 +35,23 @@ def array(tensor: Tensor) -> Any:
     return extension().Array(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 
-def native(name: str) -> Callable[..., Any]:
+def native(name: str, *fields: str) -> Callable[..., Any]:
     """``sadcl._C.<name>`` as a function of NamedTuples, whose fields are its arguments: ``run(x, out)``.
 
     Tensors go as arrays, everything else as it is; ``others`` come on top.
+
+    Args:
+        name: of the function.
+        fields: the fields that it reads, where that is not all of them.
     """
+    read = frozenset(fields)
 
     def run(*parts: Any, **others: Any) -> Any:
-        arguments = {
-            name: array(value) if isinstance(value, Tensor) else value
-            for part in parts
-            for name, value in zip(part._fields, part, strict=True)
-        }
-        return getattr(extension(), name)(**arguments, **others, threads=torch.get_num_threads())
+        for part in parts:
+            for field, value in zip(part._fields, part, strict=True):
+                if not read or field in read:
+                    others[field] = array(value) if isinstance(value, Tensor) else value
+        return getattr(extension(), name)(**others, threads=torch.get_num_threads())
 
     return run
 
@@ -67,15 +71,24 @@ def resolved(op: str, x: Any) -> Any:
     Raises:
         ValueError: naming the argument, if a tensor is on another device than the first one.
     """
-    device, lazy = None, False
-    for name, value in zip(x._fields, x, strict=True):
+    device = x[0].device
+    lazy = False
+    for value in x:
         if isinstance(value, Tensor):
-            if device is None:
-                first, device = name, value.device
-            elif value.device != device:
-                raise ValueError(f"{name}: expected a tensor on {device}, as {first} is, got {value.device} ({op})")
-            lazy = lazy or value.is_neg() or value.is_conj() or value._is_zerotensor()
+            if value.device != device:
+                _refuse_devices(op, x)
+            if value.is_neg() or value._is_zerotensor() or value.is_conj():
+                lazy = True
     return type(x)(*(_materialised(value) for value in x)) if lazy else x
+
+
+def _refuse_devices(op: str, x: Any) -> None:
+    device = x[0].device
+    for name, value in zip(x._fields, x, strict=True):
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(
+                f"{name}: expected a tensor on {device}, as {x._fields[0]} is, got one on {value.device} ({op})"
+            )
 
 
 def _materialised(value: Any) -> Any:
