@@ -257,20 +257,19 @@ def build_backbone(
     """Build a backbone by name.
 
     Args:
-        name: ``efficientnet_lite0``; a ResNet of torchvision (``resnet101``); any timm model with
-            ``forward_features``; ``timm:NAME`` or ``torchvision:NAME`` to say from where.
-        pretrained: False; True for weights that a package carries (``efficientnet_lite0``); or a path to a
-        state
+        name: ``efficientnet_lite0``; a ResNet of torchvision (``resnet101``); any timm model whose
+            ``forward_features`` gives one feature map, or tokens whose grid it tells; ``timm:NAME`` or
+            ``torchvision:NAME`` to say from where.
+        pretrained: False; True for weights that a package carries (``efficientnet_lite0``); or a path to a state
             dict under the source library's names. Nothing is ever downloaded.
         image_size: side or (H, W) of the input.
-        frozen: ``"default"`` (torchvision ResNets: stem and layer1, as published; others: nothing),
-        ``"all"``,
+        frozen: ``"default"`` (torchvision ResNets: stem and layer1, as published; others: nothing), ``"all"``,
             ``"none"``, or prefixes of parameter names.
         freeze_norm: keep batch norms in eval mode and untrained.
 
     Raises:
         ImportError: if the library the name belongs to is missing.
-        ValueError: if the name or the weights are unknown.
+        ValueError: if the name or the weights are unknown, or the network takes no images of this size or gives no map.
     """
     height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = (int(height), int(breadth))

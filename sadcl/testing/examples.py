@@ -87,7 +87,7 @@ class Maker:
         """Booleans, a fourth of them true."""
         if self.device != "cpu":
             return torch.empty(shape, dtype=torch.bool, device=self.device)
-        return torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.25
+        return torch.rand(shape, generator=torch.Generator().manual_seed(5), device="cpu") < 0.25
 
 
 def _compact(make: Maker) -> Iterator[Any]:

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import sadcl
 from sadcl import functional as F
-from sadcl.ops.linear import SWITCH, Linear
+from sadcl.functional.linear import SWITCH
+from sadcl.linear import Linear
 from sadcl.testing import make_features, make_labels
 
 B, V, C, D, L = 5, 2, 4, 8, 6
