@@ -1,14 +1,15 @@
 # The commands of this repository; each creates the environment it needs.
 #   make demo   train on composed scenes and draw what was learned    make test   the test suite
 #   make lint   ruff and mypy                                         make clean  remove what these made
-#   make sanitize   op tests under ASan and UBSan                     make compilers   aarch64 and clang (installed)
+#   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
+#   make compilers  aarch64 and clang (installed)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test sanitize compilers lint clean
+.PHONY: demo test sanitize races compilers lint clean
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -36,11 +37,27 @@ SANITIZED_TESTS ?= $(addprefix tests/ops/,$(addsuffix .py,test_compact test_cpp_
 	test_cpp_average_precision test_cpp_label_attention test_group_classifier test_linear test_dual test_cpp_bf16))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
-	SADCL_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	SADCL_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	test -f build/sanitize/lib/sadcl/_C*.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest -q -x -o pythonpath="build/sanitize/lib ." -p no:cacheprovider $(SANITIZED_TESTS)
+
+# The same tests under ThreadSanitizer, at 2 to 8 threads. It understands OpenMP by LLVM's runtime and its tool Archer alone
+# (Debian: clang libomp-dev); what is not instrumented (Python, torch and its libgomp) it is told to pass over.
+# setarch -R: ThreadSanitizer wants its own addresses, which a kernel's randomisation may take.
+RACED_TESTS ?= $(SANITIZED_TESTS) tests/ops/test_cpp_safety.py tests/ops/test_empty.py tests/ops/test_large_scores.py
+LLVM_LIB = $(shell clang++ -print-resource-dir 2>/dev/null)/../..
+races: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
+	CC=clang CXX=clang++ SADCL_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/races --build-lib build/races/lib
+	test -f build/races/lib/sadcl/_C*.so
+	for threads in 2 3 8; do \
+		setarch -R env LD_PRELOAD="$$(clang++ -print-file-name=libclang_rt.tsan-x86_64.so)" OMP_NUM_THREADS=$$threads \
+			OMP_TOOL_LIBRARIES="$(LLVM_LIB)/libarcher.so" TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" \
+			$(BIN)/python -m pytest -q -x -o pythonpath="build/races/lib ." -p no:cacheprovider \
+			-k "not fork and not process" $(RACED_TESTS) || exit 1; \
+	done
 
 # The kernels by other compilers, warnings being errors: aarch64 (NEON) and clang. Compiled, not run.
 KERNELS = $(filter-out csrc/module.cpp,$(wildcard csrc/*.cpp))

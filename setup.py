@@ -69,12 +69,13 @@ if X86:
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 # An instruction set that differs from the one below it in some kernels only.
 ONLY = {"avx512_bf16": ["csrc/sscl.cpp"]}
-# `make sanitize` builds with these and runs the op tests: address errors and undefined behaviour end the process.
-SANITIZE = (
-    ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2"]
-    if os.environ.get("SADCL_SANITIZE") == "1"
-    else []
-)
+# `make sanitize` (address errors and undefined behaviour end the process) and `make races` build with these.
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2"],
+    "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer", "-O2", "-gline-tables-only"],
+}
+SANITIZE = SANITIZERS[os.environ.get("SADCL_SANITIZE", "")]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ Args make_sscl(const Fields& given) {
   const int64_t rows = a.rows.features.shape[1] * a.rows.capacity;
   a.kept_size = count(given.tensor("kept"));
   a.kept = given.buffer("kept", acc, a.kept_size);
-  a.lse = given.buffer("lse", acc, rows);
+  a.lse = given.buffer("lse", acc, 2 * rows);
   a.norm = given.buffer<double>("norm", kF64, rows);
   return a;
 }

@@ -12,22 +12,22 @@
 
 SADCL_KERNELS_BEGIN
 
-// Per row (padding rows: all zero): `anchor` and `shift` give m_i e^(s_ij - lse_i) as anchor * 2^((z_i.z_j - shift) scale),
+// Per row (padding rows: all zero): `anchor` and `pivot` give m_i e^(s_ij - lse_i) as anchor * 2^((z_i.z_j - pivot) scale),
 // or, where scores are small (kFixedBound), as anchor * 2^(z_i.z_j scale); `pull` is m_i / k.
 template <class T>
 struct Anchors {
-  Scratch<T> anchor, shift, pull;
+  Scratch<T> anchor, pivot, pull;
   double scale = 1;  // a power of two taken out of m, so that float32 does not limit how small or large m may be
   bool fixed;
 
   Anchors(Rows<T>& rows, const SsclBackward& args)
-      : anchor(rows.panels * Rows<T>::P + 1), shift(rows.panels * Rows<T>::P + 1), pull(rows.panels * Rows<T>::P + 1),
+      : anchor(rows.panels * Rows<T>::P + 1), pivot(rows.panels * Rows<T>::P + 1), pull(rows.panels * Rows<T>::P + 1),
         fixed(rows.bound <= kFixedBound) {
     const T* grad = static_cast<const T*>(args.grad_rows.data);
-    const T* lse = static_cast<const T*>(args.lse);
+    const T *pivots = static_cast<const T*>(args.lse), *log_sums = pivots + rows.V * rows.in.capacity;
     double largest = 0;
     for (int64_t i = 0; i < rows.panels * Rows<T>::P; ++i) {
-      const bool active = i < rows.n && !(lse[i] == T(HUGE_VAL));
+      const bool active = i < rows.n && !(log_sums[i] == T(HUGE_VAL));
       anchor[i] = active ? grad[rows.offset(rows.place(i), args.grad_rows)] : T(0);
       if (fabs(double(anchor[i])) > largest) largest = fabs(double(anchor[i]));
     }
@@ -37,11 +37,12 @@ struct Anchors {
       scale = ldexp(1.0, exponent);
     }
     for (int64_t i = 0; i < rows.panels * Rows<T>::P; ++i) {
-      const double m = double(anchor[i]) / scale, value = i < rows.n ? double(lse[i]) : HUGE_VAL;
+      const double m = double(anchor[i]) / scale, log_sum = i < rows.n ? double(log_sums[i]) : HUGE_VAL;
       const Range same = i < rows.n ? rows.rows_of(rows.classes[i]) : Range{0, 1};
       pull[i] = T(same.last - same.first > 1 ? m / double(same.last - same.first - 1) : 0);
-      shift[i] = T(value * rows.in.temperature);
-      anchor[i] = T(value == HUGE_VAL ? 0 : fixed ? m * exp(-value) : m);
+      pivot[i] = i < rows.n ? pivots[i] : T(0);
+      const double outside = fixed ? log_sum + double(pivot[i]) / rows.in.temperature : log_sum;
+      anchor[i] = T(log_sum == HUGE_VAL ? 0 : m * exp(-outside));
     }
   }
 };
@@ -52,15 +53,15 @@ void softmax_weights(const Block<T>& block, Scale<T> scale, const Anchors<T>& an
   for (int jp = 0; jp < block.panels; ++jp)
     for (int v = 0; v < 3; ++v) {
       const int64_t j = block.j0 + jp * P + v * L;
-      const vec<T> anchor_j = load(anchors.anchor.get() + j), shift_j = load(anchors.shift.get() + j);
+      const vec<T> anchor_j = load(anchors.anchor.get() + j), pivot_j = load(anchors.pivot.get() + j);
       for (int i = 0; i < block.m; ++i) {
         T* w = block.at(jp, i) + v * L;
         const vec<T> s = load(w);
-        const T anchor_i = anchors.anchor[block.i0 + i], shift_i = anchors.shift[block.i0 + i];
+        const T anchor_i = anchors.anchor[block.i0 + i], pivot_i = anchors.pivot[block.i0 + i];
         if (anchors.fixed) {
           store(w, exp2<T>(s, scale) * (anchor_i + anchor_j));
-        } else {  // s <= lse but for rounding; the clamp keeps exp2 in its domain and lets NaN pass
-          const vec<T> x = s - shift_i, y = s - shift_j;
+        } else {  // s <= pivot but on the diagonal and for rows without a positive: the clamp; NaN passes
+          const vec<T> x = s - pivot_i, y = s - pivot_j;
           store(w, exp2<T>(x > T(0) ? vec<T>{} : x, scale) * anchor_i + exp2<T>(y > T(0) ? vec<T>{} : y, scale) * anchor_j);
         }
       }

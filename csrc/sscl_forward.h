@@ -219,28 +219,30 @@ void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats, T* kept_scor
   });
 }
 
-// lse and loss of each row from its statistics; `maxima` is the mean of R over the row's positives (oracle: sadcl/reference/sscl.py).
+// The pivot (the largest z_i.z_j, or 0), the log-sum over it and the loss of each row from its statistics. Apart, because
+// lse as one float32 number is off by half a unit where scores reach 1e7, and the backward's softmax with it; `maxima` is the mean of R over the row's positives (oracle: sadcl/reference/sscl.py).
 template <class T>
 void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& stats, const double* maxima) {
-  T* lse = static_cast<T*>(args.lse);
+  T *pivots = static_cast<T*>(args.lse), *log_sums = pivots + rows.V * rows.in.capacity;
   T* row_loss = static_cast<T*>(args.row_loss);
   const double temperature = rows.in.temperature;
   for (int64_t i = 0; i < rows.n; ++i) {
     const Range same = rows.rows_of(rows.classes[i]);
     const double positives = double(same.last - same.first - 1);
+    const T peak = stats.fixed ? T(0) : stats.peak[i];
+    pivots[i] = positives == 0 || (args.released && !(peak > 0)) ? T(0) : peak;
     if (positives == 0) {
-      lse[i] = T(HUGE_VAL);
+      log_sums[i] = T(HUGE_VAL);
       continue;
     }
-    const double peak = stats.fixed ? 0 : double(stats.peak[i]) / temperature;
-    double value = peak + log(stats.sum[i]), subtract = 0;
+    const double pivot = double(pivots[i]) / temperature;
+    double log_sum = log(stats.sum[i]), subtract = 0;
     if (args.released) {
-      const double pivot = peak > 0 ? peak : 0;
-      value = pivot + log(1e-5 + stats.sum[i] * exp(peak - pivot));
+      log_sum = log(1e-5 + stats.sum[i] * exp(double(peak) / temperature - pivot));
       subtract = pivot - maxima[i];
     }
-    lse[i] = T(value);
-    row_loss[rows.flat(rows.place(i))] = T(value - subtract - stats.positive[i] / positives / temperature);
+    log_sums[i] = T(log_sum);
+    row_loss[rows.flat(rows.place(i))] = T(pivot + log_sum - subtract - stats.positive[i] / positives / temperature);
   }
 }
 
@@ -258,7 +260,8 @@ void forward(const SsclForward& args) {
   want_huge_pages(kept, size_t(args.kept_size) * sizeof(T));
   gather(rows, args.norm, false,
          {rest(static_cast<T*>(args.row_loss), 0, rows.in.features.shape[0] * rows.V * rows.C),
-          rest(static_cast<T*>(args.lse), rows.n, capacity), rest(args.norm, rows.n, capacity),
+          rest(static_cast<T*>(args.lse), rows.n, capacity),
+          rest(static_cast<T*>(args.lse), capacity + rows.n, 2 * capacity), rest(args.norm, rows.n, capacity),
           rest(kept, fits ? squared : 0, small ? args.kept_size : 0)});
 
   Scratch<T> own(small && !fits ? squared : 1);

@@ -56,7 +56,7 @@ struct Rows {
   }
 
   static bool takes_pairs(const SsclRows& r, bool scores_only) {
-    return kHasPairs && scores_only && r.features.dtype == kBF16;
+    return kHasPairs && scores_only && r.normalize && r.features.dtype == kBF16;
   }
 
   // To the register tile, and at least one: a score of nothing is 0.

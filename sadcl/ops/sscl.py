@@ -1,7 +1,9 @@
 """Op ``sscl``: batched supervised contrastive loss over compacted rows.
 
-Forward gives the loss of every anchor and the row statistics that the backward needs (log-sum-exp and norm: float32 and
-float64 per row, never a matrix, but for the scores that a CPU keeps). Backward takes one upstream number per anchor, so
+Forward gives the loss of every anchor and the row statistics that the backward needs (log-sum-exp and norm: two float32
+and a float64 per row, never a matrix, but for the scores that a CPU keeps). A log-sum-exp is kept as its pivot and the rest,
+which is +inf for an anchor without a positive: as one float32 number it loses what the softmax hangs on, where scores are
+large. Backward takes one upstream number per anchor, so
 reductions, sample weights, class weights and the released formulation's anchor test are plain arithmetic on
 ``[B, V, C]`` outside.
 
@@ -39,7 +41,7 @@ class Outputs(NamedTuple):
     """The loss, and what the backward reads."""
 
     row_loss: Tensor  # accumulation dtype [B, V, C], 0 where inactive
-    lse: Tensor  # accumulation dtype [capacity * V]; +inf for an anchor without a positive
+    lse: Tensor  # accumulation dtype [2, capacity * V]: pivot, the largest z_i.z_j or 0, and log sum e^(s_ij - pivot / T)
     norm: Tensor  # norm dtype [capacity * V]
     kept: Tensor  # accumulation dtype [keep]
 
@@ -65,7 +67,7 @@ def allocate(x: Inputs) -> Outputs:
     dtype, rows = accumulation_dtype(x.features.dtype), x.pairs.shape[0] * v
     return Outputs(
         row_loss=x.features.new_empty((b, v, c), dtype=dtype),
-        lse=x.features.new_empty(rows, dtype=dtype),
+        lse=x.features.new_empty((2, rows), dtype=dtype),
         norm=x.features.new_empty(rows, dtype=norm_dtype(x.features.device)),
         kept=x.features.new_empty(x.keep, dtype=dtype),
     )

@@ -57,11 +57,11 @@ def _blocks(n: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _scores(z: Tensor, block: slice, temperature: Tensor) -> Tensor:
-    """``s`` of a block of rows against all, ``-inf`` against itself: ``[block, N]``."""
-    s = z[block] @ z.t() / temperature
-    s.diagonal(block.start).fill_(float("-inf"))
-    return s
+def _products(z: Tensor, block: slice) -> Tensor:
+    """``z_i . z_j`` of a block of rows with all, ``-inf`` with itself: ``[block, N]``."""
+    products = z[block] @ z.t()
+    products.diagonal(block.start).fill_(float("-inf"))
+    return products
 
 
 def forward(x: Any) -> dict[str, Tensor]:
@@ -71,26 +71,26 @@ def forward(x: Any) -> dict[str, Tensor]:
     rows = _gather(x.features, x.pairs, x.class_ptr, x.normalize)
     z, n = rows.z, rows.z.shape[0]
     mean_positive = (z * (_group_sum(rows, z)[rows.group] - z)).sum(dim=1) / temperature / rows.peers.clamp(min=1)
-    lse, pivot = z.new_empty(n), z.new_zeros(n)
+    pivot, log_sum = z.new_empty(n), z.new_empty(n)
     for block in _blocks(n):
-        s = _scores(z, block, temperature)
-        if released:
-            pivot[block] = s.amax(dim=1).clamp(min=0.0)
-            lse[block] = pivot[block] + torch.log(1e-5 + torch.exp(s - pivot[block, None]).sum(dim=1))
-        else:
-            lse[block] = torch.logsumexp(s, dim=1)
+        products = _products(z, block)
+        highest = products.amax(dim=1)
+        pivot[block] = highest.clamp(min=0.0) if released else highest
+        total = torch.exp((products - pivot[block, None]) / temperature).sum(dim=1)
+        log_sum[block] = torch.log(total + 1e-5 if released else total)
     if released:
         mean_positive = mean_positive - _mean_pair_maximum(rows, b, v, c, temperature)
     has_positive = rows.peers > 0
-    loss = torch.where(has_positive, lse - pivot - mean_positive, 0.0)
+    loss = log_sum - mean_positive if released else pivot / temperature + log_sum - mean_positive
 
     row_loss = z.new_zeros(b, v, c)
-    row_loss[rows.image, :, rows.label] = loss.reshape(rows.image.shape[0], v)
+    row_loss[rows.image, :, rows.label] = torch.where(has_positive, loss, 0.0).reshape(rows.image.shape[0], v)
     capacity = x.pairs.shape[0] * v
-    all_lse, all_norm = z.new_zeros(capacity), rows.norm.new_zeros(capacity)
-    all_lse[:n] = lse.masked_fill(~has_positive, float("inf"))
-    all_norm[:n] = rows.norm
-    return {"row_loss": row_loss, "lse": all_lse, "norm": all_norm, "kept": z.new_empty(0)}
+    lse, norm = z.new_zeros(2, capacity), rows.norm.new_zeros(capacity)
+    lse[0, :n] = pivot.masked_fill(~has_positive, 0.0)
+    lse[1, :n] = log_sum.masked_fill(~has_positive, float("inf"))
+    norm[:n] = rows.norm
+    return {"row_loss": row_loss, "lse": lse, "norm": norm, "kept": z.new_empty(0)}
 
 
 def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor) -> Tensor:
@@ -128,14 +128,16 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     v = features.shape[1]
     rows = _gather(features, x.pairs, x.class_ptr, x.normalize)
     z, n = rows.z, rows.z.shape[0]
-    lse = saved.lse[:n]
+    pivot, log_sum = saved.lse[:, :n]
     m = grad_rows[rows.image, :, rows.label].reshape(-1).to(z.dtype)
-    m = torch.where(torch.isposinf(lse), 0.0, m)
-    g = torch.empty_like(z)
+    m = torch.where(torch.isposinf(log_sum), 0.0, m)
+    g = torch.zeros_like(z)
     for block in _blocks(n):
-        s = _scores(z, block, temperature)
-        weight = m[block, None] * torch.exp(s - lse[block, None]) + m * torch.exp(s - lse)
-        g[block] = weight @ z
+        # Both sides from the rows' own products: z_j.z_i need not have the bits of z_i.z_j, and pivots are the rows'.
+        logits = (_products(z, block) - pivot[block, None]) / temperature - log_sum[block, None]
+        weight = m[block, None] * torch.exp(logits)
+        g[block] += weight @ z
+        g += weight.t() @ z[block]
     class_sum, weighted_sum = _group_sum(rows, z), _group_sum(rows, m[:, None] * z)
     numerator = m[:, None] * class_sum[rows.group] + weighted_sum[rows.group] - 2.0 * m[:, None] * z
     # peers = 0 leaves no numerator: m is 0 there, and the class sums are the row's own.
