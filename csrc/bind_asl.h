@@ -8,8 +8,8 @@ namespace sadcl {
 namespace {
 
 // False if a label is not allowed.
-bool bind_asl_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+bool bind_asl_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   AslForward a;
   a.logits = given.tensor("logits"), a.labels = given.tensor("labels");
   check_rank("logits", a.logits, 2);
@@ -30,8 +30,8 @@ bool bind_asl_forward(const py::kwargs& fields) {
   return table.asl_forward(a);
 }
 
-void bind_asl_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_asl_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   AslBackward a;
   a.grad_logits = given.tensor("grad_logits");
   check_rank("grad_logits", a.grad_logits, 2);

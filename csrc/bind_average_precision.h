@@ -7,9 +7,9 @@
 namespace sadcl {
 namespace {
 
-void bind_average_precision_of(const py::kwargs& fields) {
-  const Fields given(fields);
-  const Array &scores = given.tensor("scores"), &target = given.tensor("target");
+void bind_average_precision_of(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
+  const Array scores = given.tensor("scores"), target = given.tensor("target");
   check_rank("scores", scores, 2);
   if (scores.dtype != kF64) check_dtype("scores", scores, kF32);
   check_shape("target", target, {scores.shape[0], scores.shape[1]});

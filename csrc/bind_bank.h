@@ -7,8 +7,8 @@
 namespace sadcl {
 namespace {
 
-void bind_bank_update(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_bank_update(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   BankUpdate a;
   a.slots = given.tensor("slots"), a.features = given.tensor("features");
   a.scores = given.tensor("scores"), a.labels = given.tensor("labels");

@@ -10,8 +10,8 @@
 namespace sadcl {
 namespace {
 
-void bind_compact_of(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_compact_of(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   Compact a;
   a.labels = given.tensor("labels");
   check_rank("labels", a.labels, 2);

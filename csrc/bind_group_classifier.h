@@ -20,8 +20,8 @@ Args make_group_classifier(const Fields& given) {
   return a;
 }
 
-void bind_group_classifier_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_group_classifier_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   auto a = make_group_classifier<GroupClassifierForward>(given);
   const int64_t B = a.features.shape[0], C = a.features.shape[1];
   a.bias = given.buffer("bias", accumulation(a.features), C);
@@ -31,8 +31,8 @@ void bind_group_classifier_forward(const py::kwargs& fields) {
   table.group_classifier_forward(a);
 }
 
-void bind_group_classifier_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_group_classifier_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   auto a = make_group_classifier<GroupClassifierBackward>(given);
   a.grad_logits = given.tensor("grad_logits");
   check_shape("grad_logits", a.grad_logits, {a.features.shape[0], a.features.shape[1]});

@@ -9,10 +9,9 @@ namespace {
 
 LabelAttention make_label_attention(const Fields& given) {
   LabelAttention a;
-  const auto optional = [&](const char* name) { return given.optional(name) == nullptr ? Array() : given.tensor(name); };
-  a.query = given.tensor("query"), a.memory = given.tensor("memory"), a.memory_pos = optional("memory_pos");
-  a.in_weight = given.tensor("in_weight"), a.in_bias = optional("in_bias");
-  a.out_weight = given.tensor("out_weight"), a.out_bias = optional("out_bias");
+  a.query = given.tensor("query"), a.memory = given.tensor("memory"), a.memory_pos = given.optional("memory_pos");
+  a.in_weight = given.tensor("in_weight"), a.in_bias = given.optional("in_bias");
+  a.out_weight = given.tensor("out_weight"), a.out_bias = given.optional("out_bias");
   a.heads = given.integer("heads"), a.folded = given.flag("folded");
   a.keep_scale = given.number("keep_scale"), a.threads = given.threads();
   check_rank("memory", a.memory, 3);
@@ -45,8 +44,8 @@ LabelAttention make_label_attention(const Fields& given) {
   return a;
 }
 
-void bind_label_attention_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_label_attention_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   LabelAttention a = make_label_attention(given);
   a.out = given.buffer("out", accumulation(a.memory), a.memory.shape[0] * a.memory.shape[2] * a.query.shape[a.query.dims - 2]);
   const KernelTable& table = kernels();
@@ -54,8 +53,8 @@ void bind_label_attention_forward(const py::kwargs& fields) {
   table.label_attention_forward(a);
 }
 
-void bind_label_attention_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_label_attention_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   LabelAttentionBackward g;
   g.forward = make_label_attention(given);
   const LabelAttention& a = g.forward;

@@ -7,8 +7,8 @@
 namespace sadcl {
 namespace {
 
-void bind_linear_of(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_linear_of(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   Linear a;
   a.left = given.tensor("left"), a.right = given.tensor("right");
   check_rank("left", a.left, 2);
@@ -17,10 +17,8 @@ void bind_linear_of(const py::kwargs& fields) {
   const bool wide = a.left.dtype == kF64;
   check_floating("left", a.left);
   check_input("right", a.right, {K, N}, wide);
-  if (const Array* bias = given.optional("bias")) {
-    check_input("bias", *bias, {N}, wide);
-    a.bias = *bias;
-  }
+  a.bias = given.optional("bias");
+  if (given.has("bias")) check_input("bias", a.bias, {N}, wide);
   a.out = given.buffer("out", accumulation(a.left), M * N);
   a.threads = given.threads();
   const KernelTable& table = kernels();

@@ -29,8 +29,8 @@ Args make_pscl(const Fields& given) {
   return a;
 }
 
-void bind_pscl_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_pscl_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   PsclForward a = make_pscl<PsclForward>(given);
   a.class_loss = given.buffer("class_loss", accumulation(a.features), a.features.shape[1]);
   const KernelTable& table = kernels();
@@ -38,8 +38,8 @@ void bind_pscl_forward(const py::kwargs& fields) {
   table.pscl_forward(a);
 }
 
-void bind_pscl_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_pscl_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   PsclBackward a = make_pscl<PsclBackward>(given);
   a.grad_class_loss = given.tensor("grad_class_loss");
   check_shape("grad_class_loss", a.grad_class_loss, {a.features.shape[1]});

@@ -12,7 +12,7 @@ SsclRows make_rows(const Fields& given) {
   rows.features = given.tensor("features");
   check_rank("features", rows.features, 4);
   check_floating("features", rows.features);
-  const Array &pairs = given.tensor("pairs"), &class_ptr = given.tensor("class_ptr");
+  const Array pairs = given.tensor("pairs"), class_ptr = given.tensor("class_ptr");
   check_rank("pairs", pairs, 1);
   check_rank("class_ptr", class_ptr, 1);
   rows.pairs = given.buffer<const int32_t>("pairs", kI32, pairs.shape[0]);
@@ -51,8 +51,8 @@ Args make_sscl(const Fields& given) {
   return a;
 }
 
-void bind_sscl_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_sscl_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   SsclForward a = make_sscl<SsclForward>(given);
   const Array& x = a.rows.features;
   a.released = given.flag("released");
@@ -62,8 +62,8 @@ void bind_sscl_forward(const py::kwargs& fields) {
   table.sscl_forward(a);
 }
 
-void bind_sscl_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_sscl_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   SsclBackward a = make_sscl<SsclBackward>(given);
   const Array& x = a.rows.features;
   a.grad_rows = given.tensor("grad_row_loss");

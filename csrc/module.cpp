@@ -4,8 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
-
 #include "bind.h"
 #include "bind_asl.h"
 #include "bind_average_precision.h"
@@ -24,28 +22,10 @@ namespace {
 
 Array make_array(uintptr_t data, int dtype, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
   if (dtype < kF32 || dtype > kI64) throw py::value_error("Array: unknown dtype code " + std::to_string(dtype));
-  if (shape.size() != strides.size() || shape.size() > size_t(kMaxDims))
-    throw py::value_error("Array: expected as many strides as sizes and at most " + std::to_string(kMaxDims) +
-                          " dimensions, got " + std::to_string(shape.size()) + " sizes and " +
+  if (shape.size() != strides.size())
+    throw py::value_error("Array: expected as many strides as sizes, got " + std::to_string(shape.size()) + " sizes and " +
                           std::to_string(strides.size()) + " strides");
-  Array a;
-  a.data = reinterpret_cast<void*>(data);
-  a.dtype = DType(dtype);
-  a.dims = int(shape.size());
-  double elements = 1, reach = 0;  // without empty dimensions: products of sizes must not overflow there either
-  for (int d = 0; d < a.dims; ++d) {
-    a.shape[d] = shape[d];
-    a.stride[d] = strides[d];
-    if (shape[d] > 1) elements *= double(shape[d]), reach += double(shape[d] - 1) * std::fabs(double(strides[d]));
-  }
-  for (int d = 0; d < a.dims; ++d)
-    if (shape[d] < 0) throw py::value_error("Array: expected no negative size, got shape " + shape_text(a));
-  constexpr double kAddressable = double(int64_t(1) << 59);
-  if (!(elements < kAddressable && reach < kAddressable))
-    throw py::value_error("Array: expected sizes and strides that memory can have, got shape " + shape_text(a));
-  if (data == 0 && count(a) > 0)
-    throw py::value_error("Array: expected an address, got null for shape " + shape_text(a));
-  return a;
+  return checked_array("Array", data, dtype, shape.data(), strides.data(), shape.size());
 }
 
 void bind_exp2(const Array& x, const Array& out) {
@@ -71,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sadcl";
   py::class_<Array>(m, "Array", "A borrowed tensor: address, dtype code, shape, strides in elements")
       .def(py::init(&make_array), py::arg("data_ptr"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+  m.def("set_dtypes", [](const py::dict& codes) { dtype_codes() = codes; }, "torch's dtypes to codes of array.h");
   m.def("isa", [] { return std::string(kernels().isa); }, "Instruction set in use");
   m.def("supported_isas", &supported_isas, "Instruction sets this processor can run, best first");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on (for tests)");

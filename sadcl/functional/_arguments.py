@@ -41,6 +41,8 @@ def check_labels(labels: Tensor, b: int, c: int, like: Tensor, other: str = "fea
     check.check_size("labels", labels, 0, b, "B", other)
     check.check_size("labels", labels, 1, c, "C", other)
     check.check_same_device("labels", labels, other, like)
+    if labels.is_complex():
+        raise TypeError(f"labels: expected a real dtype, got {labels.dtype}")
 
 
 def check_prototypes(prototypes: Tensor, features: Tensor) -> Tensor:

@@ -59,13 +59,16 @@ def contrastive_stats(labels: Tensor, views: int = 1, *, active: Active | None =
 
     A loss of 0 because nothing could be contrasted is thereby told from a perfect one.
     """
-    rows = check_active(active, labels, None).class_ptr.diff().long() * views
+    if active is None:
+        active = compact_labels(labels)
+    rows = active.class_ptr.diff().long() * views
     return ContrastiveStats(torch.where(rows > 1, rows, 0).sum(), (rows * (rows - 1).clamp(min=0)).sum())
 
 
-def check_active(active: Active | None, labels: Tensor, backend: str | None) -> Active:
+def check_active(active: Active | None, labels: Tensor, name: str) -> Active:
+    """``active``, or ``labels [B, C]``, which were checked, compacted by the backend ``name``."""
     if active is None:
-        return compact_labels(labels, backend)
+        return _compact.compact(labels, None, "torch" if name == "reference" else name)
     if not isinstance(active, Active):
         raise TypeError(f"active: expected the result of compact_labels, got {type(active).__name__}")
     if active.target.shape != labels.shape:

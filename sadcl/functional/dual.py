@@ -81,7 +81,7 @@ def dual_contrastive_loss(
         same: dict[str, Any] = {
             "formulation": formulation,
             "class_weight": class_weight,
-            "active": check_active(active, labels, backend),
+            "active": check_active(active, labels, name),
             "backend": name,
         }
         views = _dual.stacked(embeddings, bank_embeddings)
@@ -94,15 +94,15 @@ def dual_contrastive_loss(
         embeddings,
         bank_embeddings,
         arguments.check_prototypes(prototypes, embeddings),
-        *(active := check_active(active, labels, backend)),
+        *(active := check_active(active, labels, name)),
         sample_temperature=check.as_temperature(sample_temperature, embeddings, "sample_temperature"),
         prototype_temperature=check.as_temperature(prototype_temperature, embeddings, "prototype_temperature"),
         released=formulation == "released",
         keep=0,
     )
     weights = arguments.check_weights(class_weight, None, b, c, embeddings)
-    rows = _sscl.Inputs(_dual.views_of(x), x.pairs, x.class_ptr, x.sample_temperature, True, x.released, 0)
-    out = _dual.dual(x._replace(keep=_sscl.scores_to_keep(rows, name)), name)
+    keep = _sscl.scores_to_keep(_dual.views_of(x), x.pairs, x.class_ptr, x.sample_temperature, name)
+    out = _dual.dual(x._replace(keep=keep), name)
     return DualParts(
         sscl.finish(out.row_loss, active, x.released, None, weights, "mean"),
         pscl.finish(out.class_loss, active, x.released, weights, "mean"),

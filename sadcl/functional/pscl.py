@@ -76,7 +76,7 @@ def prototype_contrastive_loss(
     tau = check.as_temperature(temperature, features)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
     name = resolve(backend, "pscl", features.device, BACKENDS)
-    active = check_active(active, labels, backend)
+    active = check_active(active, labels, name)
     released = formulation == "released"
 
     if name == "reference":

@@ -79,14 +79,15 @@ def sample_contrastive_loss(
     scale = arguments.check_scale(tau, base_temperature, features)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
     name = resolve(backend, "sscl", features.device, BACKENDS)
-    active = check_active(active, labels, backend)
+    active = check_active(active, labels, name)
     released = formulation == "released"
 
     if name == "reference":
         rows = reference.sscl(features, active.target, tau, released).to(tau.dtype)
     else:
-        x = _sscl.Inputs(features, active.pairs, active.class_ptr, tau, normalize=True, released=released, keep=0)
-        rows = _sscl.sscl(x._replace(keep=_sscl.scores_to_keep(x, name)), name).row_loss
+        keep = _sscl.scores_to_keep(features, active.pairs, active.class_ptr, tau, name)
+        x = _sscl.Inputs(features, active.pairs, active.class_ptr, tau, normalize=True, released=released, keep=keep)
+        rows = _sscl.sscl(x, name).row_loss
     return finish(rows, active, released, scale, weights, reduction)
 
 

@@ -82,8 +82,10 @@ def supcon_loss(
             rows = reference.supcon(features, group[:, None] == group[None, :], tau)
         else:
             pairs, group_ptr = _group_rows(group)
-            x = _sscl.Inputs(features[:, :, None], pairs, group_ptr, tau, normalize=False, released=False, keep=0)
-            rows = _sscl.sscl(x._replace(keep=_sscl.scores_to_keep(x, name)), name).row_loss[:, :, 0]
+            views = features[:, :, None]
+            keep = _sscl.scores_to_keep(views, pairs, group_ptr, tau, name)
+            x = _sscl.Inputs(views, pairs, group_ptr, tau, normalize=False, released=False, keep=keep)
+            rows = _sscl.sscl(x, name).row_loss[:, :, 0]
     rows = rows.to(tau.dtype)
     if contrast_mode == "one":
         rows = rows[:, :1]

@@ -7,7 +7,6 @@ order: they get the tuples and use field names, and so do the bindings of the ex
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections import namedtuple
@@ -32,6 +31,7 @@ _TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells i
 _SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float"}
 
 _EAGER: dict[str, Callable[..., Any]] = {}
+_STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {}
 _TRANSFORMED: dict[str, Callable[..., Any]] = {}
 OPS: dict[str, Op] = {}
@@ -92,6 +92,8 @@ class Op:
         results: how many outputs can be differentiated.
         mutates: an input that is written in place.
         backends: the backends that have an implementation, best first.
+        derivative: what was made of ``backward``.
+        runs: ``inputs -> outputs``, one a backend.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Op:
     mutates: str | None = None
     backends: tuple[str, ...] = field(init=False)
     derivative: _Derivative | None = field(init=False, default=None)
+    runs: dict[str, Callable[[Any], Any]] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", tuple(name for name in PREFERENCE if name in self.implementations))
@@ -111,7 +114,8 @@ class Op:
         schema = [f"{_SCHEMA[types[name]]} {name}" for name in self.inputs._fields]
         if self.mutates is not None:
             schema[self.inputs._fields.index(self.mutates)] = f"Tensor(a!) {self.mutates}"
-        runs = {name: functools.partial(self.run, backend=name) for name in self.implementations}
+        runs = {name: self._run(implementation) for name, implementation in self.implementations.items()}
+        object.__setattr__(self, "runs", runs)
         _register(self.name, schema, len(self.outputs._fields), self.inputs, runs, self.allocate)
         if self.backward is not None:
             object.__setattr__(self, "derivative", _Derivative(self, self.backward, types))
@@ -123,13 +127,25 @@ class Op:
 
     def run(self, x: Any, backend: str) -> Any:
         """Outputs by one implementation, past the dispatcher and autograd."""
-        implementation = self.implementations[backend]
+        return self.runs[backend](x)
+
+    def _run(self, implementation: Implementation) -> Callable[[Any], Any]:
+        allocate, outputs = self.allocate, self.outputs
         if isinstance(implementation, Into):
-            out = self.allocate(x)
-            implementation.run(x, out)
-            return out
-        given = implementation(x)
-        return self.outputs(**given) if isinstance(given, Mapping) else given
+            fill = implementation.run
+
+            def filled(x: Any) -> Any:
+                out = allocate(x)
+                fill(x, out)
+                return out
+
+            return filled
+
+        def made(x: Any) -> Any:
+            given = implementation(x)
+            return outputs(**given) if isinstance(given, Mapping) else given
+
+        return made
 
 
 class _Derivative:
@@ -270,10 +286,8 @@ class _Derivative:
             got = _several(call(f"{self.op.name}_backward", *arguments))
             grads = self.fills(*(None if grad.shape == (0,) else grad for grad in got))
         else:
-            name = self.op.name
-            above, x = resolved(name, self.upstream(*upstream)), resolved(name, x)
-            with _quiet(backend, upstream[0]):
-                grads = self.grads(above, x, self.saved_of(tensors), self.names_of(asked), backend)
+            above = resolved(self.op.name, self.upstream(*upstream))
+            grads = _quietly(backend, self.grads, above, x, self.saved_of(tensors), self.names_of(asked), backend)
         answer = list(self.none)
         if self.backward.spread is not None:
             by_name = self.backward.spread(grads, x)
@@ -293,9 +307,12 @@ def _row(parts: list[str]) -> str:
     return f"({''.join(f'{part}, ' for part in parts)})"
 
 
-def _quiet(backend: str, tensor: Tensor) -> Any:
-    """Autocast is still on inside an op's implementation and would round its float32 matmuls."""
-    return torch.autocast(tensor.device.type, enabled=False) if backend == "torch" else contextlib.nullcontext()
+def _quietly(backend: str, run: Callable[..., Any], x: Any, *rest: Any) -> Any:
+    """Without autocast, which is still on inside an op's implementation and would round torch's float32 products."""
+    if backend != "torch":
+        return run(x, *rest)
+    with torch.autocast(x[0].device.type, enabled=False):
+        return run(x, *rest)
 
 
 def watched(*args: Any) -> bool:
@@ -343,16 +360,20 @@ def _register(
     def plain(made: Any) -> Any:  # as torch.library wants it: nothing, one tensor, or a tuple
         return (None if returns == 0 else made[0]) if returns < 2 else tuple(made)
 
+    def given(args: tuple[Any, ...]) -> Any:
+        return resolved(name, inputs(*args[:-1]))
+
+    def execute(x: Any, backend: str) -> Any:
+        return plain(_quietly(backend, implementations[backend], x))
+
     def run(*args: Any) -> Any:
-        *given, backend = args
-        x = resolved(name, inputs(*given))
-        with _quiet(backend, given[0]):
-            return plain(implementations[backend](x))
+        return execute(given(args), args[-1])
 
     LIBRARY.define(f"{name}({', '.join([*schema, 'str backend'])}) -> ({', '.join(['Tensor'] * returns)})")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sadcl::{name}", lambda *args: plain(fake(inputs(*args[:-1]))), lib=LIBRARY)
     _EAGER[name] = _DIFFERENTIABLE[name] = run
+    _STEPS[name] = given, execute
     _TRANSFORMED[name] = transformable(name, run, None, None)
 
 
@@ -369,11 +390,12 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
         return backward(ctx, *grads)
 
     torch.library.register_autograd(f"sadcl::{name}", derive, setup_context=prepare, lib=LIBRARY)
-    run = _EAGER[name]
+    run, (given, execute) = _EAGER[name], _STEPS[name]
 
     def forward(ctx: Any, *args: Any) -> Any:  # torch inspects the signature at every call of one without ctx: 0.1 ms
-        output = run(*args)
-        prepare(ctx, args, output)
+        x = given(args)
+        output = execute(x, args[-1])
+        prepare(ctx, (*x, args[-1]), output)  # what was made real stays so for the backward
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derive)}

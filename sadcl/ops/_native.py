@@ -26,8 +26,10 @@ DTYPE_CODES = {
 
 @functools.cache
 def extension() -> Any:
-    """The C++ extension; resolve() has made sure that it is there."""
-    return importlib.import_module("sadcl._C")
+    """The C++ extension, which knows torch's dtypes from here; resolve() has made sure that it is there."""
+    module = importlib.import_module("sadcl._C")
+    module.set_dtypes(DTYPE_CODES)
+    return module
 
 
 def array(tensor: Tensor) -> Any:
@@ -35,23 +37,14 @@ def array(tensor: Tensor) -> Any:
     return extension().Array(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 
-def native(name: str, *fields: str) -> Callable[..., Any]:
+def native(name: str) -> Callable[..., Any]:
     """``sadcl._C.<name>`` as a function of NamedTuples, whose fields are its arguments: ``run(x, out)``.
 
-    Tensors go as arrays, everything else as it is; ``others`` come on top.
-
-    Args:
-        name: of the function.
-        fields: the fields that it reads, where that is not all of them.
+    ``others`` come on top, or take a field's place.
     """
-    read = frozenset(fields)
 
     def run(*parts: Any, **others: Any) -> Any:
-        for part in parts:
-            for field, value in zip(part._fields, part, strict=True):
-                if not read or field in read:
-                    others[field] = array(value) if isinstance(value, Tensor) else value
-        return getattr(extension(), name)(**others, threads=torch.get_num_threads())
+        return getattr(extension(), name)(*parts, **others, threads=torch.get_num_threads())
 
     return run
 
@@ -66,7 +59,7 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
 
 
 def resolved(op: str, x: Any) -> Any:
-    """``x`` as kernels may read it, which see an address: on one device, nothing lazy (negated, conjugated, zero).
+    """``x`` as kernels may read it, which see an address: on one device, nothing lazy (negated, zero).
 
     Raises:
         ValueError: naming the argument, if a tensor is on another device than the first one.
@@ -77,7 +70,7 @@ def resolved(op: str, x: Any) -> Any:
         if isinstance(value, Tensor):
             if value.device != device:
                 _refuse_devices(op, x)
-            if value.is_neg() or value._is_zerotensor() or value.is_conj():
+            if value.is_neg() or value._is_zerotensor():
                 lazy = True
     return type(x)(*(_materialised(value) for value in x)) if lazy else x
 

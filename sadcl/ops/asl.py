@@ -79,7 +79,7 @@ asl = Op(
     Backward(
         gradients=("logits", "labels", "class_weight"),
         implementations={
-            "cpp": _with_rare_gradients(native("asl_backward", "grad_loss", "slope", "grad_logits")),
+            "cpp": _with_rare_gradients(native("asl_backward")),
             "triton": _with_rare_gradients(triton_kernel("asl", "asl_backward")),
             "torch": _with_rare_gradients(portable.backward),
         },

@@ -140,12 +140,11 @@ def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Gradients) -> N
     given = _Upstream(upstream.grad_row_loss, of_classes)
     native("pscl_backward")(
         given, x_classes, classes,
-        grad_features=array(out.views[0]), grad_prototypes=array(out.prototypes),
-        grad_temperature=array(out.prototype_temperature),
+        grad_features=out.views[0], grad_prototypes=out.prototypes, grad_temperature=out.prototype_temperature,
     )  # fmt: skip
     native("sscl_backward")(
         given, x_rows, rows,
-        grad_features=array(out.views.transpose(0, 1)), grad_temperature=array(out.sample_temperature),
+        grad_features=out.views.transpose(0, 1), grad_temperature=out.sample_temperature,
         add_to_first=True,
     )  # fmt: skip
 

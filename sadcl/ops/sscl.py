@@ -1,11 +1,10 @@
 """Op ``sscl``: batched supervised contrastive loss over compacted rows.
 
 Forward gives the loss of every anchor and the row statistics that the backward needs (log-sum-exp and norm: two float32
-and a float64 per row, never a matrix, but for the scores that a CPU keeps). A log-sum-exp is kept as its pivot and the rest,
-which is +inf for an anchor without a positive: as one float32 number it loses what the softmax hangs on, where scores are
-large. Backward takes one upstream number per anchor, so
-reductions, sample weights, class weights and the released formulation's anchor test are plain arithmetic on
-``[B, V, C]`` outside.
+and a float64 per row, never a matrix, but for the scores that a CPU keeps). A log-sum-exp is kept as its pivot and the
+rest, which is +inf for an anchor without a positive: as one float32 number it loses what the softmax hangs on, where
+scores are large. Backward takes one upstream number per anchor, so reductions, sample weights, class weights and the
+released formulation's anchor test are plain arithmetic on ``[B, V, C]`` outside.
 
 Rows are in the order of the pairs: ``i = p * V + v`` is feature row ``(b, v, c)`` with ``pairs[p] = b * C + c``.
 Oracle: :func:`sadcl.reference.sscl.sscl`.
@@ -41,7 +40,7 @@ class Outputs(NamedTuple):
     """The loss, and what the backward reads."""
 
     row_loss: Tensor  # accumulation dtype [B, V, C], 0 where inactive
-    lse: Tensor  # accumulation dtype [2, capacity * V]: pivot, the largest z_i.z_j or 0, and log sum e^(s_ij - pivot / T)
+    lse: Tensor  # accumulation dtype [2, capacity * V]: pivot (the largest z_i.z_j, or 0), log sum e^(s_ij - pivot / T)
     norm: Tensor  # norm dtype [capacity * V]
     kept: Tensor  # accumulation dtype [keep]
 
@@ -50,26 +49,27 @@ class Outputs(NamedTuple):
 _FEW_SCORES = extension().SSCL_FEW_SCORES if backends()["cpp"].available else 0
 
 
-def scores_to_keep(x: Inputs, backend: str) -> int:
+def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, backend: str) -> int:
     """How many scores the forward keeps for the backward: none, unless one is coming."""
-    if backend != "cpp" or not torch.is_grad_enabled() or not (x.features.requires_grad or x.temperature.requires_grad):
+    if backend != "cpp" or not torch.is_grad_enabled() or not (features.requires_grad or temperature.requires_grad):
         return 0
-    v, d = x.features.shape[1], x.features.shape[3]
-    most = (x.pairs.shape[0] * v) ** 2
-    if most <= _FEW_SCORES or torch.compiler.is_compiling() or watched(x.class_ptr):
+    v, d = features.shape[1], features.shape[3]
+    most = (pairs.shape[0] * v) ** 2
+    if most <= _FEW_SCORES or watched(class_ptr):
         return min(most, _FEW_SCORES)
-    return extension().sscl_keep(v * int(x.class_ptr[-1]), d)
+    return extension().sscl_keep(v * int(class_ptr[-1]), d)
 
 
 def allocate(x: Inputs) -> Outputs:
     """Uninitialised outputs."""
-    b, v, c, _ = x.features.shape
-    dtype, rows = accumulation_dtype(x.features.dtype), x.pairs.shape[0] * v
+    features = x.features
+    b, v, c, _ = features.shape
+    dtype, rows = accumulation_dtype(features.dtype), x.pairs.shape[0] * v
     return Outputs(
-        row_loss=x.features.new_empty((b, v, c), dtype=dtype),
-        lse=x.features.new_empty((2, rows), dtype=dtype),
-        norm=x.features.new_empty(rows, dtype=norm_dtype(x.features.device)),
-        kept=x.features.new_empty(x.keep, dtype=dtype),
+        row_loss=features.new_empty((b, v, c), dtype=dtype),
+        lse=features.new_empty((2, rows), dtype=dtype),
+        norm=features.new_empty(rows, dtype=norm_dtype(features.device)),
+        kept=features.new_empty(x.keep, dtype=dtype),
     )
 
 
