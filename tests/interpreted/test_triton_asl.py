@@ -13,7 +13,14 @@ from sadcl.kernels import _launch
 
 from sadcl import functional as F
 from sadcl import reference
-from sadcl.testing import assert_within_budget, layouts, make_labels, poisoned_allocations, value_and_grads
+from sadcl.testing import (
+    assert_within_budget,
+    error_budgets,
+    layouts,
+    make_labels,
+    poisoned_allocations,
+    value_and_grads,
+)
 
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("asl_*.npz"))
 FOCUS = [(4, 1, 0.05, False), (4, 0, 0.0, True), (0.5, 2, 0.2, False), (0, 0, 0.0, False)]
@@ -34,19 +41,17 @@ def test_within_the_error_budget(dtype: torch.dtype, focus: tuple[float, float, 
     logits, labels = inputs(dtype)
     options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "eps": 1e-5, "detach_focal_weight": detach}
     upstream = torch.randn(7, 100, dtype=torch.float64)
-    truth = value_and_grads(
-        lambda x: reference.asl(x, labels, gamma_neg, gamma_pos, clip, 1e-5, detach), logits.double(), upstream=upstream
-    )
-    own = upstream.to(torch.float64 if dtype == torch.float64 else torch.float32)
-
-    def run(backend: str) -> tuple[torch.Tensor, ...]:
-        loss = lambda x: F.asymmetric_loss(x, labels, reduction="none", backend=backend, **options)  # noqa: E731
-        return value_and_grads(loss, logits, upstream=own)
-
+    accumulated = torch.promote_types(dtype, torch.float32)
+    oracle = lambda x: reference.asl(x, labels, gamma_neg, gamma_pos, clip, 1e-5, detach)  # noqa: E731
+    budgets = error_budgets(lambda: value_and_grads(oracle, logits.double(), upstream=upstream), accumulated)
     with poisoned_allocations():
-        got = run("triton")
-    for name, ours, peer, exact in zip(("loss", "grad"), got, run("torch"), truth, strict=True):
-        assert_within_budget(name, ours, peer, exact)
+        got = value_and_grads(
+            lambda x: F.asymmetric_loss(x, labels, reduction="none", backend="triton", **options),
+            logits,
+            upstream=upstream.to(accumulated),
+        )
+    for name, ours, want in zip(("loss", "grad"), got, budgets, strict=True):
+        assert_within_budget(name, ours, want)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -13,7 +14,15 @@ from torch.library import opcheck
 from sadcl import reference
 from sadcl.functional.group_classifier import group_classifier
 from sadcl.head import GroupClassifier
-from sadcl.testing import assert_within_budget, layouts, make_features, poisoned_allocations, value_and_grads
+from sadcl.testing import (
+    Budget,
+    assert_within_budget,
+    error_budgets,
+    layouts,
+    make_features,
+    poisoned_allocations,
+    value_and_grads,
+)
 
 BACKENDS = backends_here("group_classifier")
 SIZES = [(5, 7, 63), (1, 3, 1), (6, 2, 2100), (9, 13, 257)]
@@ -28,21 +37,30 @@ def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (x * w).sum(-1) + b
 
 
+@functools.cache
+def budgets(size: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, tuple[Budget, ...]]:
+    """Inputs, upstream gradient, and what the oracle says of logits and gradients. Sums are made in float32."""
+    inputs, upstream = problem(*size, dtype=dtype), torch.randn(size[:2]).to(dtype)
+    wide = [x.double() for x in inputs]
+    return (
+        inputs,
+        upstream,
+        error_budgets(lambda: value_and_grads(reference.group_classifier, *wide, upstream=upstream.double())),
+    )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_within_the_error_budget(
     size: tuple[int, ...], dtype: torch.dtype, backend: str, threads: int, every_isa: str
 ) -> None:
-    inputs = problem(*size, dtype=dtype)
-    upstream = torch.randn(size[:2]).to(dtype)
-    truth = value_and_grads(reference.group_classifier, *(x.double() for x in inputs), upstream=upstream.double())
-    peer = value_and_grads(eager, *inputs, upstream=upstream)
+    inputs, upstream, wanted = budgets(size, dtype)
     with poisoned_allocations():
         ours = value_and_grads(lambda *x: group_classifier(*x, backend), *inputs, upstream=upstream)
-    for name, got, other, want in zip(("logits", "features", "weight", "bias"), ours, peer, truth, strict=True):
+    for name, got, want in zip(("logits", "features", "weight", "bias"), ours, wanted, strict=True):
         assert got.dtype == dtype
-        assert_within_budget(name, got, other, want)
+        assert_within_budget(name, got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +16,17 @@ from sadcl import reference
 from sadcl.functional.group_classifier import group_classifier
 from sadcl.functional.label_attention import FORMS, label_attention
 from sadcl.reference.label_attention import label_attention as attention_oracle
-from sadcl.testing import RAGGED, layouts, make_features, make_labels, poisoned_allocations, value_and_grads
+from sadcl.testing import (
+    RAGGED,
+    Budget,
+    assert_within_budget,
+    error_budgets,
+    layouts,
+    make_features,
+    make_labels,
+    poisoned_allocations,
+    value_and_grads,
+)
 
 pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
@@ -27,13 +40,15 @@ def drawn_layout(data: st.DataObject, x: Tensor) -> Tensor:
     return dict(layouts(x))[data.draw(st.sampled_from(["contiguous", "permuted", "every_other", "offset"]))]
 
 
-def assert_near(got: tuple[Tensor, ...], peer: tuple[Tensor, ...], truth: tuple[Tensor, ...], floor: float) -> None:
-    """At most twice the portable backend's error, plus rounding to the result's dtype and ``floor`` of the largest."""
-    for ours, theirs, want in zip(got, peer, truth, strict=True):
-        largest = float(want.abs().max())
-        rounding = torch.finfo(ours.dtype).eps * want.abs().double()
-        allowed = 2 * (theirs.double() - want).abs().max() + floor * max(largest, 1e-30) + rounding
-        assert ((ours.double() - want).abs() <= allowed).all(), (ours, want)
+def flat(budget: Budget) -> Budget:
+    return replace(budget, truth=budget.truth.reshape(-1), spread=budget.spread.reshape(-1))
+
+
+def assert_near(got: tuple[Tensor, ...], oracle: Callable[[], tuple[Tensor, ...]], dtype: torch.dtype) -> None:
+    """Within the error budget of sums made in float32, or float64, a whole tensor being the row."""
+    budgets = error_budgets(oracle, torch.promote_types(dtype, torch.float32))
+    for index, (ours, want) in enumerate(zip(got, budgets, strict=True)):
+        assert_within_budget(str(index), ours.reshape(-1), flat(want))
 
 
 @settings(max_examples=40, deadline=None)
@@ -59,7 +74,12 @@ def test_dual(
     formulation = data.draw(st.sampled_from(F.FORMULATIONS))
     weights = data.draw(st.tuples(st.floats(-2, 2), st.floats(-2, 2)))
 
-    def run(backend: str, kind: torch.dtype) -> tuple[Tensor, ...]:
+    def run(
+        backend: str,
+        kind: torch.dtype,
+        formulation: str = formulation,
+        weights: tuple[float, float] = weights,
+    ) -> tuple[Tensor, ...]:
         def total(x: Tensor, bank: Tensor, p: Tensor, t: Tensor) -> Tensor:
             parts = F.dual_contrastive_loss(
                 x, bank, p, labels, sample_temperature=t, formulation=formulation, backend=backend
@@ -70,14 +90,17 @@ def test_dual(
 
     with poisoned_allocations():
         got = run("cpp", dtype)
-    # The loss and its gradients are differences of terms of the size of 1 / temperature.
-    floor = 1e-6 if dtype != torch.float64 else 1e-12
-    peer, truth = run("torch", dtype), run("reference", torch.float64)
-    largest = max(1.0, 1 / temperature) * (abs(weights[0]) + abs(weights[1]))
-    for ours, theirs, want in zip(got, peer, truth, strict=True):
-        rounding = 2 * torch.finfo(ours.dtype).eps * want.abs().double()
-        allowed = 2 * (theirs.double() - want).abs().max() + floor * max(largest, float(want.abs().max())) + rounding
-        assert ((ours.double() - want).abs() <= allowed).all(), (ours, want)
+    wide = torch.promote_types(dtype, torch.float32)
+    budgets = error_budgets(lambda: run("reference", torch.float64), wide, draws=6)
+    # One kernel makes both formulations' gradients of exp(score - log-sum-exp), which is the equation of the paper's.
+    terms = budgets
+    if formulation != "paper":
+        terms = error_budgets(lambda: run("reference", torch.float64, "paper"), wide, draws=6)
+    # The samples' part of a gradient is added to the prototypes', which has the features' dtype by then.
+    first = run("reference", torch.float64, formulation, (0.0, weights[1]))
+    for index, (ours, want, other, part) in enumerate(zip(got, budgets, terms, first, strict=True)):
+        want = flat(replace(want, spread=torch.maximum(want.spread, other.spread)))
+        assert_within_budget(str(index), ours.reshape(-1), want, stored=want.truth.abs() + part.abs().reshape(-1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,9 +113,8 @@ def test_group_classifier(b: int, c: int, e: int, dtype: torch.dtype, data: st.D
     upstream = torch.randn(b, c, generator=torch.Generator().manual_seed(seed)).to(dtype).t().contiguous().t()
     with poisoned_allocations():
         got = value_and_grads(lambda *t: group_classifier(*t, "cpp"), *inputs, upstream=upstream)
-    peer = value_and_grads(lambda *t: group_classifier(*t, "torch"), *inputs, upstream=upstream)
-    truth = value_and_grads(reference.group_classifier, *(x.double() for x in inputs), upstream=upstream.double())
-    assert_near(got, peer, truth, 1e-6 if dtype != torch.float64 else 1e-12)
+    wide = [x.double() for x in inputs]
+    assert_near(got, lambda: value_and_grads(reference.group_classifier, *wide, upstream=upstream.double()), dtype)
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,4 +147,4 @@ def test_label_attention(b: int, c: int, length: int, heads: int, width: int, da
 
     with poisoned_allocations():
         got = run("cpp", dtype)
-    assert_near(got, run("torch", dtype), run("reference", torch.float64), 1e-6 if dtype != torch.float64 else 1e-12)
+    assert_near(got, lambda: run("reference", torch.float64), dtype)
