@@ -50,14 +50,17 @@ class Outputs(NamedTuple):
 _FEW_SCORES = extension().SSCL_FEW_SCORES if backends()["cpp"].available else 0
 
 
-def scores_to_keep(x: Inputs, backend: str) -> int:
+def scores_to_keep(x: Inputs, backend: str) -> int | torch.SymInt:
     """How many scores the forward keeps for the backward: none, unless one is coming."""
     if backend != "cpp" or not torch.is_grad_enabled() or not (x.features.requires_grad or x.temperature.requires_grad):
         return 0
     v, d = x.features.shape[1], x.features.shape[3]
     most = (x.pairs.shape[0] * v) ** 2
-    if most <= _FEW_SCORES or torch.compiler.is_compiling() or watched(x.class_ptr):
-        return min(most, _FEW_SCORES)
+    if torch.compiler.is_compiling() or watched(x.class_ptr) or x.class_ptr.is_meta:
+        # jit.trace would bake the number in; a comparison would make a graph for few rows and one for many.
+        return 0 if torch.jit.is_tracing() else torch.sym_min(most, _FEW_SCORES)
+    if most <= _FEW_SCORES:
+        return most
     return extension().sscl_keep(v * int(x.class_ptr[-1]), d)
 
 
