@@ -13,7 +13,7 @@ Oracle: :func:`sadcl.reference.sscl.sscl`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Outputs(NamedTuple):
 _FEW_SCORES = extension().SSCL_FEW_SCORES if backends()["cpp"].available else 0
 
 
-def scores_to_keep(x: Inputs, backend: str) -> int | torch.SymInt:
+def scores_to_keep(x: Inputs, backend: str) -> int:
     """How many scores the forward keeps for the backward: none, unless one is coming."""
     if backend != "cpp" or not torch.is_grad_enabled() or not (x.features.requires_grad or x.temperature.requires_grad):
         return 0
@@ -58,7 +58,8 @@ def scores_to_keep(x: Inputs, backend: str) -> int | torch.SymInt:
     most = (x.pairs.shape[0] * v) ** 2
     if torch.compiler.is_compiling() or watched(x.class_ptr) or x.class_ptr.is_meta:
         # jit.trace would bake the number in; a comparison would make a graph for few rows and one for many.
-        return 0 if torch.jit.is_tracing() else torch.sym_min(most, _FEW_SCORES)
+        few: Any = 0 if torch.jit.is_tracing() else torch.sym_min(most, _FEW_SCORES)
+        return few
     if most <= _FEW_SCORES:
         return most
     return extension().sscl_keep(v * int(x.class_ptr[-1]), d)
