@@ -99,8 +99,7 @@ def _group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
     """Rows sorted by group and the pointers of up to ``B`` groups, without a shape that depends on the data."""
     b = group.shape[0]
     ordered, rows = torch.sort(group, stable=True)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
+    is_first = (ordered != ordered.roll(1)) | (torch.arange(b, device=group.device) == 0)
     rank = is_first.cumsum(0) - 1
     pointers = torch.searchsorted(rank, torch.arange(b + 1, device=group.device))
     return rows.int(), pointers.int()

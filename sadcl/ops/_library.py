@@ -29,6 +29,7 @@ PREFERENCE = ("cpp", "triton", "torch")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
 _TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells it)
 _SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float"}
+_SCHEMA[Optional[int]] = "SymInt?"  # noqa: UP045
 
 _EAGER: dict[str, Callable[..., Any]] = {}
 _STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}

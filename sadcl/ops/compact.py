@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
     """What is compacted."""
 
     labels: Tensor  # [B, C] of any real dtype
-    capacity: int  # entries of `pairs`, at most B * C
+    capacity: int | None  # entries of `pairs`; None, as what is larger: all B * C
 
 
 class Active(NamedTuple):
@@ -56,8 +56,9 @@ class Active(NamedTuple):
 def allocate(x: Inputs) -> Active:
     """Uninitialised outputs."""
     b, c = x.labels.shape
+    size = b * c if x.capacity is None else torch.sym_min(x.capacity, b * c)
     return Active(
-        pairs=x.labels.new_empty(x.capacity, dtype=torch.int32),
+        pairs=x.labels.new_empty(size, dtype=torch.int32),
         class_ptr=x.labels.new_empty(c + 1, dtype=torch.int32),
         target=x.labels.new_empty((b, c), dtype=torch.int8),
     )
@@ -68,9 +69,9 @@ def _bounded(run: Callable[[Any, Any], None]) -> Callable[[Inputs], Active]:
 
     def bounded(x: Inputs) -> Active:
         labels, capacity = x
-        out = allocate(Inputs(labels, labels.numel()))
+        out = allocate(Inputs(labels, None))
         run(Inputs(labels if labels.dtype in DTYPE_CODES else labels.float(), labels.numel()), out)
-        if capacity >= labels.numel():
+        if capacity is None or capacity >= labels.numel():
             return out
         if _checks.reads_values(labels) and out.class_ptr[-1] > capacity:
             raise ValueError(f"capacity: the labels have {out.class_ptr[-1].item()} active pairs, more than {capacity}")
@@ -96,4 +97,4 @@ BACKENDS = _compact.backends
 
 def compact(labels: Tensor, capacity: int | None, backend: str) -> Active:
     """Run the op on ``labels [B, C]``."""
-    return _compact(Inputs(labels, labels.numel() if capacity is None else min(capacity, labels.numel())), backend)
+    return _compact(Inputs(labels, capacity), backend)

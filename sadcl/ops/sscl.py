@@ -12,7 +12,7 @@ Oracle: :func:`sadcl.reference.sscl.sscl`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,12 @@ def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperatu
         return 0
     v, d = features.shape[1], features.shape[3]
     most = (pairs.shape[0] * v) ** 2
-    if most <= _FEW_SCORES or watched(class_ptr):
-        return min(most, _FEW_SCORES)
+    if watched(class_ptr) or class_ptr.is_meta:
+        # jit.trace would bake the number in; a comparison would make a graph for few rows and one for many.
+        few: Any = 0 if torch.jit.is_tracing() else torch.sym_min(most, _FEW_SCORES)
+        return few
+    if most <= _FEW_SCORES:
+        return most
     return extension().sscl_keep(v * int(class_ptr[-1]), d)
 
 

@@ -80,7 +80,7 @@ class Maker:
     def active(self) -> compact.Active:
         """The labels, compacted."""
         if self.device != "cpu":
-            return compact.allocate(compact.Inputs(self.labels(), self.size.b * self.size.c))
+            return compact.allocate(compact.Inputs(self.labels(), None))
         return compact.compact(self.labels(), None, "torch")
 
     def drawn(self, *shape: int) -> Tensor:
@@ -92,7 +92,7 @@ class Maker:
 
 def _compact(make: Maker) -> Iterator[Any]:
     labels = make.labels()
-    yield compact.Inputs(labels, labels.numel())
+    yield compact.Inputs(labels, None)
     yield compact.Inputs(labels, labels.numel() - 1)
 
 

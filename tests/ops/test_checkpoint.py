@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from calls import CALLS, cases
 from conftest import backends_here
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import sadcl
-from sadcl import functional as F
 from sadcl.functional.linear import SWITCH
 from sadcl.linear import Linear
 from sadcl.testing import make_features, make_labels
@@ -35,30 +35,6 @@ HOW = {
 }
 
 
-def sscl(backend: str, x: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    return F.sample_contrastive_loss(x, LABELS, temperature=w.abs().sum(), class_weight=w, backend=backend)
-
-
-def pscl(backend: str, x: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    return F.prototype_contrastive_loss(x[:, 0], p, LABELS, temperature=w.abs().sum(), backend=backend)
-
-
-def dual(backend: str, x: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    return sum(F.dual_contrastive_loss(x[:, 0], x[:, 1], p, LABELS, class_weight=w, backend=backend))
-
-
-def asl(backend: str, x: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    return F.asymmetric_loss(x[:, 0, :, 0] * w, LABELS, backend=backend)
-
-
-def supcon(backend: str, x: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    return F.supcon_loss(x[:, :, 0] * w.sum(), LABELS[:, 0], backend=backend)
-
-
-LOSSES = {"sscl": sscl, "pscl": pscl, "dual": dual, "asl": asl, "supcon": supcon}
-OP = {"supcon": "sscl"}  # whose backends it has
-
-
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor], how: dict[str, object] | None) -> list[Tensor]:
     """The value and the gradients of ``function(*inputs)``, whole or checkpointed."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -76,17 +52,15 @@ def assert_equal_bits(function: Callable[..., Tensor], inputs: list[Tensor], how
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        pytest.param(name, backend.values[0], marks=backend.marks)
-        for name in LOSSES
-        for backend in backends_here(OP.get(name, name), "torch", "reference")
-    ],
-)
-def test_losses(name: str, backend: str, how: str) -> None:
-    inputs = [make_features(B, V, C, D), make_features(C, D), torch.linspace(0.2, 0.6, C)]
-    assert_equal_bits(functools.partial(LOSSES[name], backend), inputs, how)
+@pytest.mark.parametrize("name, backend", cases(reference=True))
+def test_every_function(name: str, backend: str, how: str) -> None:
+    call = CALLS[name]
+    tensors = call.make()
+
+    def run(*values: Tensor) -> Tensor:
+        return call.run(backend, **{**tensors, **dict(zip(call.derived, values, strict=True))})
+
+    assert_equal_bits(run, [tensors[field] for field in call.derived], how)
 
 
 @pytest.mark.parametrize("how", HOW)
