@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._native import resolved
-from ._transforms import transformable
+from ._transforms import transformable, watched
 
 LIBRARY = torch.library.Library("sadcl", "DEF")
 
 # Best first; resolve() takes the first that runs on the tensors' device.
 PREFERENCE = ("cpp", "triton", "torch")
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
 _TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells it)
 _SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float"}
 _SCHEMA[Optional[int]] = "SymInt?"  # noqa: UP045
@@ -314,17 +313,6 @@ def _quietly(backend: str, run: Callable[..., Any], x: Any, *rest: Any) -> Any:
         return run(x, *rest)
     with torch.autocast(x[0].device.type, enabled=False):
         return run(x, *rest)
-
-
-def watched(*args: Any) -> bool:
-    """Whether somebody watches what runs: a compiler or tracer, a dispatch mode (fake tensors), torch.func."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, args))
-    )
 
 
 def call(name: str, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ops under torch.func: grad, vjp, jacrev and vmap; forward-mode derivatives are refused by name."""
+"""Who watches an op run, and ops under torch.func: grad, vjp, jacrev, vmap; forward mode is refused by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
+
+
+def watched(*args: Any) -> bool:
+    """Whether somebody watches what runs: a compiler or tracer, a dispatch mode (fake tensors), torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, args))
+    )
 
 
 def transformable(

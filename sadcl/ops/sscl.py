@@ -20,8 +20,9 @@ from torch import Tensor
 from .._backends import backends
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import sscl as portable
-from ._library import Backward, Into, Op, watched
+from ._library import Backward, Into, Op
 from ._native import extension, native, triton_kernel
+from ._transforms import watched
 
 
 class Inputs(NamedTuple):
