@@ -80,7 +80,7 @@ class Run:
         pairs, class_ptr = self.groups or compact(self.labels)[:2]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = V * pairs.numel()
-        self.row_loss, self.lse = poisoned(B, V, C, dtype=acc), poisoned(rows, dtype=acc)
+        self.row_loss, self.lse = poisoned(B, V, C, dtype=acc), poisoned(2, rows, dtype=acc)
         self.norm = poisoned(rows, dtype=torch.float64)
         self.kept = poisoned(min(rows * rows, _C.SSCL_FEW_SCORES) if self.keep is None else self.keep, dtype=acc)
         given = {
@@ -176,10 +176,11 @@ def close(got: Tensor, want: np.ndarray, relative: float, floor: float = 1e-6) -
 def check(run: Run, truth: Truth, relative: float) -> None:
     n = run.active
     close(run.row_loss, truth.row_loss, relative, 0.1)
-    got = run.lse[:n].double().numpy()
+    pivot, log_sum = run.lse[:, :n].double().numpy()
+    got = pivot / run.temperature + log_sum
     assert (np.isinf(got) == np.isinf(truth.lse)).all()
     np.testing.assert_allclose(got[np.isfinite(got)], truth.lse[np.isfinite(truth.lse)], rtol=relative, atol=relative)
-    assert not run.lse[n:].any() and not run.norm[n:].any()
+    assert not run.lse[:, n:].any() and not run.norm[n:].any()
     lengths = run.norm[:n][run.norm[:n] > 0]
     terms = run.anchor_weights.abs().max().item() / run.temperature / (lengths.min().item() if len(lengths) else 1)
     close(run.grad, truth.grad, relative, 0.1 * terms)
@@ -411,7 +412,7 @@ def test_non_finite_rows_give_nan(poison: float, temperature: float, isa: str) -
     x[1, 0, 2, 3] = poison
     for released in (False, True):
         run = Run(x, labels, temperature, released=released, anchor_weights=weights)
-        counted = torch.isfinite(run.lse[: run.active]).sum() == 0
+        counted = torch.isfinite(run.lse[1, : run.active]).sum() == 0
         assert counted and run.row_loss.isnan().any()
 
 
@@ -521,7 +522,7 @@ def test_compact_names_bad_values(labels: Tensor, shown: str) -> None:
 def test_bad_arguments_name_themselves() -> None:
     x, labels, _ = make(3, 1, 4, 5)
     pairs, class_ptr, _ = compact(labels)
-    row_loss, lse, norm = torch.empty(3, 1, 4), torch.empty(12), torch.empty(12, dtype=torch.float64)
+    row_loss, lse, norm = torch.empty(3, 1, 4), torch.empty(2, 12), torch.empty(12, dtype=torch.float64)
 
     def call(x=x, pairs=pairs, class_ptr=class_ptr, temperature=0.2, lse=lse, norm=norm):
         given = {
@@ -538,8 +539,8 @@ def test_bad_arguments_name_themselves() -> None:
         call(temperature=0.0)
     with pytest.raises(TypeError, match="^norm: expected float64, got float32"):
         call(norm=lse)
-    with pytest.raises(ValueError, match="^lse: expected 12 contiguous elements, got shape \\[11\\]"):
-        call(lse=lse[:11])
+    with pytest.raises(ValueError, match="^lse: expected 24 contiguous elements, got shape \\[2, 11\\]"):
+        call(lse=lse[:, :11])
     with pytest.raises(ValueError, match="^pairs: expected values in \\[0, 12\\)"):
         call(pairs=pairs + 100)
     with pytest.raises(ValueError, match="^class_ptr: expected to start at 0"):
