@@ -12,10 +12,22 @@ import torch
 
 import sadcl
 from sadcl._backends import triton_interprets
+from sadcl.ops._library import OPS
 
 # Triton reads the variable when it decorates a kernel, so these tests need a process of their own:
 # tests/ops/test_triton.py starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
 collect_ignore = [] if triton_interprets() else ["interpreted"]
+
+
+# Files of tests/ops that are named after an op (``test_sscl.py``, ``test_cpp_sscl.py``) or one of these hold its tests.
+OF_OPS = {*OPS, "bank", "average_precision", "supcon", "bf16", "golden", "empty", "registry"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of ops on a CPU ``op``: the sanitizers and the wheel's tests take them."""
+    for item in items:
+        if item.path.parent.name == "ops" and item.path.stem.removeprefix("test_").removeprefix("cpp_") in OF_OPS:
+            item.add_marker("op")
 
 
 @pytest.fixture(autouse=True)
