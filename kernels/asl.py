@@ -61,7 +61,7 @@ def _focal_weight(base, y, GAMMA_NEG: tl.constexpr, GAMMA_POS: tl.constexpr):
 def _element(x, y, FOCUS: tl.constexpr, DETACH: tl.constexpr, TERMS: tl.constexpr):
     """Loss of an element and its derivative; FOCUS: gamma_neg, gamma_pos, clip, log eps."""
     CLIP: tl.constexpr = FOCUS[2]
-    FLOOR: tl.constexpr = FOCUS[3]
+    floor = tl.full(x.shape, FOCUS[3], x.dtype)  # a bare number would be float32 in tl.maximum
     e = exp_of_negative(-tl.abs(x))
     softplus = atanh_series(divide(e, 2.0 + e), TERMS)  # log(1 + e)
     p_large = divide(tl.full(e.shape, 1.0, e.dtype), 1.0 + e)
@@ -76,10 +76,10 @@ def _element(x, y, FOCUS: tl.constexpr, DETACH: tl.constexpr, TERMS: tl.constexp
     if CLIP != 0:
         log_q = _log_of_one_minus(clipped, TERMS)
         d_log_q = tl.where(clipped > 0, -divide(slope, tl.minimum(not_p + CLIP, 1.0)), 0.0)
-    d_log_p = tl.where(log_p > FLOOR, not_p, 0.0)
-    d_log_q = tl.where(log_q > FLOOR, d_log_q, 0.0)
-    log_p = tl.maximum(log_p, FLOOR)
-    log_q = tl.maximum(log_q, FLOOR)
+    d_log_p = tl.where(log_p > floor, not_p, 0.0)
+    d_log_q = tl.where(log_q > floor, d_log_q, 0.0)
+    log_p = tl.maximum(log_p, floor)
+    log_q = tl.maximum(log_q, floor)
 
     likelihood = y * log_p + (1 - y) * log_q
     base = y * not_p + (1 - y) * clipped
