@@ -19,7 +19,7 @@ def _compact(x: Any) -> Results:
     b, c = labels.shape
     pairs = [i * c + k for k in range(c) for i in range(b) if labels[i, k] == 1]
     ends = [sum(1 for pair in pairs if pair % c <= k) for k in range(c)]
-    filled = (pairs + [0] * (b * c))[: x.capacity]
+    filled = (pairs + [0] * (b * c))[: b * c][: x.capacity]
     return torch.tensor(filled, device="cpu"), torch.tensor([0, *ends], device="cpu"), labels
 
 
