@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fetch": _fetch,
         "doctor": _doctor,
     }[name]
-    with _stream("stdout"), _stream("stderr"):
+    with _ending(), _stream("stdout"), _stream("stderr"):
         try:
             code = command(rest)
             sys.stdout.flush()
@@ -90,6 +92,34 @@ def _excuse(name: str, error: BaseException) -> int | None:
         print(f"sadcl {name}: error{_process()}: {error}", file=sys.stderr)
         return 2
     return None
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, without half-written files; then the signal has its way.
+
+    Not among several processes: one that waits for another could not obey, and torchrun would wait for it.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    names = ("SIGTERM", "SIGHUP") if os.environ.get("WORLD_SIZE", "1") == "1" else ()
+    ours = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    ours = [number for number in ours if signal.getsignal(number) is signal.SIG_DFL]  # nohup's stays
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])
 
 
 @contextmanager

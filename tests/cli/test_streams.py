@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 
 for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml", "safetensors"):
     pytest.importorskip(needed)
+
+import processes  # noqa: E402
 
 import sadcl.checkpoint  # noqa: E402
 from sadcl.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
@@ -146,6 +150,33 @@ def test_interrupted_run_says_so(
     err = capsys.readouterr().err
     assert err.strip().splitlines()[-1] == "sadcl train: interrupted" and "Traceback" not in err
     assert not [path for path in (tmp_path / "run").rglob(".*") if path.name.endswith(".draft")]
+
+
+def signalled(number: int, arguments: list[str]) -> int:
+    """The command; a signal comes in the middle of its third checkpoint, when last.pt is there already."""
+    real, files, writes = sadcl.checkpoint._Hashed.write, set(), [0]
+
+    def write(self: Any, data: Any) -> int:
+        files.add(id(self.digest))
+        kept.append(self.digest)  # its number is not given to another
+        writes[0] += len(files) == 3
+        if writes[0] == 10:
+            os.kill(os.getpid(), number)
+        return real(self, data)
+
+    kept: list[Any] = []
+    sadcl.checkpoint._Hashed.write = write  # type: ignore[method-assign]
+    return main(arguments)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -15), (signal.SIGHUP, -1), (signal.SIGINT, 130)])
+def test_signal_in_the_middle_of_a_file(trained: Path, tmp_path: Path, number: int, code: int) -> None:
+    config = parse_config(["--config", str(trained / "config.yaml"), "--output", str(tmp_path / "run")])[0]
+    config.step1.epochs = 50
+    assert processes.run(config, function=partial(signalled, number)) == [code], processes.said(config)
+    assert "sadcl train: interrupted" in processes.said(config) and "Traceback" not in processes.said(config)
+    assert not list((tmp_path / "run").glob(".*")), "half-written"
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
 
 
 @pytest.mark.parametrize(("kind", "name"), [("safetensors", "os.fsync"), ("onnx", "sadcl.commands.export._compare")])
