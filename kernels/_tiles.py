@@ -61,7 +61,7 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
         # 32 spills 8 bytes with Triton 3.6.
         "single": (Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 2)),
         "tf32": (Tile(64, 64, 16, 8, 3), Tile(64, 32, 32, 4, 3, registers=255)),
-        "double": (Tile(32, 32, 16, 4, 2),),
+        "double": (Tile(32, 32, 16, 4, 2, registers=255),),  # else 8 bytes, to fit four
     },
     "sm_90": {
         # Two warpgroups, one wgmma m64n128 each; 4 x 32 KB of the 227.
@@ -74,7 +74,7 @@ SSCL: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_100": {
         # As sm_90; the accumulator lies in tensor memory.
         "half": (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
-        "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 32, 8, 2)),
+        "single": (Tile(64, 64, 16, 8, 2, registers=255), Tile(64, 64, 16, 8, 3)),  # else 32 bytes with Triton 3.9
         "tf32": (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3, registers=255)),
         "double": (Tile(32, 32, 16, 4, 2, registers=255),),  # else 8 bytes
     },
@@ -165,7 +165,7 @@ LABEL_ATTENTION: dict[str, dict[str, tuple[Tile, ...]]] = {
         "half": (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
         "single": (Tile(64, 64, 16, 8, 2, registers=255),),  # as on sm_80: 40 bytes with Triton 3.8
         "tf32": (Tile(64, 64, 32, 8, 3),),
-        "double": (Tile(32, 32, 16, 4, 2, registers=255),),  # else 16 bytes with Triton 3.6
+        "double": (Tile(32, 32, 16, 4, 1, registers=255),),  # a second stage spills 8 bytes
     },
     "gfx942": {
         "half": (Tile(64, 64, 64, 4, 2),),

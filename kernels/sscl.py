@@ -271,6 +271,7 @@ def _pair_maximum(table: Rows, pairs: Tensor, temperature: Tensor, b: int, c: in
         PRECISION=precision,
         num_warps=4,
         num_stages=3 if half else 2,
-        registers=168,  # three programs of 4 warps; left alone, ptxas spills 8 to 56 bytes to fit four or six
+        # Three programs of 4 warps, two in float64; left alone, ptxas spills 8 to 56 bytes to fit four or six.
+        registers=255 if table.z.element_size() == 8 else 168,
     )
     return out
