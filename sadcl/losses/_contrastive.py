@@ -20,12 +20,16 @@ class _ClampedExp(torch.autograd.Function):
     A plain clamp has no gradient beyond a bound, so a parameter that overshoots it would never come back.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
-        value = x.clamp(low, high).exp()
-        ctx.save_for_backward(x, value)
-        ctx.low, ctx.high = low, high
-        return value
+    def forward(x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high).exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        x, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(x, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

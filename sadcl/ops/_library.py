@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._native import resolved
-from ._transforms import transformable, watched
+from ._transforms import refuse_forward_mode, transformable, watched
 
 LIBRARY = torch.library.Library("sadcl", "DEF")
 
@@ -387,7 +387,8 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
         prepare(ctx, (*x, args[-1]), output)  # what was made real stays so for the backward
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(derive)}
+    methods = {"forward": forward, "backward": derive, "jvp": refuse_forward_mode(name)}
+    methods = {key: staticmethod(method) for key, method in methods.items()}
     function: Any = type(f"sadcl_{name}", (torch.autograd.Function,), methods)
     _DIFFERENTIABLE[name] = function.apply
     _TRANSFORMED[name] = transformable(name, run, derive, prepare)

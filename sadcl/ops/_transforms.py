@@ -23,6 +23,18 @@ def watched(*args: Any) -> bool:
     )
 
 
+def refuse_forward_mode(name: str) -> Callable[..., Any]:
+    """The jvp of an op, which says what to do instead."""
+
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"sadcl::{name}: forward-mode derivatives (jvp, jacfwd, hessian) are not implemented; "
+            "use reverse mode (grad, vjp, jacrev), or backend='reference'"
+        )
+
+    return jvp
+
+
 def transformable(
     name: str, run: Callable[..., Any], derive: Callable[..., Any] | None, prepare: Callable[..., None] | None
 ) -> Callable[..., Any]:
@@ -37,12 +49,6 @@ def transformable(
     def no_derivative(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(f"sadcl::{name} has no derivative")
 
-    def forward_mode(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            f"sadcl::{name}: forward-mode derivatives (jvp, jacfwd, hessian) are not implemented; "
-            "use reverse mode (grad, vjp, jacrev), or backend='reference'"
-        )
-
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         rows = [
             function.apply(*(x.select(at, i) if type(at) is int else x for x, at in zip(args, in_dims, strict=True)))
@@ -56,7 +62,7 @@ def transformable(
         "forward": staticmethod(run),
         "setup_context": staticmethod(prepare or (lambda ctx, inputs, output: None)),
         "backward": staticmethod(derive or no_derivative),
-        "jvp": staticmethod(forward_mode),
+        "jvp": staticmethod(refuse_forward_mode(name)),
         "vmap": staticmethod(one_by_one),
     }
     function = type(f"sadcl_{name}_transformed", (torch.autograd.Function,), methods)
