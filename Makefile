@@ -28,13 +28,13 @@ demo: $(VENV)/train.stamp
 		$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,emoji]'; }
 	$(BIN)/sadcl train
 
+# Two processes of one thread each: what needs more threads sets them. make test PYTEST_ARGS="-n 0 tests/ops" for one.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (g++; about ten minutes).
 # Python itself is not instrumented, so the runtime is preloaded; leaks are the interpreter's business.
-SANITIZED_TESTS ?= $(addprefix tests/ops/,$(addsuffix .py,test_compact test_cpp_sscl test_cpp_pscl test_cpp_asl test_cpp_bank \
-	test_cpp_average_precision test_cpp_label_attention test_group_classifier test_linear test_dual test_cpp_bf16))
+SANITIZED_TESTS ?= -m op tests/ops
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
 	SADCL_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
@@ -47,7 +47,7 @@ sanitize: $(VENV)/test.stamp
 # alone (Debian: clang-19 libclang-rt-19-dev libomp-19-dev; LLVM 14's runtime cannot be preloaded), and is told to pass over
 # what is not instrumented: Python, torch and its libgomp. setarch -R: it wants addresses that randomisation may take.
 LLVM ?= 19
-RACED_TESTS ?= $(SANITIZED_TESTS) $(addprefix tests/ops/,$(addsuffix .py,test_cpp_safety test_empty test_large_scores))
+RACED_TESTS ?= $(SANITIZED_TESTS)
 races: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
 	CC=clang-$(LLVM) CXX=clang++-$(LLVM) SADCL_SANITIZE=thread \

@@ -20,7 +20,7 @@ collect_ignore = [] if triton_interprets() else ["interpreted"]
 
 
 # Files of tests/ops that are named after an op (``test_sscl.py``, ``test_cpp_sscl.py``) or one of these hold its tests.
-OF_OPS = {*OPS, "bank", "average_precision", "supcon", "bf16", "golden", "empty", "registry"}
+OF_OPS = {*OPS, "bank", "average_precision", "supcon", "bf16", "golden", "safety", "empty", "large_scores", "registry"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
