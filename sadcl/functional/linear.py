@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import backends, makes_program
-from .._checks import check_choice
+from .._checks import check_choice, check_devices
 from ..ops import linear as _linear
 from ..ops._native import extension
 
@@ -58,10 +58,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         ``[..., N]``.
+
+    Raises:
+        ValueError: if they are on several devices.
     """
+    check_devices(x=x, weight=weight, bias=bias)
     given = [t for t in (x, weight, bias) if t is not None]
     fits = x.dtype in (torch.float32, torch.float64) and x.dim() > 0 and weight.dim() == 2
-    fits = fits and all(t.dtype == x.dtype and t.device.type == "cpu" for t in given)
+    fits = fits and all(t.dtype == x.dtype and t.device.type == "cpu" and t.layout == torch.strided for t in given)
     empty = 0 in x.shape or 0 in weight.shape
     if not fits or empty or torch.is_autocast_enabled("cpu") or _chosen() == "torch":
         return F.linear(x, weight, bias)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._dtypes import without_autocast
 from ._native import resolved
 from ._transforms import refuse_forward_mode, transformable, watched
 
@@ -311,7 +312,7 @@ def _quietly(backend: str, run: Callable[..., Any], x: Any, *rest: Any) -> Any:
     """Without autocast, which is still on inside an op's implementation and would round torch's float32 products."""
     if backend != "torch":
         return run(x, *rest)
-    with torch.autocast(x[0].device.type, enabled=False):
+    with without_autocast(x[0].device):
         return run(x, *rest)
 
 
