@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._dtypes import FLOATING, REAL, accumulation_dtype
@@ -27,6 +28,11 @@ def holds_values(tensor: Tensor) -> bool:
         or tensor.is_meta
         or type(tensor) not in (Tensor, torch.nn.Parameter)
     )
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken, which the kernels have none of."""
+    return forward_ad._current_level >= 0
 
 
 def check_tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:

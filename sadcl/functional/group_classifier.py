@@ -41,6 +41,7 @@ def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: st
         check.check_size("features", features, dim, weight.shape[dim - 1], axis, "weight")
     check.check_devices(features=features, weight=weight, bias=bias)
     name = backend or resolve_implicit("group_classifier", features.device, BACKENDS)
-    if name == "torch" or (backend is None and makes_program()):  # plain ATen: exportable, differentiable twice
+    # Plain ATen: exportable, and differentiable forward.
+    if name == "torch" or (backend is None and (makes_program() or check.forward_mode())):
         return classify(features, weight, bias)
     return _group_classifier.group_classifier(_group_classifier.Inputs(features, weight, bias), name).logits

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import makes_program, resolve
-from .._checks import check_choice, check_devices, check_floating, check_same_device, check_size, check_tensor
+from .._checks import (
+    check_choice,
+    check_devices,
+    check_floating,
+    check_same_device,
+    check_size,
+    check_tensor,
+    forward_mode,
+)
 from ..ops import label_attention as _label_attention
 from ..ops.label_attention import FORMS
 from ..portable import label_attention as portable
@@ -78,7 +86,7 @@ def label_attention(
         raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
     if form is not None:
         check_choice("form", form, FORMS)
-    if backend is None and makes_program():
+    if backend is None and (makes_program() or forward_mode()):
         backend = "torch"
     chosen = resolve(backend, "label_attention", memory.device, BACKENDS)
     if chosen == "reference":

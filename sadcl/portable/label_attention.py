@@ -1,4 +1,8 @@
-"""Label attention in plain torch, in both forms: any device, traceable, exportable, differentiable twice."""
+"""Label attention in plain torch, in both forms: any device, traceable, exportable, differentiable forward.
+
+Differentiable twice, but for the plain form where torch's fused attention computes it (on a CPU, without weights asked
+for), whose own backward has no derivative.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .._checks import forward_mode
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def _plain(
     v = F.linear(memory, *projections.input(2)).unflatten(-1, split).transpose(1, 2)
     q = q.expand(batch, -1, -1, -1)  # [B, H, C, d]
     mask = None if keep is None else keep[:, None]
-    if need_weights:
+    if need_weights or forward_mode():  # which torch's fused attention has not
         scores = torch.matmul(q * (width // heads) ** -0.5, k.transpose(-2, -1))
         weights = _normalise(scores, mask, None if empty is None else empty[:, None], dropout)
         context = torch.matmul(weights, v)
