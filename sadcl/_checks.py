@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ._dtypes import accumulation_dtype
+from ._dtypes import FLOATING, REAL, accumulation_dtype
 
 
 def reads_values(tensor: Tensor) -> bool:
     """Whether values are checked: on a CPU always, on a GPU, where the host would wait, with ``SADCL_CHECK=1``."""
-    return tensor.device.type == "cpu" or os.environ.get("SADCL_CHECK") == "1"
+    return tensor.device.type == "cpu" or (os.environ.get("SADCL_CHECK") == "1" and not tensor.is_meta)
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has values to read here: not under a compiler or tracer, torch.func, or as a fake tensor."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or tensor.is_meta
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken, which the kernels have none of."""
+    return forward_ad._current_level >= 0
 
 
 def check_tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:
     """Return ``value`` if it is a tensor whose rank is in ``dims``; ``layout`` names the expected shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor {layout}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor {layout}, got layout {value.layout}")
     if value.dim() not in dims:
         raise ValueError(f"{name}: expected shape {layout}, got {tuple(value.shape)}")
     return value
 
 
 def check_floating(name: str, value: Tensor) -> None:
-    """Require a real floating dtype."""
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
+    """Require a floating dtype that every backend computes with."""
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected a floating point dtype, got {value.dtype}; float32, bfloat16, float16, float64 are read"
+        )
+
+
+def check_real(name: str, value: Tensor) -> None:
+    """Require a dtype whose numbers every backend reads."""
+    if value.dtype not in REAL:
+        raise TypeError(
+            f"{name}: expected a real dtype (floating point of 16 to 64 bits, bool, uint8 or a signed integer), "
+            f"got {value.dtype}"
+        )
 
 
 def check_size(name: str, value: Tensor, dim: int, expected: int, axis: str, other: str) -> None:
@@ -86,18 +119,33 @@ def check_soft_labels(labels: Tensor) -> None:
         raise ValueError(f"labels: expected values in [0, 1] or -1 (ignored), got {values}")
 
 
+def check_positive(name: str, value: Tensor) -> None:
+    """Require a tensor's one value finite and > 0, where values are checked and it has one."""
+    if reads_values(value) and holds_values(value):
+        number = float(value.detach())
+        if not 0.0 < number < float("inf"):
+            raise ValueError(f"{name}: expected a finite number > 0, got {number:g}")
+
+
 def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature") -> Tensor:
     """Return ``value`` as a 0-d tensor of the accumulation dtype on ``like``'s device.
 
-    A Python number must be finite and > 0. A tensor is taken as it is (its value is not read: that would sync).
+    It must be finite and > 0. A GPU tensor is taken as it is, for reading it would make the host wait, and so is one
+    under a compiler (backends that run on a CPU check it then).
     """
     dtype = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
-        return value.reshape(()).to(device=like.device, dtype=dtype)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        check_real(name, value)
+        check_same_device(name, value, "features", like)
+        check_positive(name, value)
+        return value.reshape(()).to(dtype)
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number > 0, got {type(value).__name__}")
-    if not 0.0 < value < float("inf"):
+    number = float(value)
+    if not 0.0 < number < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), number, dtype=dtype, device=like.device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._dtypes import accumulation_dtype
+from .._dtypes import accumulation_dtype, norm_dtype
 from ._reduce import Weights
 
 FORMULATIONS = ("paper", "released")
@@ -25,8 +27,10 @@ def check_weights(
 def _check_weight(name: str, weight: Tensor, size: int | None, axis: str, like: Tensor) -> Tensor:
     check.check_tensor(name, weight, (1,), f"[{axis}]")
     assert size is not None
+    check.check_real(name, weight)
     check.check_size(name, weight, 0, size, axis, "labels")
-    return weight.to(device=like.device, dtype=accumulation_dtype(like.dtype))
+    check.check_same_device(name, weight, "labels", like)
+    return weight.to(accumulation_dtype(like.dtype))
 
 
 def check_scale(temperature: Tensor, base_temperature: float | None, like: Tensor) -> Tensor | None:
@@ -38,6 +42,7 @@ def check_scale(temperature: Tensor, base_temperature: float | None, like: Tenso
 
 def check_labels(labels: Tensor, b: int, c: int, like: Tensor, other: str = "features") -> None:
     check.check_tensor("labels", labels, (2,), "[B, C]")
+    check.check_real("labels", labels)
     check.check_size("labels", labels, 0, b, "B", other)
     check.check_size("labels", labels, 1, c, "C", other)
     check.check_same_device("labels", labels, other, like)
@@ -45,20 +50,35 @@ def check_labels(labels: Tensor, b: int, c: int, like: Tensor, other: str = "fea
         raise TypeError(f"labels: expected a real dtype, got {labels.dtype}")
 
 
-def check_prototypes(prototypes: Tensor, features: Tensor) -> Tensor:
+def check_prototypes(prototypes: Tensor, features: Tensor, other: str = "features") -> Tensor:
     check.check_tensor("prototypes", prototypes, (2, 3), "[C, D] or [1, C, D]")
     if prototypes.dim() == 3:
         check.check_size("prototypes", prototypes, 0, 1, "leading size", "the layout [1, C, D]")
         prototypes = prototypes.squeeze(0)
-    check.check_size("prototypes", prototypes, 0, features.shape[1], "C", "features")
-    check.check_size("prototypes", prototypes, 1, features.shape[2], "D", "features")
-    check.check_same_device("prototypes", prototypes, "features", features)
+    check.check_size("prototypes", prototypes, 0, features.shape[1], "C", other)
+    check.check_size("prototypes", prototypes, 1, features.shape[2], "D", other)
+    check.check_same_device("prototypes", prototypes, other, features)
     if prototypes.dtype != features.dtype:
-        if not torch.is_autocast_enabled(features.device.type):
-            raise TypeError(f"prototypes: expected features' dtype {features.dtype}, got {prototypes.dtype}")
+        check.check_floating("prototypes", prototypes)
+        device = features.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            raise TypeError(f"prototypes: expected {other}' dtype {features.dtype}, got {prototypes.dtype}")
         # Under autocast a projected feature may be bfloat16 while a parameter is float32.
         prototypes = prototypes.to(features.dtype)
     return prototypes
+
+
+def in_range(rows: Tensor) -> Tensor:
+    """``rows [..., D]`` of the widest dtype over a power of two each, so that no square overflows or vanishes.
+
+    What follows takes directions only. Narrower rows have float64 norms, which need no such care.
+    """
+    if rows.dtype != norm_dtype(rows.device):
+        return rows
+    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    exponent = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).log2().floor()
+    limit = math.log2(torch.finfo(rows.dtype).max) - 24.0  # of 2^-exponent, which must not overflow either
+    return rows * torch.exp2(-exponent.clamp(-limit, limit))
 
 
 def check_focus(gamma_neg: float, gamma_pos: float, clip: float, eps: float) -> tuple[float, float, float, float]:
@@ -78,6 +98,7 @@ def check_groups(labels: Tensor | None, b: int, features: Tensor) -> Tensor:
     check.check_tensor("labels", labels, (1, 2), "[B] or [B, 1]")
     if labels.dim() == 2:
         check.check_size("labels", labels, 1, 1, "columns", "the layout [B, 1]")
+    check.check_real("labels", labels)
     labels = labels.reshape(-1)
     check.check_size("labels", labels, 0, b, "B", "features")
     check.check_same_device("labels", labels, "features", features)
@@ -86,6 +107,7 @@ def check_groups(labels: Tensor | None, b: int, features: Tensor) -> Tensor:
 
 def check_mask(mask: Tensor, b: int, features: Tensor) -> None:
     check.check_tensor("mask", mask, (2,), "[B, B]")
+    check.check_real("mask", mask)
     check.check_size("mask", mask, 0, b, "B", "features")
     check.check_size("mask", mask, 1, b, "B", "features")
     check.check_same_device("mask", mask, "features", features)

@@ -75,6 +75,8 @@ def asymmetric_loss(
 
     by_image = reduction != "none"
     if name == "reference":
+        if check.reads_values(labels) and check.holds_values(labels):
+            check.check_soft_labels(labels)
         loss = reference.asl(logits, labels, *focus, detach_focal_weight)
         loss = weights.by_class(loss.to(accumulation_dtype(logits.dtype)))
         loss = loss.sum(dim=1) if by_image else loss

@@ -31,7 +31,7 @@ def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int 
     """Compact labels once for several losses; pass the result as their ``active=``.
 
     Args:
-        labels: ``[B, C]`` of any real dtype; 1 active, 0 not, -1 ignored.
+        labels: ``[B, C]`` of any real dtype (but float8 and unsigned ones above uint8); 1 active, 0 not, -1 ignored.
         backend: ``None``, ``"cpp"``, ``"triton"`` or ``"torch"``.
         capacity: the most active pairs there can be; the losses' buffers follow it. Default: ``B * C``.
 
@@ -42,12 +42,11 @@ def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int 
         ValueError: if the rank is not 2, a dimension is empty, or (on a CPU, or with ``SADCL_CHECK=1``) a value is
             something else, or there are more active pairs than ``capacity``. (On a GPU without the check the losses
             become NaN then, and :attr:`Active.overflowed` is true.)
-        TypeError: if ``labels`` is not a tensor or is complex.
+        TypeError: if ``labels`` is no dense tensor of real numbers.
     """
     check.check_tensor("labels", labels, (2,), "[B, C]")
     check.check_nonempty("labels", labels)
-    if labels.is_complex():
-        raise TypeError(f"labels: expected a real dtype, got {labels.dtype}")
+    check.check_real("labels", labels)
     name = resolve(backend, "compact", labels.device, BACKENDS)
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
         raise ValueError(f"capacity: expected None or an integer > 0, got {capacity!r}")
@@ -73,4 +72,6 @@ def check_active(active: Active | None, labels: Tensor, name: str) -> Active:
         raise TypeError(f"active: expected the result of compact_labels, got {type(active).__name__}")
     if active.target.shape != labels.shape:
         raise ValueError(f"active: expected it from labels {tuple(labels.shape)}, got {tuple(active.target.shape)}")
+    for part in active:
+        check.check_same_device("active", part, "labels", labels)
     return active

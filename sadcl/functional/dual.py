@@ -74,7 +74,11 @@ def dual_contrastive_loss(
         bank_embeddings = _check_bank(bank_embeddings, embeddings)
     b, c, _ = embeddings.shape
     arguments.check_labels(labels, b, c, embeddings, other="embeddings")
+    prototypes = arguments.check_prototypes(prototypes, embeddings, other="embeddings")
     check.check_choice("formulation", formulation, FORMULATIONS)
+    sample_temperature = check.as_temperature(sample_temperature, embeddings, "sample_temperature")
+    prototype_temperature = check.as_temperature(prototype_temperature, embeddings, "prototype_temperature")
+    weights = arguments.check_weights(class_weight, None, b, c, embeddings)
     name = resolve(backend, "dual", embeddings.device, BACKENDS)
 
     if name not in _dual.dual.backends:
@@ -91,16 +95,15 @@ def dual_contrastive_loss(
         )
 
     x = _dual.Inputs(
-        embeddings,
-        bank_embeddings,
-        arguments.check_prototypes(prototypes, embeddings),
+        arguments.in_range(embeddings),
+        None if bank_embeddings is None else arguments.in_range(bank_embeddings),
+        arguments.in_range(prototypes),
         *(active := check_active(active, labels, name)),
-        sample_temperature=check.as_temperature(sample_temperature, embeddings, "sample_temperature"),
-        prototype_temperature=check.as_temperature(prototype_temperature, embeddings, "prototype_temperature"),
+        sample_temperature=sample_temperature,
+        prototype_temperature=prototype_temperature,
         released=formulation == "released",
         keep=0,
     )
-    weights = arguments.check_weights(class_weight, None, b, c, embeddings)
     keep = _sscl.scores_to_keep(_dual.views_of(x), x.pairs, x.class_ptr, x.sample_temperature, name)
     out = _dual.dual(x._replace(keep=keep), name)
     return DualParts(

@@ -28,13 +28,20 @@ def group_classifier(features: Tensor, weight: Tensor, bias: Tensor, backend: st
 
     Raises:
         ValueError: if shapes or devices do not fit together.
-        TypeError: if the features are no floating point tensor.
+        TypeError: if one of them is no floating point tensor.
     """
-    check.check_floating("features", check.check_tensor("features", features, (3,), "[B, C, E]"))
+    for name, value, layout in (
+        ("features", features, "[B, C, E]"),
+        ("weight", weight, "[C, E]"),
+        ("bias", bias, "[C]"),
+    ):
+        check.check_floating(name, check.check_tensor(name, value, (layout.count(",") + 1,), layout))
+    check.check_size("bias", bias, 0, weight.shape[0], "C", "weight")
     for dim, axis in ((1, "C"), (2, "E")):
         check.check_size("features", features, dim, weight.shape[dim - 1], axis, "weight")
     check.check_devices(features=features, weight=weight, bias=bias)
     name = backend or resolve_implicit("group_classifier", features.device, BACKENDS)
-    if name == "torch" or (backend is None and makes_program()):  # plain ATen: exportable, differentiable twice
+    # Plain ATen: exportable, and differentiable forward.
+    if name == "torch" or (backend is None and (makes_program() or check.forward_mode())):
         return classify(features, weight, bias)
     return _group_classifier.group_classifier(_group_classifier.Inputs(features, weight, bias), name).logits

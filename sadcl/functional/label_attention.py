@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import makes_program, resolve
-from .._checks import check_devices, check_floating, check_same_device, check_size, check_tensor
+from .._checks import (
+    check_choice,
+    check_devices,
+    check_floating,
+    check_same_device,
+    check_size,
+    check_tensor,
+    forward_mode,
+)
 from ..ops import label_attention as _label_attention
 from ..ops.label_attention import FORMS
 from ..portable import label_attention as portable
@@ -47,10 +55,10 @@ def label_attention(
         in_proj_bias: ``[3E]`` or None.
         out_proj_weight: ``[E, E]``.
         out_proj_bias: ``[E]`` or None.
-        num_heads: divides E.
+        num_heads: > 0, divides E.
         memory_pos: ``[L, E]`` or ``[B, L, E]``, added to the keys only.
         key_padding_mask: bool ``[B, L]``, True where padded.
-        dropout: probability with which a weight is dropped (0 outside training).
+        dropout: probability in [0, 1) with which a weight is dropped (0 outside training).
         need_weights: also return the applied weights.
         form: ``"plain"``, ``"folded"`` or None for :func:`choose_form`.
         backend: None for the best on the device, or a backend's name.
@@ -59,11 +67,12 @@ def label_attention(
         out ``[B, C, E]`` and, if asked, the weights as applied (after dropout) ``[B, heads, C, L]``.
 
     Raises:
-        ValueError: if shapes or devices do not fit together.
+        ValueError: if shapes or devices do not fit together, or a choice is none of those.
         TypeError: if a dtype is wrong.
         RuntimeError: if the backend asked for cannot run.
     """
-    _check_inputs(in_proj_weight.shape[-1], query, memory, memory_pos, key_padding_mask)
+    width = _check_parameters(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+    _check_inputs(width, query, memory, memory_pos, key_padding_mask)
     check_devices(
         memory=memory,
         in_proj_weight=in_proj_weight,
@@ -71,7 +80,13 @@ def label_attention(
         out_proj_weight=out_proj_weight,
         out_proj_bias=out_proj_bias,
     )
-    if backend is None and makes_program():
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of E={width}, got {num_heads}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+    if form is not None:
+        check_choice("form", form, FORMS)
+    if backend is None and (makes_program() or forward_mode()):
         backend = "torch"
     chosen = resolve(backend, "label_attention", memory.device, BACKENDS)
     if chosen == "reference":
@@ -93,7 +108,7 @@ def label_attention(
         )
         return out, applied if need_weights else None
     projections = portable.Projections(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads)
-    batch, length, width = memory.shape
+    batch, length, _ = memory.shape
     if form is None:
         # A program for any batch size must not compare it with anything: its form is that for one image.
         known = batch if type(batch) is int and not makes_program() else 1
@@ -102,6 +117,26 @@ def label_attention(
     if chosen == "torch":
         return portable.attend(*arguments)
     return core.attend(*arguments, chosen) if chosen == "triton" else _fused(*arguments, chosen)
+
+
+def _check_parameters(
+    in_proj_weight: Tensor, in_proj_bias: Tensor | None, out_proj_weight: Tensor, out_proj_bias: Tensor | None
+) -> int:
+    """E, by which all of them must go."""
+    check_tensor("in_proj_weight", in_proj_weight, (2,), "[3E, E]")
+    width = in_proj_weight.shape[1]
+    for name, value, layout, shape in (
+        ("in_proj_weight", in_proj_weight, "[3E, E]", (3 * width, width)),
+        ("in_proj_bias", in_proj_bias, "[3E]", (3 * width,)),
+        ("out_proj_weight", out_proj_weight, "[E, E]", (width, width)),
+        ("out_proj_bias", out_proj_bias, "[E]", (width,)),
+    ):
+        if value is None:
+            continue
+        check_floating(name, check_tensor(name, value, (len(shape),), layout))
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected {layout} with E={width} (from in_proj_weight), got {list(value.shape)}")
+    return width
 
 
 def _check_inputs(

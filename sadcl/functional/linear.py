@@ -7,8 +7,8 @@ one runs is decided by the processor alone, and by ``SADCL_LINEAR``:
   same speed within 10 %, so torch's stays there.
 - ``cpp`` or ``torch``: that one. A program that torch.export or torch.jit makes has torch's unless ``cpp`` says so.
 
-Ours takes CPU float32 and float64; other tensors, and everything under autocast, go to torch. Precision is never
-lowered.
+Ours takes CPU float32 and float64; other tensors, and everything under autocast or with forward-mode derivatives, go to
+torch. Precision is never lowered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import backends, makes_program
-from .._checks import check_choice
+from .._checks import check_choice, check_devices, forward_mode
 from ..ops import linear as _linear
 from ..ops._native import extension
 
@@ -58,12 +58,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         ``[..., N]``.
+
+    Raises:
+        ValueError: if they are on several devices.
     """
+    check_devices(x=x, weight=weight, bias=bias)
     given = [t for t in (x, weight, bias) if t is not None]
     fits = x.dtype in (torch.float32, torch.float64) and x.dim() > 0 and weight.dim() == 2
-    fits = fits and all(t.dtype == x.dtype and t.device.type == "cpu" for t in given)
+    fits = fits and all(t.dtype == x.dtype and t.device.type == "cpu" and t.layout == torch.strided for t in given)
     empty = 0 in x.shape or 0 in weight.shape
-    if not fits or empty or torch.is_autocast_enabled("cpu") or _chosen() == "torch":
+    if not fits or empty or forward_mode() or torch.is_autocast_enabled("cpu") or _chosen() == "torch":
         return F.linear(x, weight, bias)
     rows = _linear.linear(_linear.Inputs(x.reshape(-1, x.shape[-1]), weight, bias), "cpp").out
     return rows.view(*x.shape[:-1], weight.shape[0])

@@ -77,6 +77,7 @@ def prototype_contrastive_loss(
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
     name = resolve(backend, "pscl", features.device, BACKENDS)
     active = check_active(active, labels, name)
+    features, prototypes = arguments.in_range(features), arguments.in_range(prototypes)
     released = formulation == "released"
 
     if name == "reference":

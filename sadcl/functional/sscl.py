@@ -80,6 +80,7 @@ def sample_contrastive_loss(
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
     name = resolve(backend, "sscl", features.device, BACKENDS)
     active = check_active(active, labels, name)
+    features = arguments.in_range(features)
     released = formulation == "released"
 
     if name == "reference":

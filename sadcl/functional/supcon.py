@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
+from .._dtypes import without_autocast
 from ..ops import sscl as _sscl
 from . import _arguments as arguments
 from ._reduce import REDUCTIONS
@@ -72,7 +73,7 @@ def supcon_loss(
     if mask is not None:
         arguments.check_mask(mask, b, features)
         name = resolve(backend, "supcon with a mask", features.device, ("torch",))
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             run = reference.supcon if name == "reference" else _masked_supcon
             rows = run(features, mask, tau)
     else:

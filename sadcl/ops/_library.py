@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._checks import forward_mode
+from .._dtypes import without_autocast
 from ._native import resolved
 from ._transforms import refuse_forward_mode, transformable, watched
 
@@ -35,6 +37,8 @@ _STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {}
 _TRANSFORMED: dict[str, Callable[..., Any]] = {}
 OPS: dict[str, Op] = {}
+
+INSTEAD = "backend='reference'"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,9 @@ class Backward:
         fills: NamedTuple of what the implementations give, where that is not one ``grad_<input>`` an input.
         allocate: ``(inputs, wanted) -> fills``, uninitialised; None for what is not made. Default: as the inputs are.
         spread: ``(fills, inputs) -> mapping of grad_<input>``, where there is a ``fills``.
-        twice: what the error about a second derivative advises.
+        plain: ``(upstream, inputs) -> mapping of grad_<input>`` in torch's own operators, which is run where a graph of
+            the derivative is wanted; without it second derivatives are refused.
+        instead: what errors advise who wants second or forward-mode derivatives.
     """
 
     gradients: tuple[str, ...]
@@ -75,7 +81,8 @@ class Backward:
     fills: Any = None
     allocate: Callable[[Any, tuple[str, ...]], Any] | None = None
     spread: Callable[[Any, Any], Mapping[str, Tensor | None]] | None = None
-    twice: str = "backend='reference' is differentiable twice"
+    plain: Callable[[Any, Any], Mapping[str, Tensor | None]] | None = None
+    instead: str = INSTEAD
 
 
 @dataclass(frozen=True)
@@ -203,11 +210,11 @@ class _Derivative:
 
         def refuse(ctx: Any, *_: Any) -> Any:
             raise RuntimeError(
-                f"sadcl::{name}: second derivatives are not implemented by the fused kernels; {self.backward.twice}"
+                f"sadcl::{name}: second derivatives are not implemented by the fused kernels; use {self.backward.instead}"
             )
 
-        _register_autograd(name, refuse, lambda ctx, given, output: None)
-        _register_autograd(self.op.name, self.derive, self.setup_context)
+        _register_autograd(name, refuse, lambda ctx, given, output: None, self.backward.instead)
+        _register_autograd(self.op.name, self.derive, self.setup_context, self.backward.instead)
 
     def unpack(self, given: Any) -> tuple[Any, Any, Any, tuple[str, ...]]:
         """Arguments as (upstream, inputs, saved outputs, wanted)."""
@@ -281,6 +288,12 @@ class _Derivative:
             upstream = (torch.zeros(shape, dtype=dtype, device=device), *upstream[1:])
         tensors, constants, backend = ctx.saved_tensors, ctx.constants, ctx.backend  # read once, for checkpointing
         x = self.inputs_of(tensors, constants)
+        if self.backward.plain is not None and torch.is_grad_enabled():
+            by_name = self.backward.plain(self.upstream(*upstream), x)
+            answer = list(self.none)
+            for i, name, wanted in zip(self.gradient_at, self.backward.gradients, asked, strict=True):
+                answer[i] = by_name[f"grad_{name}"] if wanted else None
+            return tuple(answer)
         if torch.is_grad_enabled() or watched(*upstream, *tensors) or upstream[0].is_meta:
             arguments = (*upstream, *self.flat(tensors, constants), list(asked), backend)
             got = _several(call(f"{self.op.name}_backward", *arguments))
@@ -311,7 +324,7 @@ def _quietly(backend: str, run: Callable[..., Any], x: Any, *rest: Any) -> Any:
     """Without autocast, which is still on inside an op's implementation and would round torch's float32 products."""
     if backend != "torch":
         return run(x, *rest)
-    with torch.autocast(x[0].device.type, enabled=False):
+    with without_autocast(x[0].device):
         return run(x, *rest)
 
 
@@ -327,7 +340,8 @@ def call(name: str, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active() and not is_in_torch_dispatch_mode():
             return _TRANSFORMED[name](*args)
         return getattr(torch.ops.sadcl, name)(*args)
-    return (_DIFFERENTIABLE if torch.is_grad_enabled() else _EAGER)[name](*args)
+    # Forward-mode tangents are there without grad mode, too: they must be refused, not lost.
+    return (_DIFFERENTIABLE if torch.is_grad_enabled() or forward_mode() else _EAGER)[name](*args)
 
 
 def _several(output: Any) -> tuple[Any, ...]:
@@ -363,10 +377,12 @@ def _register(
     torch.library.register_fake(f"sadcl::{name}", lambda *args: plain(fake(inputs(*args[:-1]))), lib=LIBRARY)
     _EAGER[name] = _DIFFERENTIABLE[name] = run
     _STEPS[name] = given, execute
-    _TRANSFORMED[name] = transformable(name, run, None, None)
+    _TRANSFORMED[name] = transformable(name, run, None, None, INSTEAD)
 
 
-def _register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+def _register_autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], instead: str
+) -> None:
     """Attach the first derivative ``backward(ctx, *grads)``; the gradient of an output that nobody used is None."""
 
     def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -387,8 +403,11 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
         prepare(ctx, (*x, args[-1]), output)  # what was made real stays so for the backward
         return output
 
-    methods = {"forward": forward, "backward": derive, "jvp": refuse_forward_mode(name)}
-    methods = {key: staticmethod(method) for key, method in methods.items()}
+    methods = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(derive),
+        "jvp": staticmethod(refuse_forward_mode(name, instead)),
+    }
     function: Any = type(f"sadcl_{name}", (torch.autograd.Function,), methods)
     _DIFFERENTIABLE[name] = function.apply
-    _TRANSFORMED[name] = transformable(name, run, derive, prepare)
+    _TRANSFORMED[name] = transformable(name, run, derive, prepare, instead)

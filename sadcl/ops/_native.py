@@ -33,7 +33,7 @@ def extension() -> Any:
 
 
 def array(tensor: Tensor) -> Any:
-    """Describe a CPU tensor to the extension: address, dtype, shape, strides in elements."""
+    """Describe a CPU tensor to the extension: address, dtype (a checked one), shape, strides in elements."""
     return extension().Array(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 

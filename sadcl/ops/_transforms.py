@@ -1,4 +1,4 @@
-"""Who watches an op run, and ops under torch.func: grad, vjp, jacrev, vmap; forward mode is refused by name."""
+"""Who watches an op run, and ops under torch.func: grad, vjp, jacrev, vmap; forward mode is refused."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ def watched(*args: Any) -> bool:
     )
 
 
-def refuse_forward_mode(name: str) -> Callable[..., Any]:
-    """The jvp of an op, which says what to do instead."""
+def refuse_forward_mode(name: str, instead: str) -> Callable[..., Any]:
+    """What stands for the op's ``jvp``."""
 
-    def jvp(ctx: Any, *_: Any) -> Any:
+    def refuse(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            f"sadcl::{name}: forward-mode derivatives (jvp, jacfwd, hessian) are not implemented; "
-            "use reverse mode (grad, vjp, jacrev), or backend='reference'"
+            f"sadcl::{name}: forward-mode derivatives (jvp, jacfwd, hessian, forward_ad) are not implemented by the "
+            f"fused kernels; use reverse mode (grad, vjp, jacrev), or {instead}"
         )
 
-    return jvp
+    return refuse
 
 
 def transformable(
-    name: str, run: Callable[..., Any], derive: Callable[..., Any] | None, prepare: Callable[..., None] | None
+    name: str,
+    run: Callable[..., Any],
+    derive: Callable[..., Any] | None,
+    prepare: Callable[..., None] | None,
+    instead: str,
 ) -> Callable[..., Any]:
     """``run`` as an autograd.Function that torch.func can transform.
 
@@ -62,7 +66,7 @@ def transformable(
         "forward": staticmethod(run),
         "setup_context": staticmethod(prepare or (lambda ctx, inputs, output: None)),
         "backward": staticmethod(derive or no_derivative),
-        "jvp": staticmethod(refuse_forward_mode(name)),
+        "jvp": staticmethod(refuse_forward_mode(name, instead)),
         "vmap": staticmethod(one_by_one),
     }
     function = type(f"sadcl_{name}_transformed", (torch.autograd.Function,), methods)

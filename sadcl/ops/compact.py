@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..portable import compact as portable
 from ._library import Op
-from ._native import DTYPE_CODES, native, triton_kernel
+from ._native import native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -70,7 +70,7 @@ def _bounded(run: Callable[[Any, Any], None]) -> Callable[[Inputs], Active]:
     def bounded(x: Inputs) -> Active:
         labels, capacity = x
         out = allocate(Inputs(labels, None))
-        run(Inputs(labels if labels.dtype in DTYPE_CODES else labels.float(), labels.numel()), out)
+        run(Inputs(labels, labels.numel()), out)
         if capacity is None or capacity >= labels.numel():
             return out
         if _checks.reads_values(labels) and out.class_ptr[-1] > capacity:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._dtypes import without_autocast
 from . import pscl, sscl
 from ._library import Backward, Into, Op
 from ._native import DTYPE_CODES, array, extension, native
@@ -70,7 +71,7 @@ def stacked(embeddings: Tensor, bank: Tensor | None) -> Tensor:
     """The views as a tensor ``[B, V, C, D]``."""
     if bank is None:
         return embeddings[:, None]
-    with torch.autocast(embeddings.device.type, enabled=False):  # float16 autocast on a CPU refuses to stack bfloat16
+    with without_autocast(embeddings.device):  # float16 autocast on a CPU refuses to stack bfloat16
         return torch.stack([embeddings, bank], dim=1)
 
 

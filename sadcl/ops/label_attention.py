@@ -125,7 +125,7 @@ BACKWARD = Backward(
     fills=Gradients,
     allocate=_allocate_gradients,
     spread=_spread,
-    twice="backend='reference' is differentiable twice, and form='folded' with backend='torch'",
+    instead="backend='reference', or form='folded' with backend='torch'",
 )
 label_attention = Op(
     "label_attention",

@@ -22,6 +22,17 @@ def forward(x: Any) -> dict[str, Tensor]:
     return {"logits": classify(*x)}
 
 
+def gradients(upstream: Any, x: Any) -> dict[str, Tensor]:
+    """All of them, differentiable themselves."""
+    acc = accumulation_dtype(torch.promote_types(x.features.dtype, x.weight.dtype))
+    given = upstream.grad_logits.to(acc)[..., None]
+    return {
+        "grad_features": (given * x.weight.to(acc)).to(x.features.dtype),
+        "grad_weight": (given * x.features.to(acc)).sum(dim=0).to(x.weight.dtype),
+        "grad_bias": upstream.grad_logits.sum(dim=0).to(x.bias.dtype),
+    }
+
+
 def backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
     """Fill the gradients of features and weight that are there."""
     acc = accumulation_dtype(torch.promote_types(x.features.dtype, x.weight.dtype))

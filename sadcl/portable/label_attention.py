@@ -1,4 +1,8 @@
-"""Label attention in plain torch, in both forms: any device, traceable, exportable, differentiable twice."""
+"""Label attention in plain torch, in both forms: any device, traceable, exportable, differentiable forward.
+
+Differentiable twice, but for the plain form where torch's fused attention computes it (on a CPU, without weights asked
+for), whose own backward has no derivative.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .._checks import forward_mode
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,16 @@ def _plain(
     dropout: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    batch, length, width = memory.shape
+    batch, _, width = memory.shape
     heads = projections.num_heads
     keys = memory if memory_pos is None else memory + memory_pos
-    q = F.linear(query, *projections.input(0)).unflatten(-1, (heads, -1)).transpose(-3, -2)
-    k = F.linear(keys, *projections.input(1)).view(batch, length, heads, -1).transpose(1, 2)
-    v = F.linear(memory, *projections.input(2)).view(batch, length, heads, -1).transpose(1, 2)
+    split = (heads, width // heads)
+    q = F.linear(query, *projections.input(0)).unflatten(-1, split).transpose(-3, -2)
+    k = F.linear(keys, *projections.input(1)).unflatten(-1, split).transpose(1, 2)
+    v = F.linear(memory, *projections.input(2)).unflatten(-1, split).transpose(1, 2)
     q = q.expand(batch, -1, -1, -1)  # [B, H, C, d]
     mask = None if keep is None else keep[:, None]
-    if need_weights:
+    if need_weights or forward_mode():  # which torch's fused attention has not
         scores = torch.matmul(q * (width // heads) ** -0.5, k.transpose(-2, -1))
         weights = _normalise(scores, mask, None if empty is None else empty[:, None], dropout)
         context = torch.matmul(weights, v)
@@ -82,7 +89,7 @@ def _plain(
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if empty is not None:
             context = context.masked_fill(empty[:, None], 0.0)
-    return context.transpose(1, 2).reshape(batch, -1, width), weights
+    return context.transpose(1, 2).flatten(2), weights
 
 
 def _folded(
@@ -108,7 +115,7 @@ def _folded(
     value_weight, value_bias = projections.input(2)
     per_head = gathered.transpose(0, 1).reshape(heads, batch * classes, width)
     context = torch.bmm(per_head, value_weight.view(heads, -1, width).transpose(1, 2))  # [H, BC, d]
-    context = context.view(heads, batch, classes, -1).permute(1, 2, 0, 3)
+    context = context.view(heads, batch, classes, width // heads).permute(1, 2, 0, 3)
     if value_bias is not None:
         mass = weights.sum(-1).view(batch, heads, classes).transpose(1, 2)
         context = context + mass[..., None] * value_bias.view(heads, -1)
@@ -120,7 +127,7 @@ def _fold_queries(query: Tensor, projections: Projections) -> Tensor:
     """``W_k,h^T q_h / sqrt(d)`` for every head: ``[H*C, E]`` for shared queries, else ``[B, H*C, E]``."""
     heads, width = projections.num_heads, query.shape[-1]
     q = F.linear(query, *projections.input(0)) * (width // heads) ** -0.5
-    per_head = q.reshape(-1, heads, width // heads).transpose(0, 1)  # [H, (B)C, d]
+    per_head = q.flatten(0, -2).unflatten(-1, (heads, width // heads)).transpose(0, 1)  # [H, (B)C, d]
     key_weight = projections.input(1)[0].view(heads, -1, width)
     folded = torch.bmm(per_head, key_weight)  # [H, (B)C, E]
     if query.dim() == 2:

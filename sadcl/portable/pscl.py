@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._dtypes import accumulation_dtype, norm_dtype
 
 # Images at a time, so that float64 copies of them stay in a CPU's cache (2 MB); elsewhere launches cost more.
@@ -18,16 +19,17 @@ def forward(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.pscl.Inputs`."""
     features, temperature = x.features, x.temperature
     b, c, _ = features.shape
+    _checks.check_positive("temperature", temperature)
+    positive, valid = x.target == 1, x.target != -1
     wide = norm_dtype(features.device)
     norm_p = torch.linalg.vector_norm(x.prototypes.to(wide), dim=-1)
     unit = x.prototypes.to(wide) / _safe(norm_p)[:, None]
     score, norm_x = features.new_empty((b, c), dtype=wide), features.new_empty((b, c), dtype=wide)
     for part in _chunks(features):
         z = features[part].to(wide)
-        norm_x[part] = torch.linalg.vector_norm(z, dim=-1)
+        norm_x[part] = torch.where(valid[part], torch.linalg.vector_norm(z, dim=-1), 0.0)
         score[part] = torch.linalg.vecdot(z, unit) / _safe(norm_x[part])
     score /= temperature
-    positive, valid = x.target == 1, x.target != -1
     lse = torch.stack([_logsumexp(score, valid), _logsumexp(score, positive)])
     has_positive = positive.any(dim=0)
     class_loss = torch.where(has_positive, lse[0] - lse[1], 0.0)

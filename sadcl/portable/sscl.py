@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._dtypes import accumulation_dtype, norm_dtype
 
 # A block of scores holds at most this many elements (64 MB of float32).
@@ -68,6 +69,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.sscl.Inputs`; no scores are kept."""
     b, v, c, _ = x.features.shape
     temperature, released = x.temperature, x.released
+    _checks.check_positive("temperature", temperature)
     rows = _gather(x.features, x.pairs, x.class_ptr, x.normalize)
     z, n = rows.z, rows.z.shape[0]
     mean_positive = (z * (_group_sum(rows, z)[rows.group] - z)).sum(dim=1) / temperature / rows.peers.clamp(min=1)

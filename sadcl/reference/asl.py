@@ -43,7 +43,7 @@ def asl(
     """
     x, y = logits.double(), labels.double()
     valid = y != -1
-    y = torch.where(valid, y, 0.0)
+    x, y = torch.where(valid, x, 0.0), torch.where(valid, y, 0.0)  # whatever an ignored place holds, NaN included
     p, not_p = torch.sigmoid(x), torch.sigmoid(-x)
     log_q = logsigmoid(-x) if clip == 0 else torch.log((not_p + clip).clamp(max=1.0))
     log_floor = math.log(eps)

@@ -71,6 +71,6 @@ def label_attention(
     weights = weights.masked_fill(empty[:, None, None, None], 0.0)
     if dropped is not None:
         weights = weights * dropped
-    context = torch.einsum("bhcl,bhld->bchd", weights, v).reshape(batch, -1, width)
+    context = torch.einsum("bhcl,bhld->bchd", weights, v).flatten(2)
     out = torch.einsum("bce,fe->bcf", context, out_proj_weight)
     return out if out_proj_bias is None else out + out_proj_bias, weights

@@ -35,6 +35,7 @@ def pscl(
         ``[C]`` float64.
     """
     x, p = features.double(), prototypes.double()
+    x = torch.where((target == -1)[:, :, None], 0.0, x)  # whatever an ignored place holds, NaN included
     score = (unit(x) * unit(p)).sum(dim=-1) / temperature
     losses = []
     for c in range(score.shape[1]):

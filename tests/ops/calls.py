@@ -100,7 +100,7 @@ def _supcon(backend: str | None, features: Tensor, groups: Any = None, mask: Any
 def _attention(form: str, need_weights: bool) -> Callable[..., Tensor]:
     def run(backend: str | None, **tensors: Tensor) -> Tensor:
         out, weights = F.label_attention(**tensors, num_heads=2, form=form, need_weights=need_weights, backend=backend)
-        total = (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum()
+        total = (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device)).sum()
         return total if weights is None else total + weights.square().sum()
 
     return run
