@@ -14,6 +14,7 @@
 #include "bind_linear.h"
 #include "bind_pscl.h"
 #include "bind_sscl.h"
+#include "bind_zlpr.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   bind_sscl(m);
   bind_pscl(m);
   bind_asl(m);
+  bind_zlpr(m);
   bind_label_attention(m);
   bind_linear(m);
   bind_group_classifier(m);

@@ -65,14 +65,20 @@ def check_nonempty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(value.shape)}")
 
 
-def check_label_values(labels: Tensor) -> None:
+def check_real(name: str, value: Tensor) -> None:
+    """Require a real dtype."""
+    if value.is_complex():
+        raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
+
+
+def check_label_values(labels: Tensor, name: str = "labels") -> None:
     """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
     # A comparison with -1 would call 255 ignored in unsigned labels.
     ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
     wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
     if wrong.numel() > 0:
         values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
-        raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
+        raise ValueError(f"{name}: expected 0, 1 or -1 (ignored), got values {values}")
 
 
 def check_soft_labels(labels: Tensor) -> None:
@@ -86,6 +92,15 @@ def check_soft_labels(labels: Tensor) -> None:
         raise ValueError(f"labels: expected values in [0, 1] or -1 (ignored), got {values}")
 
 
+def check_positive(name: str, value: float) -> float:
+    """Return a finite Python number > 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number > 0, got {type(value).__name__}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return float(value)
+
+
 def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature") -> Tensor:
     """Return ``value`` as a 0-d tensor of the accumulation dtype on ``like``'s device.
 
@@ -96,8 +111,4 @@ def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
         return value.reshape(()).to(device=like.device, dtype=dtype)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number > 0, got {type(value).__name__}")
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), check_positive(name, value), dtype=dtype, device=like.device)

@@ -52,13 +52,18 @@ def check_prototypes(prototypes: Tensor, features: Tensor) -> Tensor:
         prototypes = prototypes.squeeze(0)
     check.check_size("prototypes", prototypes, 0, features.shape[1], "C", "features")
     check.check_size("prototypes", prototypes, 1, features.shape[2], "D", "features")
-    check.check_same_device("prototypes", prototypes, "features", features)
-    if prototypes.dtype != features.dtype:
+    return as_features("prototypes", prototypes, features)
+
+
+def as_features(name: str, value: Tensor, features: Tensor) -> Tensor:
+    """``value``, whose device and dtype have to be features'; under autocast the dtype is made so."""
+    check.check_same_device(name, value, "features", features)
+    if value.dtype != features.dtype:
         if not torch.is_autocast_enabled(features.device.type):
-            raise TypeError(f"prototypes: expected features' dtype {features.dtype}, got {prototypes.dtype}")
+            raise TypeError(f"{name}: expected features' dtype {features.dtype}, got {value.dtype}")
         # Under autocast a projected feature may be bfloat16 while a parameter is float32.
-        prototypes = prototypes.to(features.dtype)
-    return prototypes
+        value = value.to(features.dtype)
+    return value
 
 
 def check_focus(gamma_neg: float, gamma_pos: float, clip: float, eps: float) -> tuple[float, float, float, float]:

@@ -46,8 +46,7 @@ def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int 
     """
     check.check_tensor("labels", labels, (2,), "[B, C]")
     check.check_nonempty("labels", labels)
-    if labels.is_complex():
-        raise TypeError(f"labels: expected a real dtype, got {labels.dtype}")
+    check.check_real("labels", labels)
     name = resolve(backend, "compact", labels.device, BACKENDS)
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
         raise ValueError(f"capacity: expected None or an integer > 0, got {capacity!r}")
