@@ -53,7 +53,7 @@ bool part_row(const Array& logits, const Array& labels, int64_t b, int64_t c, in
 }
 
 template <class T>
-T largest_of(const T* x, int64_t n) {
+T highest(const T* x, int64_t n) {
   constexpr int L = Simd<T>::kLanes;
   vec<T> best = splat(T(-HUGE_VAL));
   int64_t i = 0;
@@ -66,7 +66,7 @@ T largest_of(const T* x, int64_t n) {
 
 // Sum of e^(x - pivot), no x above the pivot.
 template <class T>
-double sum_exp(const T* x, int64_t n, T pivot) {
+double sum_of_exp(const T* x, int64_t n, T pivot) {
   constexpr int L = Simd<T>::kLanes;
   vec<T> total = {};
   int64_t i = 0;
@@ -83,8 +83,8 @@ struct LogSum {
   double sum = 0;
 
   void add(const T* x, int64_t n) {
-    raise(largest_of(x, n));
-    sum += sum_exp(x, n, pivot());
+    raise(highest(x, n));
+    sum += sum_of_exp(x, n, pivot());
   }
   // Merges e^peak times `total`.
   void add(T other_peak, double total) {

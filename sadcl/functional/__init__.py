@@ -9,7 +9,7 @@ from .asl import asymmetric_loss
 from .compact import ContrastiveStats, compact_labels, contrastive_stats
 from .dual import DualParts, dual_contrastive_loss
 from .label_attention import label_attention
-from .mlc import WEIGHTINGS, multilabel_supcon_loss
+from .mlc import WEIGHTINGS, check_multilabel_numbers, multilabel_supcon_loss
 from .pscl import prototype_contrastive_loss
 from .sscl import FORMULATIONS, sample_contrastive_loss
 from .supcon import supcon_loss
@@ -23,6 +23,7 @@ __all__ = [
     "ContrastiveStats",
     "DualParts",
     "asymmetric_loss",
+    "check_multilabel_numbers",
     "compact_labels",
     "contrastive_stats",
     "dual_contrastive_loss",

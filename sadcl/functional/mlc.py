@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -100,7 +99,7 @@ def multilabel_supcon_loss(
     x = features[:, None] if flat else features
     check.check_choice("reduction", reduction, REDUCTIONS)
     check.check_choice("weighting", weighting, WEIGHTINGS)
-    _check_numbers(threshold, alpha, beta)
+    check_multilabel_numbers(threshold, alpha, beta)
     _check_combination(weighting, labels, keys, key_labels, prototypes, weights, class_weight, include_batch, per_image)
     c = _check_labels(x, labels, keys, key_labels)
     keys, prototypes = _check_vectors(x, keys, prototypes, c)
@@ -124,11 +123,11 @@ def multilabel_supcon_loss(
         ).to(tau.dtype)  # fmt: skip
     else:
         code = WEIGHTINGS.index(weighting) if weights is None else _mlc.DENSE
-        given = _mlc.Inputs(
+        inputs = _mlc.Inputs(
             x, labels, keys, key_labels, prototypes, weights, checked.of_class, tau, code,
             float(threshold), float(alpha), float(beta), include_batch, normalize,
         )  # fmt: skip
-        rows = _mlc.mlc(given, name).row_loss
+        rows = _mlc.mlc(inputs, name).row_loss
 
     if scale is not None:
         rows = rows * scale
@@ -137,9 +136,7 @@ def multilabel_supcon_loss(
     return _reduce(rows, labels, weighting if weights is None else "", per_image, reduction, flat)
 
 
-def _reduce(
-    rows: Tensor, labels: Tensor | None, weighting: str, per_image: bool, reduction: str, flat: bool
-) -> Tensor:
+def _reduce(rows: Tensor, labels: Tensor | None, weighting: str, per_image: bool, reduction: str, flat: bool) -> Tensor:
     """``a_i`` and the reduction of ``rows [B, V]``."""
     count: Tensor | int = rows.numel()
     if weighting in _OF_CLASSES:
@@ -155,7 +152,8 @@ def _reduce(
     return total / count if reduction == "mean" else total
 
 
-def _check_numbers(threshold: float, alpha: float, beta: float) -> None:
+def check_multilabel_numbers(threshold: float, alpha: float, beta: float) -> None:
+    """Refuse constants that no weighting can have."""
     for name, value in (("threshold", threshold), ("alpha", alpha), ("beta", beta)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

@@ -57,7 +57,7 @@ def two_way_loss(
     check.check_choice("reduction", reduction, REDUCTIONS)
     tp = check.check_positive("positive_temperature", positive_temperature)
     tn = check.check_positive("negative_temperature", negative_temperature)
-    weights = arguments.check_weights(class_weight, sample_weight, *logits.shape, logits)
+    weights = arguments.check_weights(class_weight, sample_weight, logits.shape[0], logits.shape[1], logits)
     name = resolve(backend, "two_way", logits.device, BACKENDS)
     if name == "reference":
         check_values(labels)

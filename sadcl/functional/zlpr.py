@@ -65,7 +65,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
     check.check_tensor("logits", logits, (2,), "[B, C]")
     check.check_floating("logits", logits)
     check.check_nonempty("logits", logits)
-    arguments.check_labels(labels, *logits.shape, logits, other="logits")
+    b, c = logits.shape
+    arguments.check_labels(labels, b, c, logits, other="logits")
     check.check_real("labels", labels)
 
 

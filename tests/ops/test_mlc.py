@@ -92,7 +92,10 @@ def test_low_precision_is_near_the_oracle(kind: str, columns: str, dtype: torch.
     digits = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     for name, g, w in zip(("loss", *leaves), got, want, strict=True):
         bar = digits if g.dtype == dtype else 1e-6
-        rows, truth = g.double().reshape(-1, g.shape[-1] if g.dim() else 1), w.reshape(-1, w.shape[-1] if w.dim() else 1)
+        rows, truth = (
+            g.double().reshape(-1, g.shape[-1] if g.dim() else 1),
+            w.reshape(-1, w.shape[-1] if w.dim() else 1),
+        )
         error, size = (rows - truth).norm(dim=1), truth.norm(dim=1)
         assert (error <= bar * (size + 0.3 * size.mean()) * 3).all(), f"{name}: {(error / size).max():.3g}"
 
@@ -103,7 +106,7 @@ def test_reductions_and_weights(kind: str, backend: str) -> None:
     leaves, options = problem(kind, "both")
     call = functools.partial(F.multilabel_supcon_loss, backend=backend, **leaves, **options)
     rows, labels = call(reduction="none"), options["labels"]
-    assert rows.shape == (6, 2) and (rows[(labels == 1).sum(dim=1) == 0] == 0).all() or kind == "all"
+    assert (rows.shape == (6, 2) and (rows[(labels == 1).sum(dim=1) == 0] == 0).all()) or kind == "all"
     count = 2 * (labels == 1).sum() if kind == "mulsupcon" else 12
     torch.testing.assert_close(call(reduction="sum"), rows.sum())
     torch.testing.assert_close(call(), rows.sum() / count)
