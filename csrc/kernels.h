@@ -5,6 +5,7 @@
 #include "group_classifier.h"
 #include "label_attention.h"
 #include "linear.h"
+#include "mlc.h"
 #include "pscl.h"
 #include "sscl.h"
 #include "two_way.h"
@@ -19,7 +20,9 @@
   SADCL_SSCL_KERNELS(X)                                                                        \
   X(bool, asl_forward, (const AslForward&)) /* returns false if a label is not allowed */      \
   X(void, asl_backward, (const AslBackward&))                                                  \
-  X(bool, zlpr_forward, (const ZlprForward&)) /* false if a label is not allowed, as below */  \
+  X(bool, mlc_forward, (const MlcForward&)) /* false if a label is not allowed, as below */    \
+  X(double, mlc_backward, (const MlcBackward&)) /* returns d loss / d temperature */           \
+  X(bool, zlpr_forward, (const ZlprForward&)) /* returns false if a label is not allowed */   \
   X(void, zlpr_backward, (const ZlprBackward&))                                                \
   X(bool, two_way_forward, (const TwoWayForward&))                                             \
   X(void, two_way_backward, (const TwoWayBackward&))                                           \

@@ -12,6 +12,7 @@
 #include "bind_group_classifier.h"
 #include "bind_label_attention.h"
 #include "bind_linear.h"
+#include "bind_mlc.h"
 #include "bind_pscl.h"
 #include "bind_sscl.h"
 #include "bind_zlpr.h"
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   bind_sscl(m);
   bind_pscl(m);
   bind_asl(m);
+  bind_mlc(m);
   bind_zlpr(m);
   bind_label_attention(m);
   bind_linear(m);

@@ -8,7 +8,7 @@ The derivatives by class weights and by dense weights are plain torch on every b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,8 @@ from .. import _checks
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import mlc as portable
 from ..portable.mlc import DENSE, MSC, WEIGHTINGS
-from ._library import Backward, Op
+from ._library import Backward, Into, Op
+from ._native import native
 
 __all__ = ["DENSE", "MSC", "WEIGHTINGS", "Inputs", "Outputs", "allocate", "check_weight_values", "mlc"]
 
@@ -78,15 +79,38 @@ def _checked(x: Inputs) -> Inputs:
     return x
 
 
+_FORWARD, _BACKWARD = native("mlc_forward"), native("mlc_backward")
+_RARE = ("weights", "class_weight")
+
+
+def _cpp(x: Inputs, out: Outputs) -> None:
+    if x.weights is not None:
+        check_weight_values(x.weights)
+    if x.class_weight is not None:
+        x = x._replace(class_weight=x.class_weight.contiguous())
+    if not _FORWARD(x, out):
+        _checked(x)
+
+
+def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
+    if x.class_weight is not None:
+        x = x._replace(class_weight=x.class_weight.contiguous())
+    _BACKWARD(upstream, x, saved, out)
+    rare = tuple(name for name in _RARE if getattr(out, f"grad_{name}") is not None)
+    if rare:
+        for name, grad in portable.backward(upstream, x, saved, rare).items():
+            getattr(out, name).copy_(grad)
+
+
 mlc = Op(
     "mlc",
     Inputs,
     Outputs,
     allocate,
-    {"torch": lambda x: portable.forward(_checked(x))},
+    {"cpp": Into(_cpp), "torch": lambda x: portable.forward(_checked(x))},
     Backward(
         gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
-        implementations={"torch": portable.backward},
+        implementations={"cpp": Into(_backward_cpp), "torch": portable.backward},
         partial=True,
     ),
 )
