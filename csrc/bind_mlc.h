@@ -9,14 +9,14 @@ namespace {
 
 // A matrix of a shape, or an array without dimensions where Python says None.
 Array matrix(const Fields& given, const char* name, int64_t rows, int64_t columns) {
-  if (given.optional(name) == nullptr) return Array();
+  if (!given.has(name)) return Array();
   const Array& x = given.tensor(name);
   check_shape(name, x, {rows, columns});
   return x;
 }
 
 int64_t rows_of(const Fields& given, const char* name) {
-  if (given.optional(name) == nullptr) return 0;
+  if (!given.has(name)) return 0;
   check_rank(name, given.tensor(name), 2);
   return given.tensor(name).shape[0];
 }
@@ -63,8 +63,8 @@ int64_t vectors(const MlcInputs& in) {
 }
 
 // False if a label is not allowed.
-bool bind_mlc_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+bool bind_mlc_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   MlcForward a;
   a.in = make_mlc(given);
   const int64_t N = a.in.features.shape[0] * a.in.features.shape[1];
@@ -77,13 +77,13 @@ bool bind_mlc_forward(const py::kwargs& fields) {
 }
 
 Array gradient_of(const Fields& given, const char* name, const Array& like) {
-  if (given.optional(name) == nullptr || like.dims == 0) return Array();
+  if (!given.has(name) || like.dims == 0) return Array();
   check_buffer(name, given.tensor(name), like.dtype, count(like));
   return given.tensor(name);
 }
 
-void bind_mlc_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_mlc_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   MlcBackward a;
   a.in = make_mlc(given);
   const Array& x = a.in.features;

@@ -24,7 +24,7 @@ Array take_grad_logits(const Fields& given, const Array& logits) {
 
 // An upstream gradient; an array without dimensions where nobody used the result.
 Array take_upstream(const Fields& given, const char* name, int64_t size, DType acc) {
-  if (given.optional(name) == nullptr) return Array();
+  if (!given.has(name)) return Array();
   const Array& grad = given.tensor(name);
   check_dtype(name, grad, acc);
   check_shape(name, grad, {size});
@@ -32,8 +32,8 @@ Array take_upstream(const Fields& given, const char* name, int64_t size, DType a
 }
 
 // False if a label is not allowed.
-bool bind_zlpr_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+bool bind_zlpr_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   ZlprForward a;
   take_logits(given, a.logits, a.labels);
   const int64_t B = a.logits.shape[0];
@@ -45,8 +45,8 @@ bool bind_zlpr_forward(const py::kwargs& fields) {
   return table.zlpr_forward(a);
 }
 
-void bind_zlpr_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_zlpr_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   ZlprBackward a;
   take_logits(given, a.logits, a.labels);
   a.lse = given.buffer<const double>("lse", kF64, 2 * a.logits.shape[0]);
@@ -69,8 +69,8 @@ TwoWayInputs make_two_way(const Fields& given) {
 }
 
 // False if a label is not allowed.
-bool bind_two_way_forward(const py::kwargs& fields) {
-  const Fields given(fields);
+bool bind_two_way_forward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   TwoWayForward a;
   a.in = make_two_way(given);
   const int64_t B = a.in.logits.shape[0], C = a.in.logits.shape[1];
@@ -83,8 +83,8 @@ bool bind_two_way_forward(const py::kwargs& fields) {
   return table.two_way_forward(a);
 }
 
-void bind_two_way_backward(const py::kwargs& fields) {
-  const Fields given(fields);
+void bind_two_way_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
   TwoWayBackward a;
   a.in = make_two_way(given);
   const int64_t B = a.in.logits.shape[0], C = a.in.logits.shape[1];

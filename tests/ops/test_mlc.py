@@ -259,3 +259,67 @@ def test_any_problem(
     got, want = (run(leaves, backend=which, threshold=threshold, **options) for which in (backend, "reference"))
     for name, g, w in zip(("loss", *leaves), got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_wrong_arguments() -> None:
+    x, labels = make_features(6, 2, 9), make_labels(6, 5)
+    keys, key_labels, prototypes = make_features(4, 9, seed=2), make_labels(4, 5, seed=2), make_features(5, 9, seed=3)
+    both: dict[str, Any] = {"keys": keys, "key_labels": key_labels}
+    for error, words, options in [
+        (TypeError, r"features: expected a torch.Tensor \[B, V, D\] or \[B, D\], got list", {"features": [1.0]}),
+        (ValueError, r"features: expected shape \[B, V, D\] or \[B, D\], got \(9,\)", {"features": x[0, 0]}),
+        (ValueError, r"features: expected no empty dimension, got shape \(0, 2, 9\)", {"features": x[:0]}),
+        (TypeError, "features: expected a floating point dtype, got torch.int32", {"features": x.int()}),
+        (TypeError, r"labels: expected a torch.Tensor \[B, C\], got NoneType", {"labels": None}),
+        (ValueError, r"labels: expected B=6 \(from features\) in dimension 0, got shape \(5, 5\)", {"labels": labels[:5]}),
+        (TypeError, "labels: expected a real dtype", {"labels": labels.to(torch.complex64)}),
+        (ValueError, "labels: expected 0, 1 or -1", {"labels": labels + 2}),
+        (ValueError, "key_labels: expected 0, 1 or -1", {"keys": keys, "key_labels": key_labels + 2}),
+        (ValueError, r"key_labels: expected the labels \[K, C\] of keys, got None", {"keys": keys}),
+        (ValueError, "key_labels: expected None without keys", {"key_labels": key_labels}),
+        (ValueError, r"key_labels: expected K=4 \(from keys\)", {"keys": keys, "key_labels": key_labels[:3]}),
+        (ValueError, r"key_labels: expected C=5 \(from labels\)", {"keys": keys, "key_labels": key_labels[:, :4]}),
+        (ValueError, r"keys: expected D=9 \(from features\)", {**both, "keys": keys[:, :8]}),
+        (TypeError, "keys: expected features' dtype torch.float32, got torch.float64", {**both, "keys": keys.double()}),
+        (ValueError, "keys is on meta", {**both, "keys": keys.to("meta")}),
+        (ValueError, "include_batch: expected True without keys", {"include_batch": False}),
+        (ValueError, r"prototypes: expected a tensor \[C, D\] with weighting='msc', got None", {"weighting": "msc"}),
+        (ValueError, "prototypes: expected None .* with weighting='any'", {"weighting": "any", "prototypes": prototypes}),
+        (ValueError, r"prototypes: expected C=5", {"weighting": "msc", "prototypes": prototypes[:4]}),
+        (ValueError, r"prototypes: expected D=9", {"weighting": "msc", "prototypes": prototypes[:, :4]}),
+        (ValueError, "weighting: expected one of all, any, .*, got 'none'", {"weighting": "none"}),
+        (ValueError, r"threshold: expected a number in \[0, 1\], got 1.5", {"threshold": 1.5}),
+        (ValueError, "threshold: expected a number in", {"threshold": float("nan")}),
+        (TypeError, "alpha: expected a number, got str", {"alpha": "1"}),
+        (ValueError, "beta: expected a finite number >= 0, got -1", {"beta": -1}),
+        (ValueError, "temperature: expected a finite number > 0, got 0", {"temperature": 0}),
+        (ValueError, "base_temperature: expected a finite number > 0, got -1", {"base_temperature": -1}),
+        (ValueError, "reduction: expected one of mean, sum, none", {"reduction": "max"}),
+        (ValueError, "class_weight: expected None", {"weighting": "any", "class_weight": torch.ones(5)}),
+        (ValueError, r"class_weight: expected C=5", {"class_weight": torch.ones(4)}),
+        (ValueError, r"sample_weight: expected B=6", {"sample_weight": torch.ones(12)}),
+        (ValueError, "per_image: expected False", {"weighting": "any", "per_image": True}),
+        (ValueError, r"weights: expected columns=12 \(from features and keys\)", {"weights": torch.ones(12, 16)}),
+        (ValueError, r"weights: expected B V=12 \(from features\)", {"weights": torch.ones(6, 12)}),
+        (ValueError, "weights: expected finite numbers >= 0, got -1", {"weights": -torch.ones(12, 12)}),
+        (ValueError, "weights: expected finite numbers >= 0, got nan", {"weights": torch.full((12, 12), torch.nan)}),
+        (TypeError, "weights: expected a floating", {"weights": torch.ones(12, 12, dtype=torch.int64)}),
+        (RuntimeError, "backend='triton': mlc has no such implementation", {"backend": "triton"}),
+    ]:
+        given = {"features": x, "labels": labels, **options}
+        for backend in [options.pop("backend")] if "backend" in options else [*(p.values[0] for p in BACKENDS), None]:
+            with pytest.raises(error, match=words):
+                F.multilabel_supcon_loss(given["features"], given["labels"], **options_of(given, backend))
+
+
+def options_of(given: dict[str, Any], backend: str | None) -> dict[str, Any]:
+    return {**{k: v for k, v in given.items() if k not in ("features", "labels", "backend")}, "backend": backend}
+
+
+def test_autocast_takes_keys_of_another_dtype() -> None:
+    x, labels = make_features(6, 9, dtype=torch.bfloat16), make_labels(6, 5)
+    keys, key_labels = make_features(4, 9, seed=2), make_labels(4, 5, seed=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = F.multilabel_supcon_loss(x, labels, keys=keys, key_labels=key_labels)
+    want = F.multilabel_supcon_loss(x, labels, keys=keys.bfloat16(), key_labels=key_labels)
+    assert torch.equal(got, want)
