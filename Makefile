@@ -33,7 +33,7 @@ test: $(VENV)/test.stamp
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (g++; about ten minutes).
 # Python itself is not instrumented, so the runtime is preloaded; leaks are the interpreter's business.
-SANITIZED_TESTS ?= $(addprefix tests/ops/,$(addsuffix .py,test_compact test_cpp_sscl test_cpp_pscl test_cpp_asl test_cpp_bank \
+SANITIZED_TESTS ?= $(addprefix tests/ops/,$(addsuffix .py,test_compact test_cpp_sscl test_cpp_pscl test_cpp_asl test_cpp_mlc test_zlpr test_cpp_bank \
 	test_cpp_average_precision test_cpp_label_attention test_group_classifier test_linear test_dual test_cpp_bf16))
 sanitize: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11

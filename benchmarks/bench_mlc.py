@@ -116,7 +116,8 @@ def gate(name: str) -> None:
         x, *others = problem(size)
         for weighting in size.weightings:
             got = value_and_grads(lambda x, w=weighting, o=others: ENTRIES[name](x, *o, w), x)
-            want = value_and_grads(lambda x, w=weighting, o=others: dense(x, *(t if t is None else t.double() for t in o), w), x.double())  # fmt: skip
+            wide = [None if t is None else t.double() for t in others]
+            want = value_and_grads(lambda x, w=weighting, o=wide: dense(x, *o, w), x.double())
             torch.testing.assert_close([t.double() for t in got], list(want), rtol=1e-4, atol=1e-6)
 
 

@@ -1,8 +1,8 @@
 """MulSupCon's patterns (AAAI 2024) as one module.
 
 The published code makes scores, masks and weights first and gives them to a loss; here the loss takes the vectors, so
-that no matrix of scores is made. Its patterns ``"all"`` and ``"any"`` are NaN where an anchor has no positive; here such
-an anchor adds 0.
+that no matrix of scores is made. Its patterns ``"all"`` and ``"any"`` are NaN where an anchor has no positive; here
+such an anchor adds 0.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def sides(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def logsumexp(x: Tensor, dim: int, floor: float = float("-inf")) -> Tensor:
-    """Over ``dim`` and one more element ``floor``, in the norm dtype: a large peak must not swallow the rest's digits."""
+    """Over ``dim`` and one more element ``floor``, in the norm dtype: a large peak must not swallow others' digits."""
     if x.shape[dim] == 0:
         shape = [size for i, size in enumerate(x.shape) if i != dim % x.dim()]
         return torch.full(shape, floor, dtype=norm_dtype(x.device), device=x.device)

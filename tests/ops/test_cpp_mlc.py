@@ -1,4 +1,4 @@
-"""The C++ kernels of the image-level losses where there are many blocks: every instruction set, any number of threads."""
+"""The C++ kernels of the image-level losses over many blocks: every instruction set, any number of threads."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def jobs() -> dict[str, Job]:
         "asl": lambda: value_and_grads(lambda x: F.asymmetric_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
         "mlc": lambda: value_and_grads(
             lambda x, p: F.multilabel_supcon_loss(x, y, keys=p, key_labels=y[:c], weighting="jaccard", backend="cpp"),
-            x[:, :2], p,
+            x[:, :2],
+            p,
         ),
         "zlpr": lambda: value_and_grads(lambda x: F.zlpr_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
         "two_way": lambda: value_and_grads(lambda x: F.two_way_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
