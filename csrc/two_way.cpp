@@ -11,7 +11,7 @@ namespace {
 
 // Rows of a block: its two signs (2 x 256 KB of float32) stay in L2, unless the row is very long.
 int64_t block_rows(int64_t C) {
-  const int64_t rows = (1 << 16) / C;
+  const int64_t rows = (1 << 16) / (C > 0 ? C : 1);
   return rows < 16 ? 16 : rows > 128 ? 128 : rows;
 }
 
