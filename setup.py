@@ -36,6 +36,9 @@ KERNEL_SOURCES = [
     "csrc/label_attention.cpp",
     "csrc/sscl.cpp",
     "csrc/asl.cpp",
+    "csrc/mlc.cpp",
+    "csrc/zlpr.cpp",
+    "csrc/two_way.cpp",
     "csrc/pscl.cpp",
     "csrc/group_classifier.cpp",
 ]

@@ -5,8 +5,11 @@
 #include "group_classifier.h"
 #include "label_attention.h"
 #include "linear.h"
+#include "mlc.h"
 #include "pscl.h"
 #include "sscl.h"
+#include "two_way.h"
+#include "zlpr.h"
 
 // Every kernel: X(result, name, arguments). Declarations, KernelTable and dispatch.cpp's tables are made from this list.
 // The first part is what avx512_bf16 has a copy of.
@@ -17,6 +20,12 @@
   SADCL_SSCL_KERNELS(X)                                                                        \
   X(bool, asl_forward, (const AslForward&)) /* returns false if a label is not allowed */      \
   X(void, asl_backward, (const AslBackward&))                                                  \
+  X(bool, mlc_forward, (const MlcForward&)) /* false if a label is not allowed, as below */    \
+  X(double, mlc_backward, (const MlcBackward&)) /* returns d loss / d temperature */           \
+  X(bool, zlpr_forward, (const ZlprForward&)) /* returns false if a label is not allowed */   \
+  X(void, zlpr_backward, (const ZlprBackward&))                                                \
+  X(bool, two_way_forward, (const TwoWayForward&))                                             \
+  X(void, two_way_backward, (const TwoWayBackward&))                                           \
   X(void, pscl_forward, (const PsclForward&))                                                  \
   X(double, pscl_backward, (const PsclBackward&)) /* returns d loss / d temperature */         \
   X(void, group_classifier_forward, (const GroupClassifierForward&))                           \

@@ -12,8 +12,10 @@
 #include "bind_group_classifier.h"
 #include "bind_label_attention.h"
 #include "bind_linear.h"
+#include "bind_mlc.h"
 #include "bind_pscl.h"
 #include "bind_sscl.h"
+#include "bind_zlpr.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -63,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
   bind_sscl(m);
   bind_pscl(m);
   bind_asl(m);
+  bind_mlc(m);
+  bind_zlpr(m);
   bind_label_attention(m);
   bind_linear(m);
   bind_group_classifier(m);

@@ -9,9 +9,13 @@ from .bank import MemoryBank
 from .losses import (
     AsymmetricLoss,
     DualContrastiveLoss,
+    KeyQueue,
+    MultiLabelSupConLoss,
     PrototypeContrastiveLoss,
     SampleContrastiveLoss,
     SupConLoss,
+    TwoWayLoss,
+    ZLPRLoss,
 )
 from .model import SADCL, SADCLHead, SADCLOutput
 
@@ -22,13 +26,17 @@ __all__ = [
     "AsymmetricLoss",
     "BackendInfo",
     "DualContrastiveLoss",
+    "KeyQueue",
     "LabelAttention",
     "MemoryBank",
+    "MultiLabelSupConLoss",
     "PrototypeContrastiveLoss",
     "SADCLHead",
     "SADCLOutput",
     "SampleContrastiveLoss",
     "SupConLoss",
+    "TwoWayLoss",
+    "ZLPRLoss",
     "backends",
 ]
 

@@ -98,14 +98,14 @@ def check_nonempty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected no empty dimension, got shape {tuple(value.shape)}")
 
 
-def check_label_values(labels: Tensor) -> None:
+def check_label_values(labels: Tensor, name: str = "labels") -> None:
     """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
     # A comparison with -1 would call 255 ignored in unsigned labels.
     ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
     wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
     if wrong.numel() > 0:
         values = ", ".join(f"{value:g}" for value in wrong.double().unique()[:5].tolist())
-        raise ValueError(f"labels: expected 0, 1 or -1 (ignored), got values {values}")
+        raise ValueError(f"{name}: expected 0, 1 or -1 (ignored), got values {values}")
 
 
 def check_soft_labels(labels: Tensor) -> None:
@@ -127,6 +127,16 @@ def check_positive(name: str, value: Tensor) -> None:
             raise ValueError(f"{name}: expected a finite number > 0, got {number:g}")
 
 
+def positive_number(name: str, value: object) -> float:
+    """Return a finite number > 0 (numpy's scalars are numbers too) as a float."""
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number > 0, got {type(value).__name__}")
+    number = float(value)
+    if not 0.0 < number < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return number
+
+
 def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature") -> Tensor:
     """Return ``value`` as a 0-d tensor of the accumulation dtype on ``like``'s device.
 
@@ -143,9 +153,4 @@ def as_temperature(value: float | Tensor, like: Tensor, name: str = "temperature
         check_same_device(name, value, "features", like)
         check_positive(name, value)
         return value.reshape(()).to(dtype)
-    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number > 0, got {type(value).__name__}")
-    number = float(value)
-    if not 0.0 < number < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return torch.full((), number, dtype=dtype, device=like.device)
+    return torch.full((), positive_number(name, value), dtype=dtype, device=like.device)

@@ -57,15 +57,20 @@ def check_prototypes(prototypes: Tensor, features: Tensor, other: str = "feature
         prototypes = prototypes.squeeze(0)
     check.check_size("prototypes", prototypes, 0, features.shape[1], "C", other)
     check.check_size("prototypes", prototypes, 1, features.shape[2], "D", other)
-    check.check_same_device("prototypes", prototypes, other, features)
-    if prototypes.dtype != features.dtype:
-        check.check_floating("prototypes", prototypes)
+    return as_features("prototypes", prototypes, features, other)
+
+
+def as_features(name: str, value: Tensor, features: Tensor, other: str = "features") -> Tensor:
+    """``value``, whose device and dtype have to be features'; under autocast the dtype is made so."""
+    check.check_same_device(name, value, other, features)
+    if value.dtype != features.dtype:
+        check.check_floating(name, value)
         device = features.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            raise TypeError(f"prototypes: expected {other}' dtype {features.dtype}, got {prototypes.dtype}")
+            raise TypeError(f"{name}: expected {other}' dtype {features.dtype}, got {value.dtype}")
         # Under autocast a projected feature may be bfloat16 while a parameter is float32.
-        prototypes = prototypes.to(features.dtype)
-    return prototypes
+        value = value.to(features.dtype)
+    return value
 
 
 def in_range(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What both contrastive losses hold: a temperature, fixed or learnable, class weights, and choices."""
+"""What the contrastive losses hold: a temperature, fixed or learnable, class weights, and choices."""
 
 from __future__ import annotations
 
@@ -40,20 +40,18 @@ class _ClampedExp(torch.autograd.Function):
         return torch.where(outward, 0.0, grad * value), None, None
 
 
-class ContrastiveLoss(nn.Module):
-    """Temperature (fixed or learnable), class weights and choices of both contrastive losses."""
+class TemperedLoss(nn.Module):
+    """Temperature (fixed or learnable), class weights, reduction and backend."""
 
     def __init__(
         self,
         temperature: float,
-        formulation: str,
         reduction: str,
         class_weight: Tensor | None,
         learnable_temperature: tuple[float, float, float] | None,
         backend: str | None,
     ) -> None:
         super().__init__()
-        self.formulation = check.check_choice("formulation", formulation, F.FORMULATIONS)
         self.reduction = check.check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.backend = backend
         self.class_weight: Tensor | None
@@ -82,14 +80,33 @@ class ContrastiveLoss(nn.Module):
         assert isinstance(value, Tensor)
         return value
 
-    def stats(self, labels: Tensor, views: int = 1) -> ContrastiveStats:
-        """Anchors and positives that ``labels [B, C]`` hold, see :func:`sadcl.functional.contrastive_stats`."""
-        return F.contrastive_stats(labels, views)
-
     def extra_repr(self) -> str:
         if self.log_temperature is None:
             temperature = f"temperature={self.fixed_temperature:g}"
         else:
             low, high = (math.exp(bound) for bound in self.log_bounds)
             temperature = f"learnable temperature in [{low:g}, {high:g}]"
-        return f"{temperature}, formulation={self.formulation!r}, reduction={self.reduction!r}"
+        return f"{temperature}, reduction={self.reduction!r}"
+
+
+class ContrastiveLoss(TemperedLoss):
+    """What SSCL and PSCL share beside that: the formulation, and what their labels hold."""
+
+    def __init__(
+        self,
+        temperature: float,
+        formulation: str,
+        reduction: str,
+        class_weight: Tensor | None,
+        learnable_temperature: tuple[float, float, float] | None,
+        backend: str | None,
+    ) -> None:
+        super().__init__(temperature, reduction, class_weight, learnable_temperature, backend)
+        self.formulation = check.check_choice("formulation", formulation, F.FORMULATIONS)
+
+    def stats(self, labels: Tensor, views: int = 1) -> ContrastiveStats:
+        """Anchors and positives that ``labels [B, C]`` hold, see :func:`sadcl.functional.contrastive_stats`."""
+        return F.contrastive_stats(labels, views)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, formulation={self.formulation!r}"

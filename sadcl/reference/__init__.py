@@ -3,8 +3,11 @@
 from .asl import asl
 from .bank import bank_update
 from .group_classifier import group_classifier
+from .mlc import mlc
 from .pscl import pscl
 from .sscl import sscl
 from .supcon import supcon
+from .two_way import two_way
+from .zlpr import zlpr
 
-__all__ = ["asl", "bank_update", "group_classifier", "pscl", "sscl", "supcon"]
+__all__ = ["asl", "bank_update", "group_classifier", "mlc", "pscl", "sscl", "supcon", "two_way", "zlpr"]

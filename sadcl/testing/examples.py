@@ -23,8 +23,11 @@ from ..ops import (
     label_attention,
     label_attention_core,
     linear,
+    mlc,
     pscl,
     sscl,
+    two_way,
+    zlpr,
 )
 from . import make_features, make_labels
 
@@ -119,6 +122,35 @@ def _asl(make: Maker) -> Iterator[Any]:
     yield asl.Inputs(logits, make.labels().to(torch.int8), None, 4.0, 0.0, 0.0, 1e-5, True, False, True)
 
 
+def _mlc(make: Maker) -> Iterator[Any]:
+    """Every weighting, over the batch, keys, or both; then dense weights."""
+    s = make.size
+    x = mlc.Inputs(
+        make.normal(s.b, s.v, s.d), make.labels(), None, None, None, None, None, make.number(0.3), 0,
+        threshold=0.3, alpha=0.7, beta=0.6, include_batch=True, normalize=True,
+    )  # fmt: skip
+    keys, key_labels = make.normal(s.b, s.d, seed=4), make.labels("random")
+    class_weight = make.normal(s.c, dtype=make.acc, seed=3).abs()
+    for code, name in enumerate(mlc.WEIGHTINGS):
+        x = x._replace(weighting=code, keys=keys if code % 2 else None, key_labels=key_labels if code % 2 else None)
+        x = x._replace(include_batch=code != mlc.WEIGHTINGS.index("jaccard"))
+        if name in ("mulsupcon", "msc"):
+            prototypes = make.normal(s.c, s.d, seed=9) if name == "msc" else None
+            yield x._replace(class_weight=class_weight, prototypes=prototypes)
+        else:
+            yield x
+    weights = make.normal(s.b * s.v, s.b * s.v + s.b, dtype=make.acc, seed=6).abs()
+    yield x._replace(labels=None, keys=keys, key_labels=None, weights=weights, weighting=mlc.DENSE, normalize=False)
+
+
+def _zlpr(make: Maker) -> Iterator[Any]:
+    yield zlpr.Inputs(make.normal(make.size.b, make.size.c), make.labels())
+
+
+def _two_way(make: Maker) -> Iterator[Any]:
+    yield two_way.Inputs(make.normal(make.size.b, make.size.c), make.labels(), 4.0, 1.0)
+
+
 def _dual(make: Maker) -> Iterator[Any]:
     s = make.size
     first, second = (make.normal(s.b, s.c, s.d, seed=seed) for seed in (1, 2))
@@ -182,6 +214,9 @@ EXAMPLES: dict[str, Callable[[Maker], Iterator[Any]]] = {
     "label_attention": _label_attention,
     "label_attention_core": _label_attention_core,
     "linear": _linear,
+    "mlc": _mlc,
     "pscl": _pscl,
     "sscl": _sscl,
+    "two_way": _two_way,
+    "zlpr": _zlpr,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops import mlc
 from ..reference.label_attention import label_attention as _attend
 
 Results = tuple[Tensor, ...]
@@ -49,6 +50,13 @@ def _asl(x: Any) -> Results:
     if x.class_weight is not None:
         loss = loss * x.class_weight.double()
     return (loss.sum(1) if x.sum_classes else loss,)
+
+
+def _mlc(x: Any) -> Results:
+    weighting = "" if x.weighting == mlc.DENSE else mlc.WEIGHTINGS[x.weighting]
+    options = {name: getattr(x, name) for name in ("threshold", "alpha", "beta", "include_batch", "normalize")}
+    tensors = {name: getattr(x, name) for name in ("keys", "key_labels", "prototypes", "weights", "class_weight")}
+    return (reference.mlc(x.features, x.labels, x.temperature, weighting, **tensors, **options),)
 
 
 def _dual(x: Any) -> Results:
@@ -101,6 +109,9 @@ ORACLES: dict[str, Callable[[Any], Results]] = {
     "label_attention": _label_attention,
     "label_attention_core": _label_attention_core,
     "linear": _linear,
+    "mlc": _mlc,
     "pscl": _pscl,
     "sscl": _sscl,
+    "two_way": lambda x: reference.two_way(*x),
+    "zlpr": lambda x: (reference.zlpr(*x),),
 }

@@ -97,6 +97,32 @@ def _supcon(backend: str | None, features: Tensor, groups: Any = None, mask: Any
     return F.supcon_loss(features, groups, mask, backend=backend, **options)
 
 
+def _mlc(backend: str | None, features: Tensor, labels: Any = None, keys: Any = None, **tensors: Any) -> Tensor:
+    kind = (
+        "any" if labels is None or "class_weight" not in tensors else "msc" if "prototypes" in tensors else "mulsupcon"
+    )
+    key_labels = None if keys is None or labels is None else labels[:1].expand(keys.shape[0], -1)
+    return (
+        F.multilabel_supcon_loss(
+            features,
+            labels,
+            weighting=kind,
+            keys=keys,
+            key_labels=key_labels,
+            reduction="none",
+            backend=backend,
+            **tensors,
+        )
+        .square()
+        .sum()
+    )
+
+
+def _two_way(backend: str | None, logits: Tensor, labels: Tensor, **tensors: Any) -> Tensor:
+    rows, columns = F.two_way_loss(logits, labels, reduction="none", backend=backend, **tensors)
+    return rows.square().sum() + columns.square().sum()
+
+
 def _attention(form: str, need_weights: bool) -> Callable[..., Tensor]:
     def run(backend: str | None, **tensors: Tensor) -> Tensor:
         out, weights = F.label_attention(**tensors, num_heads=2, form=form, need_weights=need_weights, backend=backend)
@@ -131,6 +157,13 @@ CALLS = {
     "supcon": Call("supcon", _supcon, {"features": "BVD", "groups": "B", "temperature": "", "sample_weight": "B"}),
     "supcon-simclr": Call("supcon", _supcon, {"features": "BVD"}),
     "supcon-mask": Call("", _supcon, {"features": "BVD", "mask": "BB", "temperature": "", "sample_weight": "B"}),
+    "mlc": Call("mlc", _mlc, {"features": "BVD", "labels": "BC", "keys": "CD", "temperature": "", **_WEIGHTS}),
+    "mlc-msc": Call("mlc", _mlc, {"features": "BD", "labels": "BC", "keys": "LD", "prototypes": "CD", "temperature": "",
+                                  **_WEIGHTS}),
+    "mlc-any": Call("mlc", _mlc, {"features": "BVD", "labels": "BC"}),
+    "zlpr": Call("zlpr", lambda backend, **tensors: F.zlpr_loss(**tensors, reduction="sum", backend=backend),
+                 {"logits": "BC", "labels": "BC", "sample_weight": "B"}),
+    "two_way": Call("two_way", _two_way, {"logits": "BC", "labels": "BC", **_WEIGHTS}),
     "attention": Call("label_attention", _attention("plain", False), {"query": "CD", **_ATTENTION}),
     "attention-weights": Call(
         "label_attention", _attention("plain", True),

@@ -51,6 +51,13 @@ def jobs() -> dict[str, Job]:
         "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, y, backend="cpp"), x, p),
         "dual": lambda: value_and_grads(lambda x, b: sum(F.dual_contrastive_loss(x, b, p, y, backend="cpp")), x, bank),
         "asl": lambda: value_and_grads(lambda x: F.asymmetric_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
+        "mlc": lambda: value_and_grads(
+            lambda x, p: F.multilabel_supcon_loss(x, y, keys=p, key_labels=y[:c], weighting="jaccard", backend="cpp"),
+            x[:, :2],
+            p,
+        ),
+        "zlpr": lambda: value_and_grads(lambda x: F.zlpr_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
+        "two_way": lambda: value_and_grads(lambda x: F.two_way_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
         "supcon": lambda: value_and_grads(lambda x: F.supcon_loss(x, y.argmax(1), backend="cpp"), x[:, :2]),
         "label_attention": lambda: value_and_grads(attention, query, memory),
         "group_classifier": lambda: value_and_grads(lambda x: classifier(x).square().sum(), x),

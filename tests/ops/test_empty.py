@@ -11,7 +11,20 @@ import torch
 from torch import Tensor
 
 from sadcl import metrics
-from sadcl.ops import asl, bank, compact, dual, group_classifier, label_attention, linear, pscl, sscl
+from sadcl.ops import (
+    asl,
+    bank,
+    compact,
+    dual,
+    group_classifier,
+    label_attention,
+    linear,
+    mlc,
+    pscl,
+    sscl,
+    two_way,
+    zlpr,
+)
 
 pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
@@ -62,6 +75,14 @@ def make_attention(s: Any, folded: bool, shared: bool) -> label_attention.Inputs
     return label_attention.Inputs(query, leaf(s.B, s.L, s.E), *weights, leaf(s.B, s.L, s.E), None, None, 2, folded, 1.0)
 
 
+def make_mlc(s: Any, weighting: str) -> mlc.Inputs:
+    code, prototypes = mlc.WEIGHTINGS.index(weighting), leaf(s.C, s.D) if weighting == "msc" else None
+    return mlc.Inputs(
+        leaf(s.B, s.V, s.D), torch.ones(s.B, s.C), leaf(s.K, s.D), torch.ones(s.K, s.C), prototypes, None, None,
+        torch.tensor(0.3, requires_grad=True), code, 0.3, 0.7, 0.6, True, True,
+    )  # fmt: skip
+
+
 # Op, its inputs from sizes, and which of the sizes may be 0.
 CASES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "sscl": (sscl.sscl, lambda s: make_sscl(s, False, 0), "BVCD"),
@@ -72,6 +93,9 @@ CASES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "dual-released": (dual.dual, lambda s: make_dual(s, True), "BCD"),
     "asl": (asl.asl, lambda s: make_asl(s, False), "BC"),
     "asl-sums": (asl.asl, lambda s: make_asl(s, True), "BC"),
+    **{f"mlc-{kind}": (mlc.mlc, lambda s, k=kind: make_mlc(s, k), "BVCDK") for kind in ("all", "mulsupcon", "msc")},
+    "zlpr": (zlpr.zlpr, lambda s: zlpr.Inputs(leaf(s.B, s.C), torch.ones(s.B, s.C)), "BC"),
+    "two_way": (two_way.two_way, lambda s: two_way.Inputs(leaf(s.B, s.C), torch.ones(s.B, s.C), 4.0, 1.0), "BC"),
     "group_classifier": (
         group_classifier.group_classifier,
         lambda s: group_classifier.Inputs(leaf(s.B, s.C, s.E), leaf(s.C, s.E), leaf(s.C)),

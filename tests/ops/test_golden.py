@@ -92,6 +92,33 @@ def test_asl(path: Path, backend: str) -> None:
     assert_golden(logits.grad, golden["released_grad"], "gradient")
 
 
+@pytest.mark.parametrize("backend", backends_here("mlc", "reference"))
+@pytest.mark.parametrize("path", files("mlc"))
+def test_mlc(path: Path, backend: str) -> None:
+    golden = np.load(path)
+    vectors = [name for name in ("features", "keys", "prototypes") if name in golden]
+    leaves = {name: torch.tensor(golden[name], requires_grad=True) for name in vectors}
+    temperature = torch.tensor(float(golden["temperature"]), dtype=torch.float64, requires_grad=True)
+    options = {name: golden[name].item() for name in ("threshold", "alpha", "beta", "per_image") if name in golden}
+    loss = F.multilabel_supcon_loss(
+        labels=torch.tensor(golden["labels"]),
+        key_labels=torch.tensor(golden["key_labels"]) if "keys" in golden else None,
+        weighting=str(golden["kind"]),
+        temperature=temperature,
+        include_batch=bool(golden["include_batch"]) if "include_batch" in golden else "keys" not in golden,
+        backend=backend,
+        **leaves,
+        **options,
+    )
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert_golden(loss, golden["loss"], "loss")
+    for name, leaf in leaves.items():
+        assert_golden(leaf.grad, golden[f"grad_{name}"], name)
+    if "grad_temperature" in golden:
+        assert_golden(temperature.grad, golden["grad_temperature"], "temperature")
+
+
 def test_released_names_are_the_same_numbers() -> None:
     golden = np.load(GOLDEN / "sscl_002.npz")
     features = torch.tensor(golden["features"], requires_grad=True)

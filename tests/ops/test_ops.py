@@ -145,6 +145,12 @@ def losses(backend: str | None) -> dict[str, Callable[..., Tensor]]:
         "asl": lambda x, p: F.asymmetric_loss(x[..., 0], labels, backend=backend),
         "asl_mean": lambda x, p: F.asymmetric_loss(x[..., 1], labels, reduction="mean", backend=backend),
         "supcon": lambda x, p: F.supcon_loss(x, groups, backend=backend),
+        "mlc": lambda x, p: F.multilabel_supcon_loss(x, labels, keys=p, key_labels=labels[1:], backend=backend),
+        "mlc_jaccard": lambda x, p: (
+            F.multilabel_supcon_loss(x, labels, weighting="jaccard", reduction="none", backend=backend).square().sum()
+        ),
+        "zlpr": lambda x, p: F.zlpr_loss(x[..., 0], labels, backend=backend),
+        "two_way": lambda x, p: F.two_way_loss(x[..., 0], labels, backend=backend),
         "dual": lambda x, p: sum(F.dual_contrastive_loss(x, x.flip(0), p.to(x.dtype), labels, backend=backend)),
     }
 

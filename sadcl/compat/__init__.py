@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import _checks as check
-from .compat_checkpoints import head_from_released, load_released_checkpoint
-from .functional import asymmetric_loss, prototype_contrastive_loss, sample_contrastive_loss
+from .. import _checks as check
+from ..compat_checkpoints import head_from_released, load_released_checkpoint
+from ..functional import asymmetric_loss, prototype_contrastive_loss, sample_contrastive_loss
 
 __all__ = [
     "AsymmetricLossOptimized",

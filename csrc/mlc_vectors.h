@@ -1,0 +1,150 @@
+// The vectors of an image-level loss as panels (panels.h): anchors, keys, prototypes, each from a panel of its own on.
+//
+// Everything is numbered by its place in the panels: row p * P + lane. A segment's last panel is filled up with zeros.
+#pragma once
+#include "mlc.h"
+#include "sscl_forward.h"
+
+SADCL_KERNELS_BEGIN
+
+enum { kAnchors, kKeys, kPrototypes, kSegments };
+
+struct Segment {
+  int64_t rows = 0, first = 0, panels = 0;  // vectors, first panel, number of panels
+  int64_t before = 0;                       // vectors of the segments before it
+};
+
+template <class T>
+struct Vectors {
+  static constexpr int P = Tile<T>::P;
+
+  const MlcInputs& in;
+  int64_t V, D, depth;
+  Segment segments[kSegments];
+  int64_t panels = 0;
+  int threads;
+  double bound = 0;  // of |s_ij|; NaN if a vector is not finite
+  Scratch<T> z;      // [panels][depth][P]
+
+  explicit Vectors(const MlcInputs& args)
+      : in(args), V(args.features.shape[1]), D(args.features.shape[2]), depth(Rows<T>::rounded_up(D)),
+        threads(team_size(args.threads)), z(count_panels(args, segments, panels) * depth * P + 1) {
+    if (double(anchors().rows) * double(panels * P) * double(depth) < 5e5) threads = 1;
+  }
+
+  const Segment& anchors() const { return segments[kAnchors]; }
+  int64_t padded() const { return anchors().panels * P; }  // anchors and the padding behind them
+  T* panel(int64_t p) { return z.get() + p * depth * P; }
+
+  const Array& array(int segment) const {
+    return segment == kAnchors ? in.features : segment == kKeys ? in.keys : in.prototypes;
+  }
+  int64_t offset(int segment, int64_t row) const {
+    const Array& a = array(segment);
+    return segment == kAnchors ? row / V * a.stride[0] + row % V * a.stride[1] : row * a.stride[0];
+  }
+
+  // Reads the vectors and scales them to unit length. With `lse` the norms are known, and anchors without a positive that
+  // are no columns are left out: they may hold anything.
+  void gather(double* norm, const double* lse) {
+    const int64_t pitch = (D + 15) / 16 * 16 + 16;
+    Scratch<T> staging(threads * P * pitch);
+    Scratch<double> squares(panels + 1);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < panels; ++p)
+      squares[p] = gather_panel(p, norm, lse, staging.get() + thread_index() * P * pitch, pitch);
+    double largest = 0;
+    for (int64_t p = 0; p < panels; ++p)
+      if (!(squares[p] <= largest)) largest = squares[p];
+    bound = largest / in.temperature;
+  }
+
+ private:
+  static int64_t count_panels(const MlcInputs& args, Segment* segments, int64_t& panels) {
+    const int64_t rows[kSegments] = {args.features.shape[0] * args.features.shape[1],
+                                     args.keys.dims ? args.keys.shape[0] : 0,
+                                     args.prototypes.dims ? args.prototypes.shape[0] : 0};
+    int64_t before = 0;
+    for (int s = 0; s < kSegments; ++s) {
+      segments[s].rows = rows[s], segments[s].first = panels, segments[s].panels = (rows[s] + P - 1) / P;
+      segments[s].before = before;
+      before += rows[s], panels += segments[s].panels;
+    }
+    return panels;
+  }
+
+  double gather_panel(int64_t p, double* norm, const double* lse, T* staging, int64_t pitch) {
+    int segment = kAnchors;
+    while (p >= segments[segment].first + segments[segment].panels) ++segment;
+    const Segment& s = segments[segment];
+    const Array& x = array(segment);
+    const int64_t first = (p - s.first) * P;
+    const int lanes = int(s.rows - first < P ? s.rows - first : P);
+    double largest = 0;
+    for (int l = 0; l < lanes; ++l) {
+      T* row = staging + l * pitch;
+      if (segment == kAnchors && lse != nullptr && !in.include_batch && lse[first + l] == HUGE_VAL) {
+        memset(row, 0, size_t(D) * sizeof(T));
+        continue;
+      }
+      read_row(x, offset(segment, first + l), x.stride[x.dims - 1], D, row);
+      double& length_of = norm[s.before + first + l];
+      double square = 1;
+      if (in.normalize) {
+        if (lse == nullptr) length_of = length(row, D);
+        scale_row(row, D, length_of);
+        if (!(length_of < HUGE_VAL)) square = NAN;
+      } else {
+        if (lse == nullptr) length_of = 1;
+        square = sum_of_squares(row, D);
+      }
+      if (!(square <= largest)) largest = square;
+    }
+    T* out = panel(p);
+    memset(out, 0, size_t(depth * P) * sizeof(T));
+    for (int64_t d = 0; d < D; ++d)
+      for (int l = 0; l < lanes; ++l) out[d * P + l] = staging[l * pitch + d];
+    return largest;
+  }
+};
+
+// Calls task(a, b) for every a < rows, b < columns, in rounds in which no two tasks share an a or a b.
+template <class Task>
+void for_every_pair(int64_t rows, int64_t columns, [[maybe_unused]] int threads, Task task) {
+  const int64_t rounds = rows > columns ? rows : columns;
+#pragma omp parallel num_threads(threads)
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t a = 0; a < rows; ++a) {
+      const int64_t b = (a + round) % rounds;
+      if (b < columns) task(a, b);
+    }
+  }
+}
+
+// Calls visit(block, segment, workspace) for every block of scores, which holds z_i.z_j: of anchors against anchors those on
+// and above the diagonal, of anchors against keys and prototypes all.
+template <class T, class Visit>
+void sweep(Vectors<T>& v, Scratch<Workspace<T>>& workspaces, Visit visit) {
+  constexpr int P = Vectors<T>::P;
+  const Blocks<T> own(v.anchors().panels, v.threads);
+  const auto run = [&](const Range& i, const Range& j, int segment) {
+    Workspace<T>& ws = workspaces[thread_index()];
+    const Block<T> block = {i.first * P, j.first * P, v.padded(), int(i.last - i.first) * P, int(j.last - j.first), ws.w};
+    dot_panels(v.panel(i.first), block.m / P, v.panel(j.first), block.panels, v.depth, block.w);
+    visit(block, segment, ws);
+  };
+  if (v.in.include_batch)
+    for_all_pairs(own.count, v.threads, [&](int64_t a, int64_t b) { run(own.panels_of(a), own.panels_of(b), kAnchors); });
+  for (int segment = kKeys; segment < kSegments; ++segment) {
+    const Segment& s = v.segments[segment];
+    if (s.panels == 0) continue;
+    const Blocks<T> others(s.panels, v.threads);
+    for_every_pair(own.count, others.count, v.threads, [&](int64_t a, int64_t b) {
+      const Range j = others.panels_of(b);
+      run(own.panels_of(a), {s.first + j.first, s.first + j.last}, segment);
+    });
+  }
+}
+
+SADCL_KERNELS_END

@@ -1,0 +1,242 @@
+"""The image-level multi-label contrastive losses as one function."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .. import _checks as check
+from .. import reference
+from .._backends import resolve
+from ..ops import mlc as _mlc
+from . import _arguments as arguments
+from ._reduce import REDUCTIONS
+
+BACKENDS = _mlc.mlc.backends
+WEIGHTINGS = _mlc.WEIGHTINGS
+_OF_CLASSES = ("mulsupcon", "msc")
+
+
+def multilabel_supcon_loss(
+    features: Tensor,
+    labels: Tensor | None,
+    *,
+    weighting: str = "mulsupcon",
+    temperature: float | Tensor = 0.1,
+    base_temperature: float | None = None,
+    threshold: float = 0.3,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    per_image: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    include_batch: bool = True,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    prototypes: Tensor | None = None,
+    weights: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Supervised contrastive loss of images with several labels, in every published weighting of the pairs.
+
+    Anchors are the rows ``i = (b, v)``; columns ``j`` are the other rows, the keys, and with ``"msc"`` the prototypes.
+    With ``s_ij = z_i . z_j / temperature`` of unit vectors and ``b_j = 1`` (msc: ``beta`` for rows and keys):
+
+        loss = sum_i a_i sum_j W_ij (log sum_k b_k exp(s_ik) - s_ij)
+
+    =============  =====================================================================  =========================
+    weighting      W_ij                                                                   source
+    =============  =====================================================================  =========================
+    ``all``        1 / count where the label sets are equal                               Zhang and Wu, AAAI 2024
+    ``any``        1 / count where they share a class                                     the same
+    ``mulsupcon``  sum over shared classes c of 1 / n_ic                                  MulSupCon, AAAI 2024
+    ``jaccard``    J / count where J >= threshold                                         MultiSupCon, NeurIPS 2022 W.
+    ``overlap``    J / sum of J                                                           arXiv 2412.00101
+    ``simdis``     shared / own / (1 + what j has beside) / count where they share one    arXiv 2410.13439
+    ``msc``        sum over shared classes c of alpha / union / m_ic; prototypes 1/m_ic   MSC, arXiv 2404.08720
+    =============  =====================================================================  =========================
+
+    The whole definition, with what is 0 when something is missing, is :func:`sadcl.reference.mlc.mlc`. A class that one
+    of two images ignores (-1) plays no part between them. Nothing as large as anchors times columns is kept in memory.
+
+    Args:
+        features: ``[B, V, D]`` or ``[B, D]``; float32, bfloat16, float16 or float64; any strides.
+        labels: ``[B, C]``, any real dtype: 1, 0 or -1 (ignored). ``None`` only with ``weights``.
+        weighting: see the table; not used with ``weights``.
+        temperature: number > 0, or a tensor of one element, which receives a gradient.
+        base_temperature: the loss is scaled by ``temperature / base_temperature``; ``None``: not.
+        threshold: of ``"jaccard"``, in [0, 1].
+        alpha, beta: of ``"msc"``, numbers >= 0.
+        per_image: of ``"mulsupcon"``: every image counts the same, whatever number of labels it has.
+        normalize: use ``x / |x|``; otherwise vectors as they are.
+        reduction: ``"none"`` gives ``[B, V]`` (``[B]`` for 2-D features), ``"sum"`` adds it up, ``"mean"`` divides by
+            the number of anchors (mulsupcon without ``per_image``: of their labels).
+        include_batch: whether the rows are columns; without them ``keys`` must be given (MoCo).
+        keys: ``[K, D]``, features' dtype; K may be 0. It receives a gradient if it asks for one.
+        key_labels: ``[K, C]``, as ``labels``.
+        prototypes: ``[C, D]``, for ``"msc"`` and only for it.
+        weights: ``[B V, columns]`` >= 0: W itself, columns in the order rows (``b V + v``), keys. What a row gives to
+            itself plays no part. It receives a gradient if it asks for one.
+        class_weight: ``[C]``, multiplies the terms of a class (``"mulsupcon"`` and ``"msc"`` alone).
+        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        float32 (float64 for float64 features): a 0-d tensor, or ``[B, V]``, or ``[B]``.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: wrong ranks, sizes, devices, label values, numbers or choices; arguments that do not go together.
+        RuntimeError: a backend asked for by name cannot run.
+    """
+    flat = isinstance(features, Tensor) and features.dim() == 2
+    check.check_tensor("features", features, (2, 3), "[B, V, D] or [B, D]")
+    check.check_floating("features", features)
+    check.check_nonempty("features", features)
+    x = features[:, None] if flat else features
+    check.check_choice("reduction", reduction, REDUCTIONS)
+    check.check_choice("weighting", weighting, WEIGHTINGS)
+    check_multilabel_numbers(threshold, alpha, beta)
+    _check_combination(weighting, labels, keys, key_labels, prototypes, weights, class_weight, include_batch, per_image)
+    c = _check_labels(x, labels, keys, key_labels)
+    keys, prototypes = _check_vectors(x, keys, prototypes, c)
+    if weights is not None:
+        _check_dense(x, keys, weights, include_batch)
+    tau = check.as_temperature(temperature, x)
+    scale = arguments.check_scale(tau, base_temperature, x)
+    checked = arguments.check_weights(class_weight, sample_weight, x.shape[0], c, x)
+    name = resolve(backend, "mlc", x.device, BACKENDS)
+
+    if name == "reference":
+        for what, given in (("labels", labels), ("key_labels", key_labels)):
+            if given is not None and check.reads_values(given):
+                check.check_label_values(given, what)
+        if weights is not None:
+            _mlc.check_weight_values(weights)
+        rows = reference.mlc(
+            x, labels, tau, weighting, keys=keys, key_labels=key_labels, prototypes=prototypes, weights=weights,
+            class_weight=checked.of_class, threshold=threshold, alpha=alpha, beta=beta, include_batch=include_batch,
+            normalize=normalize,
+        ).to(tau.dtype)  # fmt: skip
+    else:
+        code = WEIGHTINGS.index(weighting) if weights is None else _mlc.DENSE
+        inputs = _mlc.Inputs(
+            x, labels, keys, key_labels, prototypes, weights, checked.of_class, tau, code,
+            float(threshold), float(alpha), float(beta), include_batch, normalize,
+        )  # fmt: skip
+        rows = _mlc.mlc(inputs, name).row_loss
+
+    if scale is not None:
+        rows = rows * scale
+    if checked.of_sample is not None:
+        rows = rows * checked.of_sample[:, None]
+    return _reduce(rows, labels, weighting if weights is None else "", per_image, reduction, flat)
+
+
+def _reduce(rows: Tensor, labels: Tensor | None, weighting: str, per_image: bool, reduction: str, flat: bool) -> Tensor:
+    """``a_i`` and the reduction of ``rows [B, V]``."""
+    count: Tensor | int = rows.numel()
+    if weighting in _OF_CLASSES:
+        assert labels is not None
+        own = (labels == 1).sum(dim=1)
+        if weighting == "msc" or per_image:
+            rows = rows / own.clamp(min=1).to(rows.dtype)[:, None]
+        else:
+            count = (own.sum() * rows.shape[1]).clamp(min=1)
+    if reduction == "none":
+        return rows[:, 0] if flat else rows
+    total = rows.sum()
+    return total / count if reduction == "mean" else total
+
+
+def check_multilabel_numbers(threshold: float, alpha: float, beta: float) -> None:
+    """Refuse constants that no weighting can have."""
+    for name, value in (("threshold", threshold), ("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def _check_combination(
+    weighting: str,
+    labels: Tensor | None,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    prototypes: Tensor | None,
+    weights: Tensor | None,
+    class_weight: Tensor | None,
+    include_batch: bool,
+    per_image: bool,
+) -> None:
+    """Refuse what does not go together."""
+    used = "weights=" if weights is not None else f"weighting={weighting!r}"
+    if labels is None and weights is None:
+        raise TypeError("labels: expected a torch.Tensor [B, C], got NoneType (only with weights= may it be None)")
+    if key_labels is not None and keys is None:
+        raise ValueError("key_labels: expected None without keys, got a tensor")
+    if keys is not None and key_labels is None and weights is None:
+        raise ValueError("key_labels: expected the labels [K, C] of keys, got None")
+    if key_labels is not None and labels is None:
+        raise ValueError("key_labels: expected None without labels, got a tensor")
+    if not include_batch and keys is None:
+        raise ValueError("include_batch: expected True without keys (there would be no columns), got False")
+    if prototypes is None and weighting == "msc" and weights is None:
+        raise ValueError("prototypes: expected a tensor [C, D] with weighting='msc', got None")
+    if prototypes is not None and (weighting != "msc" or weights is not None):
+        raise ValueError(f"prototypes: expected None (they belong to weighting='msc'), got a tensor with {used}")
+    if class_weight is not None and (weighting not in _OF_CLASSES or weights is not None):
+        raise ValueError(f"class_weight: expected None (it belongs to mulsupcon and msc), got a tensor with {used}")
+    if per_image and (weighting != "mulsupcon" or weights is not None):
+        raise ValueError(f"per_image: expected False (it belongs to weighting='mulsupcon'), got True with {used}")
+
+
+def _check_labels(x: Tensor, labels: Tensor | None, keys: Tensor | None, key_labels: Tensor | None) -> int | None:
+    """The number of classes, None without labels."""
+    if labels is None:
+        return None
+    check.check_tensor("labels", labels, (2,), "[B, C]")
+    check.check_real("labels", labels)
+    arguments.check_labels(labels, x.shape[0], labels.shape[1], x)
+    check.check_nonempty("labels", labels)
+    if keys is not None and key_labels is not None:
+        check.check_tensor("keys", keys, (2,), "[K, D]")
+        check.check_tensor("key_labels", key_labels, (2,), "[K, C]")
+        check.check_real("key_labels", key_labels)
+        check.check_size("key_labels", key_labels, 0, keys.shape[0], "K", "keys")
+        check.check_size("key_labels", key_labels, 1, labels.shape[1], "C", "labels")
+        check.check_same_device("key_labels", key_labels, "features", x)
+    return labels.shape[1]
+
+
+def _check_vectors(
+    x: Tensor, keys: Tensor | None, prototypes: Tensor | None, c: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and prototypes in features' dtype."""
+    if keys is not None:
+        check.check_tensor("keys", keys, (2,), "[K, D]")
+        check.check_size("keys", keys, 1, x.shape[2], "D", "features")
+        keys = arguments.as_features("keys", keys, x)
+    if prototypes is not None:
+        assert c is not None
+        check.check_tensor("prototypes", prototypes, (2,), "[C, D]")
+        check.check_size("prototypes", prototypes, 0, c, "C", "labels")
+        check.check_size("prototypes", prototypes, 1, x.shape[2], "D", "features")
+        prototypes = arguments.as_features("prototypes", prototypes, x)
+    return keys, prototypes
+
+
+def _check_dense(x: Tensor, keys: Tensor | None, weights: Tensor, include_batch: bool) -> None:
+    n = x.shape[0] * x.shape[1]
+    columns = n * include_batch + (0 if keys is None else keys.shape[0])
+    check.check_tensor("weights", weights, (2,), "[B V, columns]")
+    check.check_floating("weights", weights)
+    check.check_size("weights", weights, 0, n, "B V", "features")
+    check.check_size("weights", weights, 1, columns, "columns", "features and keys")
+    check.check_same_device("weights", weights, "features", x)

@@ -1,0 +1,116 @@
+"""Op ``mlc``: image-level multi-label contrastive losses, the loss of every anchor.
+
+Forward keeps a few numbers an anchor; backward recomputes the scores. What follows the op (``a_i``, sample weights, the
+reduction) is plain arithmetic on ``[B, V]``. Oracle: :func:`sadcl.reference.mlc.mlc`.
+
+The derivatives by class weights and by dense weights are plain torch on every backend: they are rarely asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import _checks
+from .._dtypes import accumulation_dtype, norm_dtype
+from ..portable import mlc as portable
+from ..portable.mlc import DENSE, MSC, WEIGHTINGS
+from ._library import Backward, Into, Op
+from ._native import native
+
+__all__ = ["DENSE", "MSC", "WEIGHTINGS", "Inputs", "Outputs", "allocate", "check_weight_values", "mlc"]
+
+
+class Inputs(NamedTuple):
+    """What the loss is of. Anchors are the N = B V rows (b, v)."""
+
+    features: Tensor  # [B, V, D] of any strides
+    labels: Tensor | None  # [B, C], any real dtype: 1, 0, -1; None if dense
+    keys: Tensor | None  # [K, D]
+    key_labels: Tensor | None  # [K, C]
+    prototypes: Tensor | None  # [C, D], with msc
+    weights: Tensor | None  # [N, columns], if dense
+    class_weight: Tensor | None  # [C] in the accumulation dtype, with mulsupcon and msc
+    temperature: Tensor  # [] in the accumulation dtype
+    weighting: int  # index into WEIGHTINGS, or DENSE
+    threshold: float
+    alpha: float
+    beta: float
+    include_batch: bool  # the rows are columns
+    normalize: bool  # use x / |x|; otherwise x as it is
+
+
+class Outputs(NamedTuple):
+    """The loss, and what the backward reads."""
+
+    row_loss: Tensor  # accumulation dtype [B, V]
+    lse: Tensor  # norm dtype [N]; +inf for an anchor without a positive
+    norm: Tensor  # norm dtype [N + K + prototypes]
+
+
+def allocate(x: Inputs) -> Outputs:
+    """Uninitialised outputs."""
+    b, v, _ = x.features.shape
+    vectors = b * v + sum(part.shape[0] for part in (x.keys, x.prototypes) if part is not None)
+    wide = norm_dtype(x.features.device)
+    return Outputs(
+        row_loss=x.features.new_empty((b, v), dtype=accumulation_dtype(x.features.dtype)),
+        lse=x.features.new_empty(b * v, dtype=wide),
+        norm=x.features.new_empty(vectors, dtype=wide),
+    )
+
+
+def check_weight_values(weights: Tensor) -> None:
+    """Raise a ValueError if a weight is negative or not finite. Reads them: a sync on a GPU."""
+    if not _checks.reads_values(weights):
+        return
+    wrong = weights[~((weights >= 0) & (weights < float("inf")))]
+    if wrong.numel() > 0:
+        raise ValueError(f"weights: expected finite numbers >= 0, got {wrong[0].item():g}")
+
+
+def _checked(x: Inputs) -> Inputs:
+    for name, labels in (("labels", x.labels), ("key_labels", x.key_labels)):
+        if labels is not None and _checks.reads_values(labels):
+            _checks.check_label_values(labels, name)
+    if x.weights is not None:
+        check_weight_values(x.weights)
+    return x
+
+
+_FORWARD, _BACKWARD = native("mlc_forward"), native("mlc_backward")
+_RARE = ("weights", "class_weight")
+
+
+def _cpp(x: Inputs, out: Outputs) -> None:
+    if x.weights is not None:
+        check_weight_values(x.weights)
+    if x.class_weight is not None:
+        x = x._replace(class_weight=x.class_weight.contiguous())
+    if not _FORWARD(x, out):
+        _checked(x)
+
+
+def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
+    if x.class_weight is not None:
+        x = x._replace(class_weight=x.class_weight.contiguous())
+    _BACKWARD(upstream, x, saved, out)
+    rare = tuple(name for name in _RARE if getattr(out, f"grad_{name}") is not None)
+    if rare:
+        for name, grad in portable.backward(upstream, x, saved, rare).items():
+            getattr(out, name).copy_(grad)
+
+
+mlc = Op(
+    "mlc",
+    Inputs,
+    Outputs,
+    allocate,
+    {"cpp": Into(_cpp), "torch": lambda x: portable.forward(_checked(x))},
+    Backward(
+        gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
+        implementations={"cpp": Into(_backward_cpp), "torch": portable.backward},
+        partial=True,
+    ),
+)

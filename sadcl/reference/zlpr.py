@@ -1,0 +1,32 @@
+"""Oracle of the zero-bounded log-sum-exp loss (ZLPR), in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def zlpr(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Loss of every image, before weights and reduction.
+
+        l_b = log(1 + sum_{c: y_bc = 0} exp(x_bc)) + log(1 + sum_{c: y_bc = 1} exp(-x_bc))
+
+    Sentinels: a class that is ignored (-1) is in neither sum, whatever its logit holds, and has gradient 0; an image
+    without classes in a sum has logarithm 0 there. NaN in a logit that is not ignored makes its image NaN.
+
+    Source: ZLPR: A Novel Loss for Multi-label Classification (arXiv 2208.02955), eq. 5.
+
+    Args:
+        logits: ``[B, C]`` floating.
+        labels: ``[B, C]`` with values in {-1, 0, 1}.
+
+    Returns:
+        ``[B]`` float64.
+    """
+    losses = []
+    for x, y in zip(logits.double(), labels, strict=True):
+        zero = x.new_zeros(1)
+        losses.append(
+            torch.logsumexp(torch.cat([zero, x[y == 0]]), 0) + torch.logsumexp(torch.cat([zero, -x[y == 1]]), 0)
+        )
+    return torch.stack(losses)
