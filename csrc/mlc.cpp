@@ -183,9 +183,10 @@ double backward(const MlcBackward& args) {
   const Moves<T> moves(v, pairs, args);
   const Array* outs[kSegments] = {&args.grad_features, &args.grad_keys, &args.grad_prototypes};
   if (!moves.someone) {
-    for (int s = 0; s < kSegments; ++s)
-      if (outs[s]->dims)
-        memset(outs[s]->data, 0, size_t(v.segments[s].rows * v.D * element_size(outs[s]->dtype)));
+    for (int s = 0; s < kSegments; ++s) {
+      const int64_t bytes = v.segments[s].rows * v.D * element_size(outs[s]->dtype);
+      if (outs[s]->dims && bytes > 0) memset(outs[s]->data, 0, size_t(bytes));
+    }
     return 0;
   }
   int64_t last = 0;  // panels of gradients up to the last segment that is wanted
@@ -217,7 +218,7 @@ double backward(const MlcBackward& args) {
       mix_panels(ws.w, block.panels, z_i, block.m / P, v.depth, to_j);
   });
   for (int s = 0; s < kSegments; ++s)
-    if (outs[s]->dims) scatter(v, args, s, *outs[s], gradients.get());
+    if (outs[s]->dims && v.D > 0) scatter(v, args, s, *outs[s], gradients.get());
   double total = 0;
   for (int64_t p = 0; p < v.anchors().panels; ++p) total += radial[p];
   return -total / (in.temperature * in.temperature);

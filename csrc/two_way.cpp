@@ -115,6 +115,7 @@ void backward(const TwoWayBackward& a) {
   constexpr int L = Simd<T>::kLanes;
   const Array& out = a.grad_logits;
   const int64_t B = out.shape[0], C = out.shape[1], pitch = padded<T>(C);
+  if (B * C == 0) return;
   const int threads = B * C < 1 << 13 ? 1 : team_size(a.in.threads);
   Scratch<T> columns(4 * pitch), buffers(threads * 2 * pitch);  // columns: high, factor of each sign
   T* column = columns.get();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,24 +19,28 @@ def assert_near(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...], n
         assert error <= 2e-6, f"{name}: off by {error:.3g} of its norm"
 
 
+@functools.cache
+def large(kind: str, columns: str, tau: float) -> tuple[Any, Any, tuple[torch.Tensor, ...]]:
+    """Rows and keys that no panel divides, more than a block of each: leaves, options, float64 loss and gradients."""
+    leaves, options = problem(kind, columns, (223, 2, 40, 19, 331), "ignored", torch.float32)
+    leaves["temperature"] = torch.tensor(tau)
+    return leaves, options, run({name: leaf.double() for name, leaf in leaves.items()}, backend="torch", **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_blocks(kind: str, every_isa: str) -> None:
-    """Rows and keys that no panel divides, more than a block of each; scores beyond the fixed shift too."""
+    """Scores beyond the fixed shift too."""
     for columns, tau in (("both", 0.1), ("keys", 0.02), ("batch", 0.02)):
-        leaves, options = problem(kind, columns, (223, 2, 40, 19, 331), "ignored", torch.float32)
-        leaves["temperature"] = torch.tensor(tau)
-        got = run(leaves, backend="cpp", **options)
-        wide = {name: leaf.double() for name, leaf in leaves.items()}
-        assert_near(got, run(wide, backend="torch", **options), ["loss", *leaves])
+        leaves, options, want = large(kind, columns, tau)
+        assert_near(run(leaves, backend="cpp", **options), want, ["loss", *leaves])
 
 
 @pytest.mark.parametrize("kind", ["any", "msc", "dense"])
 def test_the_same_bits_every_time_and_near_for_any_threads(kind: str, threads: int) -> None:
-    leaves, options = problem(kind, "both", (223, 2, 40, 19, 331), "ignored", torch.float32)
+    leaves, options, want = large(kind, "both", 0.1)
     first = run(leaves, backend="cpp", **options)
     assert all(torch.equal(a, b) for a, b in zip(first, run(leaves, backend="cpp", **options), strict=True))
-    wide = {name: leaf.double() for name, leaf in leaves.items()}
-    assert_near(first, run(wide, backend="torch", **options), ["loss", *leaves])
+    assert_near(first, want, ["loss", *leaves])
 
 
 @pytest.mark.parametrize("classes", [31, 32, 33, 63, 64, 65, 1000])
