@@ -2,6 +2,7 @@
 #   make demo   train on composed scenes and draw what was learned    make test   the test suite
 #   make lint   ruff and mypy                                         make clean  remove what these made
 #   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
+#   make matrix     error budgets under several BLAS and instruction sets
 #   make compilers  aarch64 and clang (installed)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test sanitize races compilers lint clean
+.PHONY: demo test matrix sanitize races compilers lint clean
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -31,6 +32,9 @@ demo: $(VENV)/train.stamp
 # Two processes of one thread each: what needs more threads sets them. make test PYTEST_ARGS="-n 0 tests/ops" for one.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+matrix: $(VENV)/test.stamp
+	$(BIN)/python -m tests.matrix
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (g++; about ten minutes).
 # Python itself is not instrumented, so the runtime is preloaded; leaks are the interpreter's business.

@@ -107,6 +107,22 @@ def _parts() -> dict[Any, Callable[..., Any]]:
     return get_decompositions([getattr(torch.ops.aten, name) for name in _COMPOUND])
 
 
+@functools.cache
+def _rounds(func: Any) -> str:
+    """How an operator rounds: ``parts``, ``exact``, ``sum``, ``each`` (every element alone), or ``unknown``."""
+    returned = func._schema.returns[0].alias_info if func._schema.returns else None
+    written = returned is not None and returned.is_write
+    name = func._schema.name.removeprefix("aten::")
+    name = name.rstrip("_") if written else name
+    if func in _parts():
+        return "parts"
+    if name in _EXACT or (returned is not None and not written):
+        return "exact"
+    if name in _SUMS and not written:
+        return "sum"
+    return "each" if torch.Tag.pointwise in func.tags else "unknown"
+
+
 class Rounded(TorchDispatchMode):
     """Context in which float64 arithmetic, gradients included, makes the rounding errors of a narrower one, drawn.
 
@@ -127,24 +143,21 @@ class Rounded(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _parts():
+        kind = _rounds(func)
+        if kind == "parts":
             with self:
                 return _parts()[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        alias = func._schema.returns[0].alias_info if func._schema.returns else None
-        name = func._schema.name.removeprefix("aten::")
-        name = name.rstrip("_") if alias is not None and alias.is_write else name
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
-        if not results or name in _EXACT or (alias is not None and not alias.is_write):
+        if kind == "exact" or not any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(out)):
             return out
-        if name in _SUMS and alias is None:
+        if kind == "sum":
             terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
             size = self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs()
-        elif torch.Tag.pointwise in func.tags and isinstance(out, Tensor):
+        elif kind == "each" and isinstance(out, Tensor):
             size = self.unit * out.abs()
         else:
             raise NotImplementedError(f"{func}: how it rounds is not known here")
-        draw = torch.rand(out.shape, generator=self.generator, dtype=torch.float64).mul_(2).sub_(1)
+        draw = torch.rand(out.shape, generator=self.generator, dtype=torch.float64, device=out.device).mul_(2).sub_(1)
         return out.add_(draw.mul_(size).nan_to_num_(0.0, 0.0, 0.0))  # infinities stay what they are
 
 

@@ -34,6 +34,7 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.to(dtype), labels
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("focus", FOCUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_within_the_error_budget(dtype: torch.dtype, focus: tuple[float, float, float, bool]) -> None:
@@ -73,6 +74,7 @@ def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("gamma_neg, gamma_pos", [(4, 1), (4, 0), (2, 2), (0, 0), (7, 3), (2.5, 0.5)])
 @pytest.mark.parametrize("clip, detach", [(0.0, True), (0.05, False), (0.0, False)])
 @pytest.mark.usefixtures("gpu_arithmetic")

@@ -38,6 +38,7 @@ def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return group_classifier(x, w, b, "triton")
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("size", [(5, 3, 63), (1, 3, 1), (18, 1, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_within_the_error_budget(size: tuple[int, ...], dtype: torch.dtype) -> None:

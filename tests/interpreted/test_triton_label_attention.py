@@ -91,6 +91,7 @@ def within_budget(
         assert_within_budget(name, got, want)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize(
     "shape, shared, form",
     [
@@ -108,6 +109,7 @@ def test_within_the_error_budget(form: str, shape: tuple[int, ...], shared: bool
     within_budget(shape, form, shared)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype, form: str) -> None:
@@ -240,6 +242,7 @@ def test_autocast_and_second_derivative(form: str) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize(
     "shape, form",
     [

@@ -26,6 +26,7 @@ GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("pscl_*.npz"))[::
 OP = torch.ops.sadcl
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("pattern", RAGGED)
 @pytest.mark.parametrize(
     "dtype, released",

@@ -31,6 +31,7 @@ def rows_of(features: torch.Tensor, labels: torch.Tensor, tau: object, backend: 
     return F.sample_contrastive_loss(features, labels, temperature=tau, reduction="none", backend=backend, **options)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("pattern", RAGGED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_within_the_error_budget(dtype: torch.dtype, pattern: str) -> None:
@@ -46,6 +47,7 @@ def test_within_the_error_budget(dtype: torch.dtype, pattern: str) -> None:
         assert_within_budget(name, ours, want)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("pattern", RAGGED)
 def test_released(pattern: str) -> None:
     features, labels = make_features(5, 2, 4, 20), make_labels(5, 4, pattern, labels_per_image=2.0)

@@ -54,20 +54,24 @@ def check(features: Tensor, labels: Tensor, budgets: tuple[Budget, ...]) -> None
     assert_within_budget("gradient", grad.where(fits, 0), replace(budgets[1], truth=budgets[1].truth.where(fits, 0)))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("shape", [(3, 1, 4, 1), (5, 2, 6, 2), (5, 3, 6, 63), (9, 2, 6, 65), (40, 2, 9, 257)])
 def test_few_rows(shape: tuple[int, ...], every_isa: str) -> None:
     check(*case(*shape, labels_per_image=2))
 
 
+@pytest.mark.budget
 def test_many_rows(every_isa: str) -> None:
     check(*case(300, 2, 8, 40, labels_per_image=2))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("size", [1e30, 2.0**-100, 2.0**-133])
 def test_lengths_far_from_one(size: float, every_isa: str) -> None:
     check(*case(8, 2, 6, 31, labels_per_image=6, size=size))
 
 
+@pytest.mark.budget
 def test_zero_and_nan(every_isa: str) -> None:
     features, labels, _ = case(6, 1, 5, 33, labels_per_image=5)
     features = features.clone()

@@ -87,6 +87,7 @@ def within_budget(
         assert_within_budget(name, got, want)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ def test_the_same_bits_for_every_number_of_threads(shared: bool, form: str, thre
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_accumulated_in_float32(form: str, isa: str) -> None:
     """Positions are the images' own here: those that images share have the sum of such gradients, each rounded."""

@@ -263,6 +263,7 @@ def budgets(shape: tuple[int, ...], temperature: float) -> tuple[Budget, ...]:
     return error_budgets(lambda: value_and_grads(run, x.double(), upstream=weights.double()), draws=6)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("temperature", [0.2, 0.07])
 @pytest.mark.parametrize("shape", [(40, 2, 12, 64), (90, 2, 16, 257), (60, 1, 20, 1024)])
 def test_error_budget(shape, temperature: float, every_isa: str) -> None:

@@ -24,6 +24,7 @@ from sadcl.testing import (
 )
 
 UNIT = 2.0**-24
+pytestmark = pytest.mark.budget
 Narrow = Callable[[Tensor], Tensor]
 Results = Callable[
     [Narrow], Sequence[Tensor]

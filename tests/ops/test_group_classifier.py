@@ -49,6 +49,7 @@ def budgets(size: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ..
     )
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -87,6 +87,7 @@ def test_equals_multihead_attention(form, bias, heads):
     torch.testing.assert_close(weights, want_weights, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_is_within_the_error_budget(form):
     torch.manual_seed(1)

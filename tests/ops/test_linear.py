@@ -30,6 +30,7 @@ def run(function, leaves: list[Tensor], upstream: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 63, 100), (33, 257, 40), (50, 20, 700)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_within_the_error_budget(shape, bias: bool) -> None:

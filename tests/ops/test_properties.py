@@ -63,6 +63,7 @@ def test_compact(b: int, c: int, pattern: str, slack: int, data: st.DataObject) 
         assert torch.equal(a, b_)
 
 
+@pytest.mark.budget
 @settings(max_examples=40, deadline=None)
 @given(sizes, sizes, widths, st.sampled_from(DTYPES), st.sampled_from(RAGGED), st.floats(0.05, 3), st.data())
 def test_dual(
@@ -103,6 +104,7 @@ def test_dual(
         assert_within_budget(str(index), ours.reshape(-1), want, stored=want.truth.abs() + part.abs().reshape(-1))
 
 
+@pytest.mark.budget
 @settings(max_examples=40, deadline=None)
 @given(sizes, sizes, st.sampled_from([1, 7, 33, 1025]), st.sampled_from(DTYPES), st.data())
 def test_group_classifier(b: int, c: int, e: int, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -117,6 +119,7 @@ def test_group_classifier(b: int, c: int, e: int, dtype: torch.dtype, data: st.D
     assert_near(got, lambda: value_and_grads(reference.group_classifier, *wide, upstream=upstream.double()), dtype)
 
 
+@pytest.mark.budget
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), sizes, st.integers(1, 12), st.integers(1, 3), st.sampled_from([16, 24]), st.data())
 def test_label_attention(b: int, c: int, length: int, heads: int, width: int, data: st.DataObject) -> None:

@@ -52,6 +52,7 @@ def budgeted(
     return (x, p, labels), upstream, error_budgets(oracle)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", RAGGED)
 @pytest.mark.parametrize("size", [(5, 7, 63), (9, 4, 257), (33, 5, 100), (3, 2, 1)])

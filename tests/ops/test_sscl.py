@@ -48,6 +48,7 @@ def problem(
     return features, labels, upstream, error_budgets(oracle)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", RAGGED)
 @pytest.mark.parametrize("size", SIZES)
@@ -133,6 +134,7 @@ def test_temperature_gradient(formulation: str, backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 1.0])
 def test_cold_and_warm_temperatures(temperature: float, backend: str) -> None:
