@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .._checks import forward_mode
 from .._dtypes import without_autocast
 from ._native import resolved
+from ._pick import compiled, row, several
 from ._transforms import refuse_forward_mode, transformable, watched
 
 LIBRARY = torch.library.Library("sadcl", "DEF")
@@ -130,7 +131,7 @@ class Op:
 
     def __call__(self, inputs: Any, backend: str) -> Any:
         """Run the implementation ``backend``, which resolve() has found able to run."""
-        return self.outputs(*_several(call(self.name, *inputs, backend)))
+        return self.outputs(*several(call(self.name, *inputs, backend)))
 
     def run(self, x: Any, backend: str) -> Any:
         """Outputs by one implementation, past the dispatcher and autograd."""
@@ -173,19 +174,19 @@ class _Derivative:
         x_from = {inputs[i]: f"t[{k}]" for k, i in enumerate(tensors)}
         x_from |= {inputs[i]: f"c[{k}]" for k, i in enumerate(constants)}
         out_from = {outputs[i]: f"t[{len(tensors) + k}]" for k, i in enumerate(out_at)}
-        self.tensors_of = _compiled("x, out", [f"x[{i}]" for i in tensors] + [f"out[{i}]" for i in out_at])
-        self.constants_of = _compiled("x", [f"x[{i}]" for i in constants])
-        self.inputs_of = _compiled("t, c", [x_from.get(name, "None") for name in inputs], op.inputs)
-        self.saved_of = _compiled("t", [out_from.get(name, "None") for name in outputs], op.outputs)
+        self.tensors_of = compiled("x, out", [f"x[{i}]" for i in tensors] + [f"out[{i}]" for i in out_at])
+        self.constants_of = compiled("x", [f"x[{i}]" for i in constants])
+        self.inputs_of = compiled("t, c", [x_from.get(name, "None") for name in inputs], op.inputs)
+        self.saved_of = compiled("t", [out_from.get(name, "None") for name in outputs], op.outputs)
         # The backward op's arguments of both, and back.
-        self.flat = _compiled("t, c", [x_from[inputs[i]] for i in x_at] + [out_from[outputs[i]] for i in out_at])
+        self.flat = compiled("t, c", [x_from[inputs[i]] for i in x_at] + [out_from[outputs[i]] for i in out_at])
         count = op.results + len(x_at)
         where = {i: op.results + k for k, i in enumerate(x_at)}
-        self.split = _compiled(
+        self.split = compiled(
             "a",
             [
-                _row([f"a[{where[i]}]" for i in tensors] + [f"a[{count + k}]" for k in range(len(out_at))]),
-                _row([f"a[{where[i]}]" for i in constants]),
+                row([f"a[{where[i]}]" for i in tensors] + [f"a[{count + k}]" for k in range(len(out_at))]),
+                row([f"a[{where[i]}]" for i in constants]),
             ],
         )
         self.gradient_at = [inputs.index(name) for name in backward.gradients]
@@ -270,7 +271,7 @@ class _Derivative:
 
     def setup_context(self, ctx: Any, given: tuple[Any, ...], output: Any) -> None:
         """Save what the backward needs."""
-        made = _several(output)
+        made = several(output)
         ctx.mark_non_differentiable(*made[self.op.results :])
         ctx.save_for_backward(*self.tensors_of(given, made))
         ctx.constants = self.constants_of(given)
@@ -297,7 +298,7 @@ class _Derivative:
             return tuple(answer)
         if torch.is_grad_enabled() or watched(*upstream, *tensors) or upstream[0].is_meta:
             arguments = (*upstream, *self.flat(tensors, constants), list(asked), backend)
-            got = _several(call(f"{self.op.name}_backward", *arguments))
+            got = several(call(f"{self.op.name}_backward", *arguments))
             grads = self.fills(*(None if grad.shape == (0,) else grad for grad in got))
         else:
             above = resolved(self.op.name, self.upstream(*upstream))
@@ -309,16 +310,6 @@ class _Derivative:
         for i, wanted, grad in zip(self.gradient_at, asked, grads, strict=True):
             answer[i] = grad if wanted else None
         return tuple(answer)
-
-
-def _compiled(arguments: str, parts: list[str], make: Any = None) -> Callable[..., Any]:
-    """A function of ``arguments`` that gives ``make(*parts)``, or the row of them: expressions, as namedtuple makes its
-    own. Loops over the fields of a call's tuples would cost a small loss a tenth of its time."""
-    return eval(f"lambda {arguments}: {'make' if make else ''}{_row(parts)}", {"make": make})
-
-
-def _row(parts: list[str]) -> str:
-    return f"({''.join(f'{part}, ' for part in parts)})"
 
 
 def _quietly(backend: str, run: Callable[..., Any], x: Any, *rest: Any) -> Any:
@@ -343,12 +334,6 @@ def call(name: str, *args: Any) -> Any:
         return getattr(torch.ops.sadcl, name)(*args)
     # Forward-mode tangents are there without grad mode, too: they must be refused, not lost.
     return (_DIFFERENTIABLE if torch.is_grad_enabled() or forward_mode() else _EAGER)[name](*args)
-
-
-def _several(output: Any) -> tuple[Any, ...]:
-    if output is None:
-        return ()
-    return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 def _register(
