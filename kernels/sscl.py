@@ -230,7 +230,9 @@ def sscl(x: Any, out: Any) -> None:
     require_dtype(part, features.dtype)
     b, v, c, _ = features.shape
     capacity = pairs.shape[0] * v
-    table = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, out.lse, out.row_loss)
+    pivot, lse = out.lse
+    pivot.zero_()  # a log-sum-exp is one number here, though float32 loses digits of it where scores are large
+    table = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, lse, out.row_loss)
     pair_maximum = _pair_maximum(table, pairs, x.temperature, b, c, part) if x.released else None
 
     precision = _tiles.precision(features.dtype, part)
@@ -246,7 +248,7 @@ def sscl(x: Any, out: Any) -> None:
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d,
                PRECISION=precision, **tile.options)  # fmt: skip
         launch(_combine_kernel, capped(part, ceil_div(capacity, 64), 4),
-               (table, partial, pair_maximum, out.lse, out.row_loss),
+               (table, partial, pair_maximum, lse, out.row_loss),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=x.released, BLOCK_R=64, num_warps=2)  # fmt: skip
 
     kind = _tiles.kind_of(features.dtype, precision)

@@ -241,7 +241,7 @@ def sscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
     part = part_of(features.device)
     require_dtype(part, features.dtype)
     table, peak = stage_backward(
-        upstream.grad_row_loss, features, x.pairs, x.class_ptr, saved.lse, saved.norm, x.normalize
+        upstream.grad_row_loss, features, x.pairs, x.class_ptr, saved.lse[1], saved.norm, x.normalize
     )
     out.grad_features.zero_()
     radial = table.stat.new_empty(table.capacity)

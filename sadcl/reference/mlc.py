@@ -108,7 +108,7 @@ def mlc(
         if prototypes is not None:
             factor[: -prototypes.shape[0]] = beta
         losses.append((w * (torch.logsumexp(s + factor.log(), 0) - s)).sum())
-    return torch.stack([torch.as_tensor(loss) for loss in losses]).reshape(b, v)
+    return torch.stack([torch.as_tensor(loss, device=z.device) for loss in losses]).reshape(b, v)
 
 
 def _weights(
