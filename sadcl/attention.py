@@ -96,13 +96,15 @@ class LabelAttention(PackedAttention):
             ValueError: if shapes or devices do not fit together.
             TypeError: if a dtype is wrong.
         """
-        return label_attention(
+        wrapped = self._out_proj_is_more_than_its_weight()
+        like = self.in_proj_weight
+        out, weights = label_attention(
             query,
             memory,
             self.in_proj_weight,
             self.in_proj_bias,
-            self.out_proj.weight,
-            self.out_proj.bias,
+            torch.eye(self.embed_dim, dtype=like.dtype, device=like.device) if wrapped else self.out_proj.weight,
+            None if wrapped else self.out_proj.bias,
             self.num_heads,
             memory_pos=memory_pos,
             key_padding_mask=key_padding_mask,
@@ -111,3 +113,10 @@ class LabelAttention(PackedAttention):
             form=self.form,
             backend=self.backend,
         )
+        return self.out_proj(out) if wrapped else out, weights
+
+    def _out_proj_is_more_than_its_weight(self) -> bool:
+        """Whether an adapter stands in its place, or a hook waits on it, which its weight alone would pass by."""
+        proj = self.out_proj
+        known = getattr(type(proj), "forward", None) in (Linear.forward, nn.Linear.forward)
+        return not known or bool(proj._forward_hooks or proj._forward_pre_hooks)
