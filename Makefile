@@ -1,6 +1,6 @@
 # The commands of this repository; each creates the environment it needs.
 #   make demo   train on composed scenes and draw what was learned    make test   the test suite
-#   make lint   ruff and mypy                                         make clean  remove what these made
+#   make lint   ruff, mypy and clang-format                           make clean  remove what these made
 #   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
 #   make matrix     error budgets under several BLAS and instruction sets
 #   make compilers  aarch64 and clang (installed)
@@ -79,6 +79,7 @@ compilers:
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
 clean:
