@@ -1,6 +1,6 @@
 # The commands of this repository; each creates the environment it needs.
 #   make demo   train on composed scenes and draw what was learned    make test   the test suite
-#   make lint   ruff and mypy                                         make clean  remove what these made
+#   make lint   ruff, mypy and clang-format                           make clean  remove what these made
 #   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
 #   make matrix     error budgets under several BLAS and instruction sets
 #   make compilers  aarch64 and clang (installed)
@@ -60,9 +60,9 @@ races: $(VENV)/test.stamp
 	for threads in 2 3 8; do \
 		LD_PRELOAD="$$(clang++-$(LLVM) -print-file-name=libclang_rt.tsan-x86_64.so)" OMP_NUM_THREADS=$$threads \
 		OMP_TOOL_LIBRARIES="$$(clang++-$(LLVM) -print-resource-dir)/../../libarcher.so" \
-		TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66 log_path=build/races/report" \
 			setarch -R $(BIN)/python -m pytest -q -x -o pythonpath="build/races/lib ." -p no:cacheprovider \
-			-k "not fork and not instruction_set" $(RACED_TESTS) || exit 1; \
+			-k "not fork and not instruction_set" $(RACED_TESTS) || { cat build/races/report.* 2>/dev/null; exit 1; }; \
 	done
 
 # The kernels by other compilers, warnings being errors: aarch64 (NEON) and clang. Compiled, not run.
@@ -79,6 +79,7 @@ compilers:
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
 clean:

@@ -1,8 +1,8 @@
 // Asymmetric loss: value and derivative in one sweep; compiled once per instruction set.
 //
-// A batch is cut into chunks of kChunk classes of one image. A chunk's inputs are contiguous T: read in place if they are
-// already, converted into the cache otherwise. In a multi-label batch nearly all labels are 0, so groups of vectors with
-// nothing but zeros take a path that knows only the negative half of the formula.
+// A batch is cut into chunks of kChunk classes of one image. A chunk's inputs are contiguous T: read in place if they
+// are already, converted into the cache otherwise. In a multi-label batch nearly all labels are 0, so groups of vectors
+// with nothing but zeros take a path that knows only the negative half of the formula.
 #include "asl.h"
 
 #include "convert.h"
@@ -172,7 +172,8 @@ struct Totals {
 
 // kGroup vectors. `loss` null: only the sum is wanted; `grad` null: no derivative.
 template <class T, bool kClip>
-SADCL_INLINE void group(const T* x, const T* y, const T* weight, T* loss, T* grad, const Focus<T>& f, Totals<T>& totals) {
+SADCL_INLINE void group(const T* x, const T* y, const T* weight, T* loss, T* grad, const Focus<T>& f,
+                        Totals<T>& totals) {
   constexpr int L = Simd<T>::kLanes;
   typename Simd<T>::I nonzero = {};
   for (int k = 0; k < kGroup; ++k) nonzero |= loadu(y + k * L) != T(0);
@@ -200,8 +201,8 @@ double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
   Totals<T> totals;
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep)
-    group<T, kClip>(x + c, y + c, weight ? weight + c : nullptr, loss ? loss + c : nullptr, grad ? grad + c : nullptr, f,
-                    totals);
+    group<T, kClip>(x + c, y + c, weight ? weight + c : nullptr, loss ? loss + c : nullptr, grad ? grad + c : nullptr,
+                    f, totals);
   if (c < n) {  // the rest, filled up with ignored elements
     T part[5][kStep];
     for (int64_t i = 0; i < kStep; ++i) {

@@ -1,4 +1,5 @@
-// Arguments of the asymmetric loss, forward and backward. T is the accumulation type: double for float64 logits, else float.
+// Arguments of the asymmetric loss, forward and backward.
+// T is the accumulation type: double for float64 logits, else float.
 #pragma once
 #include "array.h"
 
@@ -11,8 +12,8 @@ struct AslForward {
   double gamma_neg, gamma_pos, clip, eps;
   bool detach_focal_weight;
   bool sum_classes;
-  void* loss;  // T [B, C], or T [B] if sum_classes
-  void* slope; // T [B, C], or null if nothing will be differentiated
+  void* loss;   // T [B, C], or T [B] if sum_classes
+  void* slope;  // T [B, C], or null if nothing will be differentiated
   int threads;
 };
 

@@ -1,7 +1,7 @@
 // Average precision of each class: a stable radix sort by falling score, then one walk over the ranking.
 //
-// Compiled once, with the base instruction set: sorting is bound by latency, not by arithmetic. Ignored pairs are left out
-// before the sort; ties keep the order of the images, as a stable sort would have it.
+// Compiled once, with the base instruction set: sorting is bound by latency, not by arithmetic. Ignored pairs are left
+// out before the sort; ties keep the order of the images, as a stable sort would have it.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -96,7 +96,8 @@ struct Ranking {
       for (int64_t k = positives; k-- > 0;) sum += curve[size_t(k)];
       return sum / double(positives);
     }
-    for (int64_t tenth = 0; tenth <= 10; ++tenth) {  // recall reaches tenth / 10 with positive number ceil(tenth M / 10)
+    for (int64_t tenth = 0; tenth <= 10;
+         ++tenth) {  // recall reaches tenth / 10 with positive number ceil(tenth M / 10)
       const int64_t number = (tenth * positives + 9) / 10;
       sum += curve[size_t(number > 0 ? number - 1 : 0)];
     }
@@ -128,7 +129,8 @@ void all_classes(const Array& scores, const Array& target, ApMethod method, doub
     int64_t sizes[8] = {};
     for (int64_t i = 0; i < n; ++i)
       for (int64_t k = 0; k < count; ++k) {
-        const int8_t label = static_cast<const int8_t*>(target.data)[i * target.stride[0] + (first + k) * target.stride[1]];
+        const int8_t label =
+            static_cast<const int8_t*>(target.data)[i * target.stride[0] + (first + k) * target.stride[1]];
         const T score = static_cast<const T*>(scores.data)[i * scores.stride[0] + (first + k) * scores.stride[1]];
         const size_t to = size_t(k * n + sizes[k]);
         keys[t][to] = falling(score);

@@ -64,7 +64,8 @@ void copy_row(const BankUpdate& a, int64_t b, int64_t c) {
   const int64_t source = b * from.stride[0] + c * from.stride[1], target = b * to.stride[0] + c * to.stride[1];
   const int64_t size = element_size(to.dtype);
   if (from.dtype == to.dtype && stride == 1) {
-    memcpy(static_cast<char*>(to.data) + target * size, static_cast<const char*>(from.data) + source * size, size_t(E * size));
+    memcpy(static_cast<char*>(to.data) + target * size, static_cast<const char*>(from.data) + source * size,
+           size_t(E * size));
     return;
   }
   for (int64_t e = 0; e < E; e += kBlock) {
@@ -79,7 +80,8 @@ void copy_row(const BankUpdate& a, int64_t b, int64_t c) {
 void bank_update(const BankUpdate& a) {
   const int64_t C = a.features.shape[1];
   std::vector<int64_t> found = positives(a.labels);
-  found.erase(std::remove_if(found.begin(), found.end(), [&](int64_t i) { return !exceeds(a, i / C, i % C); }), found.end());
+  found.erase(std::remove_if(found.begin(), found.end(), [&](int64_t i) { return !exceeds(a, i / C, i % C); }),
+              found.end());
   const int64_t count = int64_t(found.size());
   [[maybe_unused]] const int threads = count * a.slots.shape[2] < 1 << 15 ? 1 : team_size(a.threads);
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -11,7 +11,8 @@ namespace sadcl {
 
 namespace py = pybind11;
 
-constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8", "int16", "int32", "int64"};
+constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16", "uint8",
+                                       "int8",    "int16",   "int32",    "int64"};
 
 inline std::string shape_text(const Array& a) {
   std::string text = "[";
@@ -65,7 +66,8 @@ inline void check_shape(const char* name, const Array& a, std::initializer_list<
 }
 
 inline void check_floating(const char* name, const Array& a) {
-  if (a.dtype > kF16) throw py::type_error(std::string(name) + ": expected a floating dtype, got " + kDTypeNames[a.dtype]);
+  if (a.dtype > kF16)
+    throw py::type_error(std::string(name) + ": expected a floating dtype, got " + kDTypeNames[a.dtype]);
 }
 
 inline void check_temperature(double temperature) {

@@ -53,7 +53,8 @@ void bind_asl_backward(const py::args& parts, const py::kwargs& others) {
 }  // namespace
 
 void bind_asl(py::module_& m) {
-  m.def("asl_forward", &bind_asl_forward, "The fields of sadcl.ops.asl.Inputs and Outputs; False if a label is not allowed");
+  m.def("asl_forward", &bind_asl_forward,
+        "The fields of sadcl.ops.asl.Inputs and Outputs; False if a label is not allowed");
   m.def("asl_backward", &bind_asl_backward, "grad_loss, slope, and grad_logits to fill");
 }
 

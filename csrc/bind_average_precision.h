@@ -26,7 +26,8 @@ void bind_average_precision_of(const py::args& parts, const py::kwargs& others) 
 }  // namespace
 
 void bind_average_precision(py::module_& m) {
-  m.def("average_precision", &bind_average_precision_of, "The fields of sadcl.ops.average_precision.Inputs and Outputs");
+  m.def("average_precision", &bind_average_precision_of,
+        "The fields of sadcl.ops.average_precision.Inputs and Outputs");
 }
 
 }  // namespace sadcl

@@ -47,7 +47,8 @@ LabelAttention make_label_attention(const Fields& given) {
 void bind_label_attention_forward(const py::args& parts, const py::kwargs& others) {
   const Fields given(parts, others);
   LabelAttention a = make_label_attention(given);
-  a.out = given.buffer("out", accumulation(a.memory), a.memory.shape[0] * a.memory.shape[2] * a.query.shape[a.query.dims - 2]);
+  a.out = given.buffer("out", accumulation(a.memory),
+                       a.memory.shape[0] * a.memory.shape[2] * a.query.shape[a.query.dims - 2]);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   table.label_attention_forward(a);
@@ -77,7 +78,8 @@ void bind_label_attention_backward(const py::args& parts, const py::kwargs& othe
 }  // namespace
 
 void bind_label_attention(py::module_& m) {
-  m.def("label_attention_forward", &bind_label_attention_forward, "The fields of sadcl.ops.label_attention.Inputs and Outputs");
+  m.def("label_attention_forward", &bind_label_attention_forward,
+        "The fields of sadcl.ops.label_attention.Inputs and Outputs");
   m.def("label_attention_backward", &bind_label_attention_backward,
         "The same fields, grad_out, grad_weights or None, and grad_ of each input to fill, or None");
 }

@@ -108,8 +108,10 @@ void bind_mlc_backward(const py::args& parts, const py::kwargs& others) {
 }  // namespace
 
 void bind_mlc(py::module_& m) {
-  m.def("mlc_forward", &bind_mlc_forward, "The fields of sadcl.ops.mlc.Inputs and Outputs; False if a label is not allowed");
-  m.def("mlc_backward", &bind_mlc_backward, "The same without row_loss, grad_row_loss, and grad_ of what is wanted to fill");
+  m.def("mlc_forward", &bind_mlc_forward,
+        "The fields of sadcl.ops.mlc.Inputs and Outputs; False if a label is not allowed");
+  m.def("mlc_backward", &bind_mlc_backward,
+        "The same without row_loss, grad_row_loss, and grad_ of what is wanted to fill");
 }
 
 }  // namespace sadcl

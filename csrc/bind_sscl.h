@@ -29,11 +29,13 @@ SsclRows make_rows(const Fields& given) {
   if (classes < 0 || ptr[0] != 0 || ptr[classes] > rows.capacity)
     throw py::value_error("class_ptr: expected to start at 0 and end at most at " + std::to_string(rows.capacity));
   for (int64_t k = 0; k < classes; ++k)
-    if (ptr[k + 1] < ptr[k]) throw py::value_error("class_ptr: expected ascending values, see entry " + std::to_string(k + 1));
+    if (ptr[k + 1] < ptr[k])
+      throw py::value_error("class_ptr: expected ascending values, see entry " + std::to_string(k + 1));
   const int64_t limit = rows.features.shape[0] * rows.features.shape[2];
   for (int32_t i = 0; i < ptr[classes]; ++i)
     if (rows.pairs[i] < 0 || rows.pairs[i] >= limit)
-      throw py::value_error("pairs: expected values in [0, " + std::to_string(limit) + "), got " + std::to_string(rows.pairs[i]));
+      throw py::value_error("pairs: expected values in [0, " + std::to_string(limit) + "), got " +
+                            std::to_string(rows.pairs[i]));
   return rows;
 }
 

@@ -102,11 +102,13 @@ void bind_two_way_backward(const py::args& parts, const py::kwargs& others) {
 }  // namespace
 
 void bind_zlpr(py::module_& m) {
-  m.def("zlpr_forward", &bind_zlpr_forward, "The fields of sadcl.ops.zlpr.Inputs and Outputs; False if a label is not allowed");
+  m.def("zlpr_forward", &bind_zlpr_forward,
+        "The fields of sadcl.ops.zlpr.Inputs and Outputs; False if a label is not allowed");
   m.def("zlpr_backward", &bind_zlpr_backward, "The same without row_loss, grad_row_loss, and grad_logits to fill");
   m.def("two_way_forward", &bind_two_way_forward,
         "The fields of sadcl.ops.two_way.Inputs and Outputs; False if a label is not allowed");
-  m.def("two_way_backward", &bind_two_way_backward, "The same without losses, grad_ of each loss, and grad_logits to fill");
+  m.def("two_way_backward", &bind_two_way_backward,
+        "The same without losses, grad_ of each loss, and grad_logits to fill");
 }
 
 }  // namespace sadcl

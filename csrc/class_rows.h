@@ -1,7 +1,7 @@
 // One vector per class against that class's row of every image: features x [B, C, D], vectors p [C, D].
 //
-// The products that PSCL and the group-wise classifier need, in float64 lanes whatever the input: this is bound by memory,
-// so width costs nothing, and 1e30 or subnormal features need no second thought.
+// The products that PSCL and the group-wise classifier need, in float64 lanes whatever the input: this is bound by
+// memory, so width costs nothing, and 1e30 or subnormal features need no second thought.
 #pragma once
 #include "convert.h"
 #include "scratch.h"
@@ -68,13 +68,15 @@ void products(const Array& features, const Array& vectors, int64_t b, int64_t c,
   T buffer[R + 1][kRowBlock];
   const int64_t D = features.shape[2];
   for (int r = 0; r < R; ++r) dot[r] = square[r] = 0;
-  const bool direct = features.dtype <= kF64 && vectors.dtype <= kF64 && features.stride[2] == 1 && vectors.stride[1] == 1;
+  const bool direct =
+      features.dtype <= kF64 && vectors.dtype <= kF64 && features.stride[2] == 1 && vectors.stride[1] == 1;
   const int64_t step = direct ? D : kRowBlock;
   for (int64_t d = 0; d < D; d += step) {
     const int64_t n = D - d < step ? D - d : step;
     const T* x[R];
     for (int r = 0; r < R; ++r)
-      x[r] = block_of<T>(features, (b + r) * features.stride[0] + c * features.stride[1] + d * features.stride[2], n, buffer[r]);
+      x[r] = block_of<T>(features, (b + r) * features.stride[0] + c * features.stride[1] + d * features.stride[2], n,
+                         buffer[r]);
     const T* p = block_of<T>(vectors, c * vectors.stride[0] + d * vectors.stride[1], n, buffer[R]);
     dot_rows<R, kSquare>(x, p, n, dot, square);
   }
@@ -136,7 +138,8 @@ void class_gradients(const RowGradients& g, int64_t c, int64_t d, int64_t n) {
       const int64_t offset = (b * C + c) * D + d;
       if (g.skip && a == 0 && k == 0) {
         if (g.grad_features)
-          memset(static_cast<char*>(g.grad_features) + offset * element_size(x.dtype), 0, size_t(n * element_size(x.dtype)));
+          memset(static_cast<char*>(g.grad_features) + offset * element_size(x.dtype), 0,
+                 size_t(n * element_size(x.dtype)));
         continue;
       }
       from[rows] = block_of<T>(x, b * x.stride[0] + c * x.stride[1] + d * x.stride[2], n, in[rows]);

@@ -64,8 +64,8 @@ void canonical_row(const T* x, int64_t stride, int64_t n, int8_t* out) {
 
 bool is_positive(int8_t label) { return label == 1; }
 
-// Calls f(c) for every positive of a row. Positives are rare: whole words without one are skipped. A canonical label has
-// bit 0 set and bit 1 clear only if it is 1 (-1 has both, 2 only bit 1).
+// Calls f(c) for every positive of a row. Positives are rare: whole words without one are skipped. A canonical label
+// has bit 0 set and bit 1 clear only if it is 1 (-1 has both, 2 only bit 1).
 template <class F>
 void for_positives(const int8_t* row, int64_t n, F f) {
   int64_t c = 0;

@@ -100,9 +100,13 @@ inline void write_row(void* data, DType, int64_t offset, int64_t n, const double
 
 inline int64_t element_size(DType dtype) {
   switch (dtype) {
-    case kF64: case kI64: return 8;
-    case kF32: case kI32: return 4;
-    case kBF16: case kF16: case kI16: return 2;
+    case kF64:
+    case kI64: return 8;
+    case kF32:
+    case kI32: return 4;
+    case kBF16:
+    case kF16:
+    case kI16: return 2;
     default: return 1;
   }
 }

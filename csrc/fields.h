@@ -14,7 +14,8 @@ namespace sadcl {
 inline Array checked_array(const std::string& name, uintptr_t data, int dtype, const int64_t* shape,
                            const int64_t* strides, size_t dims) {
   if (dims > size_t(kMaxDims))
-    throw py::value_error(name + ": expected at most " + std::to_string(kMaxDims) + " dimensions, got " + std::to_string(dims));
+    throw py::value_error(name + ": expected at most " + std::to_string(kMaxDims) + " dimensions, got " +
+                          std::to_string(dims));
   Array a;
   a.data = reinterpret_cast<void*>(data);
   a.dtype = DType(dtype);
@@ -75,7 +76,8 @@ class Fields {
     given_.reserve(48);
     for (const auto& item : others) given_.push_back({PyUnicode_AsUTF8(item.first.ptr()), item.second});
     for (py::handle part : parts) {
-      const py::object names = py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject*)Py_TYPE(part.ptr()), kFields));
+      const py::object names =
+          py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject*)Py_TYPE(part.ptr()), kFields));
       if (!names || !PyTuple_Check(part.ptr())) throw py::type_error("expected NamedTuples of arguments");
       for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names.ptr()); ++i)
         given_.push_back({PyUnicode_AsUTF8(PyTuple_GET_ITEM(names.ptr(), i)), PyTuple_GET_ITEM(part.ptr(), i)});

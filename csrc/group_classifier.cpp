@@ -31,15 +31,20 @@ void backward(const GroupClassifierBackward& a) {
   Scratch<double> along(B * C);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t c = 0; c < C; ++c)
-      along[b * C + c] = static_cast<const T*>(a.grad_logits.data)[b * a.grad_logits.stride[0] + c * a.grad_logits.stride[1]];
+      along[b * C + c] =
+          static_cast<const T*>(a.grad_logits.data)[b * a.grad_logits.stride[0] + c * a.grad_logits.stride[1]];
   row_gradients<T>({&a.features, &a.weight, along.get(), nullptr, nullptr, false, a.grad_features, a.grad_weight,
                     classifier_threads(a.features, a.threads)});
 }
 
 }  // namespace
 
-void group_classifier_forward(const GroupClassifierForward& args) { SADCL_BY_DTYPE(group_classifier_forward, forward, args.features.dtype, args); }
+void group_classifier_forward(const GroupClassifierForward& args) {
+  SADCL_BY_DTYPE(group_classifier_forward, forward, args.features.dtype, args);
+}
 
-void group_classifier_backward(const GroupClassifierBackward& args) { SADCL_BY_DTYPE(group_classifier_backward, backward, args.features.dtype, args); }
+void group_classifier_backward(const GroupClassifierBackward& args) {
+  SADCL_BY_DTYPE(group_classifier_backward, backward, args.features.dtype, args);
+}
 
 SADCL_KERNELS_END

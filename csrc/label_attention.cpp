@@ -19,7 +19,8 @@ void forward(const LabelAttention& a) {
   const Vector<T> bias(a.in_bias, 3 * p.E), out_bias(a.out_bias, p.E);
   Result<T> q = result(static_cast<T*>(a.q), {p.E}), out = result(static_cast<T*>(a.out), {p.E});
   q.bias = bias.from(0), out.bias = out_bias.from(0);
-  mm({p.Q * p.C, p.E, p.E}, operand(source(a.query, p.query_rows(), p.query_columns())), operand(p.weight(0, true, false)), q);
+  mm({p.Q * p.C, p.E, p.E}, operand(source(a.query, p.query_rows(), p.query_columns())),
+     operand(p.weight(0, true, false)), q);
   if (a.folded) form<T, Folded<T>>(p, mm).forward(bias);
   else form<T, Plain<T>>(p, mm).forward(bias);
   mm({p.B * p.C, p.E, p.E}, operand(source(static_cast<T*>(a.context), {p.E}, {1})), operand(p.out_weight(true)), out);
@@ -54,8 +55,12 @@ void backward(const LabelAttentionBackward& g) {
 
 }  // namespace
 
-void label_attention_forward(const LabelAttention& args) { SADCL_BY_DTYPE(label_attention_forward, forward, args.memory.dtype, args); }
+void label_attention_forward(const LabelAttention& args) {
+  SADCL_BY_DTYPE(label_attention_forward, forward, args.memory.dtype, args);
+}
 
-void label_attention_backward(const LabelAttentionBackward& args) { SADCL_BY_DTYPE(label_attention_backward, backward, args.forward.memory.dtype, args); }
+void label_attention_backward(const LabelAttentionBackward& args) {
+  SADCL_BY_DTYPE(label_attention_backward, backward, args.forward.memory.dtype, args);
+}
 
 SADCL_KERNELS_END

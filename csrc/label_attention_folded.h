@@ -61,7 +61,8 @@ struct Folded {
     mm({p.L, width(), E, {p.B, 1}}, p.positions(false, false, false), operand(by_image(dv, false)),
        result(ds, {width()}, p.L * width()));
     if (bias.there) mass_backward(grad_context, bias.from(2 * E), grad_mass.get());
-    normalise_backward<T>(p, ds, bias.there ? grad_mass.get() : nullptr, static_cast<const T*>(g.grad_weights), threads);
+    normalise_backward<T>(p, ds, bias.there ? grad_mass.get() : nullptr, static_cast<const T*>(g.grad_weights),
+                          threads);
     memory_backward(g, ds, dv);
     if (g.grad_in_weight != nullptr) {
       T* dw = static_cast<T*>(g.grad_in_weight) + 2 * E * E;
@@ -74,7 +75,8 @@ struct Folded {
     T* df = grad_keys.get();
     mm(over_positions(width(), E, rows()), operand(of_weights(ds, true)), p.positions(true, true, shared),
        result(df, {E}, width() * E));
-    mm({p.Q * p.C, p.d, E, {p.H, 1}}, operand(by_head(df, false)), operand(p.weight(1, true, true)), result(grad_q, {E}, p.d));
+    mm({p.Q * p.C, p.d, E, {p.H, 1}}, operand(by_head(df, false)), operand(p.weight(1, true, true)),
+       result(grad_q, {E}, p.d));
     if (g.grad_in_weight == nullptr) return;
     mm({p.d, E, p.Q * p.C, {p.H, 1}}, operand(slice(q, true)), operand(by_head(df, true)),
        result(static_cast<T*>(g.grad_in_weight) + E * E, {E}, p.d * E));

@@ -44,12 +44,15 @@ struct Problem {
 
   explicit Problem(const LabelAttention& a)
       : a(a), B(a.memory.shape[0]), L(a.memory.shape[1]), E(a.memory.shape[2]), H(a.heads),
-        C(a.query.shape[a.query.dims - 2]), Q(a.query.dims == 2 ? 1 : B), d(E / H), scale(T(1 / __builtin_sqrt(double(E / H)))) {}
+        C(a.query.shape[a.query.dims - 2]), Q(a.query.dims == 2 ? 1 : B), d(E / H),
+        scale(T(1 / __builtin_sqrt(double(E / H)))) {}
 
-  // A third of the input projection (0 query, 1 key, 2 value) as rows: W x, or as columns: W^T x; one head a batch or whole.
+  // A third of the input projection (0 query, 1 key, 2 value) as rows: W x, or as columns: W^T x; a head a batch or
+  // whole.
   Source weight(int third, bool by_rows, bool by_head) const {
     const int64_t row = a.in_weight.stride[0], column = a.in_weight.stride[1];
-    return source(a.in_weight, {by_rows ? row : column}, {by_rows ? column : row}, third * E * row, by_head ? d * row : 0);
+    return source(a.in_weight, {by_rows ? row : column}, {by_rows ? column : row}, third * E * row,
+                  by_head ? d * row : 0);
   }
   Source out_weight(bool by_rows) const {
     const int64_t row = a.out_weight.stride[0], column = a.out_weight.stride[1];
@@ -63,8 +66,8 @@ struct Problem {
   Index query_columns() const { return {a.query.stride[a.query.dims - 1]}; }
   static Index rows_of(const Array& x) { return {x.stride[1], x.shape[1], x.stride[0]}; }
 
-  // Memory, with its positions if it serves as keys; `flat`: images side by side instead of one a batch. Padded positions
-  // are dropped where they are summed over.
+  // Memory, with its positions if it serves as keys; `flat`: images side by side instead of one a batch. Padded
+  // positions are dropped where they are summed over.
   Operand positions(bool keys, bool sum_over, bool flat) const {
     Operand x = operand(one(a.memory, sum_over, flat));
     if (keys && a.memory_pos.data != nullptr) x.plus = one(a.memory_pos, sum_over, flat);
@@ -102,15 +105,15 @@ SADCL_INLINE void copy_in(const T* x, int n, T* out) {
 template <class T, class Work>
 void for_chunks(const Problem<T>& p, [[maybe_unused]] int threads, const Work& work) {
   const int64_t columns = p.H * p.C, chunks = (columns + kChunk - 1) / kChunk;
-#pragma omp parallel for num_threads(p.B * p.L * columns < 1 << 14 ? 1 : threads) schedule(static)
+#pragma omp parallel for num_threads(p.B* p.L* columns < 1 << 14 ? 1 : threads) schedule(static)
   for (int64_t i = 0; i < p.B * chunks; ++i) {
     const int64_t j = i % chunks * kChunk;
     work(i / chunks, j, int(columns - j < kChunk ? columns - j : kChunk));
   }
 }
 
-// Scores in, weights out, in place: softmax over positions (into `soft` if there is dropout), then dropout. Their sum over
-// positions goes to mass [heads, B, C].
+// Scores in, weights out, in place: softmax over positions (into `soft` if there is dropout), then dropout. Their sum
+// over positions goes to mass [heads, B, C].
 template <class T>
 void normalise(const Problem<T>& p, T* scores, T* soft, T* mass, int threads) {
   constexpr int V = Simd<T>::kLanes;
@@ -158,8 +161,9 @@ void normalise(const Problem<T>& p, T* scores, T* soft, T* mass, int threads) {
   });
 }
 
-// Gradient of the applied weights in, gradient of the scores out, in place. What is added to a column's gradient (that of
-// the weights' sum) comes in `added` [heads, B, C] or is null, `more` is the gradient of the weights as an output, or null.
+// Gradient of the applied weights in, gradient of the scores out, in place. What is added to a column's gradient (that
+// of the weights' sum) comes in `added` [heads, B, C] or is null, `more` is the gradient of the weights as an output,
+// or null.
 template <class T>
 void normalise_backward(const Problem<T>& p, T* grad, const T* added, const T* more, int threads) {
   const int64_t width = p.H * p.C;
@@ -194,12 +198,13 @@ void normalise_backward(const Problem<T>& p, T* grad, const T* added, const T* m
 template <class T>
 void column_sums(const T* x, int64_t rows, int64_t columns, const T* factor, int64_t group, T* out,
                  [[maybe_unused]] int threads) {
-#pragma omp parallel for num_threads(rows * columns < 1 << 15 ? 1 : threads) schedule(static)
+#pragma omp parallel for num_threads(rows* columns < 1 << 15 ? 1 : threads) schedule(static)
   for (int64_t j0 = 0; j0 < columns; j0 += kChunk) {
     const int64_t j1 = j0 + kChunk < columns ? j0 + kChunk : columns;
     T sum[kChunk] = {};
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = j0; j < j1; ++j) sum[j - j0] += x[i * columns + j] * (factor ? factor[j / group * rows + i] : T(1));
+      for (int64_t j = j0; j < j1; ++j)
+        sum[j - j0] += x[i * columns + j] * (factor ? factor[j / group * rows + i] : T(1));
     memcpy(out + j0, sum, (j1 - j0) * sizeof(T));
   }
 }

@@ -37,7 +37,8 @@ struct Plain {
     mm({p.B * p.L, E, E}, p.positions(false, false, true), operand(p.weight(2, true, false)), v);
     mm({p.L, p.C, p.d, {p.B, p.H}}, operand(head(keys, p.L, false)), operand(of_queries(false)), to_weights(weights));
     normalise(p, weights, p.a.survivors ? static_cast<T*>(p.a.soft) : nullptr, mass, mm.threads());
-    mm({p.C, p.d, p.L, {p.B, p.H}}, operand(of_weights(weights, true)), kept(head(values, p.L, true)), to_head(context, p.C));
+    mm({p.C, p.d, p.L, {p.B, p.H}}, operand(of_weights(weights, true)), kept(head(values, p.L, true)),
+       to_head(context, p.C));
   }
 
   // From the context's gradient to that of the projected queries, and to everything on the way.
@@ -47,7 +48,8 @@ struct Plain {
     Scratch<T> grad_weights(rows * p.H * p.C), grad_keys(rows * E), grad_values(rows * E);
     T *ds = grad_weights.get(), *dk = grad_keys.get(), *dv = grad_values.get();
     const Sizes back = {p.L, p.d, p.C, {p.B, p.H}};
-    mm({p.L, p.C, p.d, {p.B, p.H}}, operand(head(values, p.L, false)), operand(head(grad_context, p.C, false)), to_weights(ds));
+    mm({p.L, p.C, p.d, {p.B, p.H}}, operand(head(values, p.L, false)), operand(head(grad_context, p.C, false)),
+       to_weights(ds));
     normalise_backward<T>(p, ds, nullptr, static_cast<const T*>(g.grad_weights), threads);
     mm(back, operand(of_weights(weights, false)), operand(head(grad_context, p.C, true)), to_head(dv, p.L));
     mm(back, operand(of_weights(ds, false)), operand(of_queries(true)), to_head(dk, p.L));
@@ -60,7 +62,8 @@ struct Plain {
       column_sums<T>(dv, rows, E, nullptr, 1, db + E, threads);
     }
     T *dm = static_cast<T*>(g.grad_memory), *dp = static_cast<T*>(g.grad_pos);
-    if (dp != nullptr) mm({rows, E, E}, operand(source(dk, {E}, {1})), operand(p.weight(1, false, false)), result(dp, {E}));
+    if (dp != nullptr)
+      mm({rows, E, E}, operand(source(dk, {E}, {1})), operand(p.weight(1, false, false)), result(dp, {E}));
     if (dm == nullptr) return;
     if (dp != nullptr) memcpy(dm, dp, rows * E * sizeof(T));
     else mm({rows, E, E}, operand(source(dk, {E}, {1})), operand(p.weight(1, false, false)), result(dm, {E}));

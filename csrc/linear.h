@@ -1,4 +1,5 @@
-// Arguments of one matrix product: out = left right (+ bias). T is the accumulation type: double for float64, else float.
+// Arguments of one matrix product: out = left right (+ bias).
+// T is the accumulation type: double for float64, else float.
 #pragma once
 #include "array.h"
 

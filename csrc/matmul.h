@@ -1,11 +1,11 @@
 // General matrix products: c = left x right (+ c), batched, for operands of any strides and storage type.
 //
-// Operands are packed into k-major panels on the way in, so a transposed, strided, bfloat16, masked or summed operand costs
-// nothing extra and needs no copy of its own. Each thread owns a rectangle of the result and packs for itself: no barrier,
-// no sum split between threads, hence the same bits for every number of threads.
+// Operands are packed into k-major panels on the way in, so a transposed, strided, bfloat16, masked or summed operand
+// costs nothing extra and needs no copy of its own. Each thread owns a rectangle of the result and packs for itself: no
+// barrier, no sum split between threads, hence the same bits for every number of threads.
 //
-//   AVX2, float:    6 x 16: 12 accumulators + 2 vectors + 1 broadcast = 15 registers. One Zen 3 core, 2048-sized layers,
-//                   processor time on a shared machine: 72 to 88 % of the FMA peak, MKL interleaved 70 to 83 %
+//   AVX2, float:    6 x 16: 12 accumulators + 2 vectors + 1 broadcast = 15 registers. One Zen 3 core, layers of
+//                   2048, processor time on a shared machine: 72 to 88 % of the FMA peak, MKL interleaved 70 to 83 %
 //   AVX-512, float: 12 x 32: 24 accumulators + 2 vectors, broadcasts ride in the FMA
 //
 // panels.h differs: there one packed copy serves as both operands, which symmetric scores want.
@@ -20,7 +20,9 @@ SADCL_KERNELS_BEGIN
 struct Index {
   int64_t near = 0, split = 0, far = 0;
   int64_t operator()(int64_t i) const { return split == 0 ? i * near : i / split * far + i % split * near; }
-  bool uniform(int64_t first, int64_t count) const { return split == 0 || first / split == (first + count - 1) / split; }
+  bool uniform(int64_t first, int64_t count) const {
+    return split == 0 || first / split == (first + count - 1) / split;
+  }
 };
 
 // Element (o, k) of batch (p, q): data[outer(o) + k(k) + p * batch[0] + q * batch[1]].
@@ -58,11 +60,11 @@ template <class T>
 struct MatmulTile {
   static constexpr int kLanes = Simd<T>::kLanes, kVecs = 2;
   static constexpr int kMR = kRegisters == 32 ? 12 : 6, kNR = kVecs * kLanes;
-  static constexpr int kDepth = 24 * 1024 / (kNR * int(sizeof(T)));     // a right panel takes 24 KB of L1
+  static constexpr int kDepth = 24 * 1024 / (kNR * int(sizeof(T)));                 // a right panel takes 24 KB of L1
   static constexpr int kRows = 288 * 1024 / (kDepth * int(sizeof(T))) / kMR * kMR;  // a left block stays in L2
-  static constexpr int kColumns = 2048;                                // a right block, in L3
-  // Terms summed one after the other. At 384 the rounding error is 1.5 times MKL's; 192 left rows of label attention's memory
-  // gradient at 1.3 of the error budget; 96 costs 3 % of the speed, 128 at most 1.
+  static constexpr int kColumns = 2048;                                             // a right block, in L3
+  // Terms summed one after the other. At 384 the rounding error is 1.5 times MKL's; 192 left rows of label attention's
+  // memory gradient at 1.3 of the error budget; 96 costs 3 % of the speed, 128 at most 1.
   static constexpr int kChain = 128;
 };
 
@@ -102,11 +104,12 @@ template <int VECS, class T>
 SADCL_INLINE void multiply_tile(const T* a, const T* b, int depth, T* c, int64_t stride, bool load_c) {
   using B = MatmulTile<T>;
   for (int k = 0; k < depth; k += B::kChain, load_c = true)
-    multiply_chain<VECS>(a + k * B::kMR, b + k * B::kNR, depth - k < B::kChain ? depth - k : B::kChain, c, stride, load_c);
+    multiply_chain<VECS>(a + k * B::kMR, b + k * B::kNR, depth - k < B::kChain ? depth - k : B::kChain, c, stride,
+                         load_c);
 }
 
-// out[k * P + lane] = row[lane][k] for 8 lanes, k ascending. Where the panel has fewer, the surplus lands on lanes that are
-// written later: those of the next k, of the lanes before (packed after), of the next panel, and at last on kSlack.
+// out[k * P + lane] = row[lane][k] for 8 lanes, k ascending. Where the panel has fewer, the surplus lands on lanes that
+// are written later: those of the next k, of the lanes before (packed after), of the next panel, and at last on kSlack.
 constexpr int kSlack = 16;
 template <class T>
 SADCL_INLINE void transpose_lanes(const T* const* row, int depth, int P, T* out) {

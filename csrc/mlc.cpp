@@ -1,11 +1,13 @@
-// Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h, sscl_blocks.h,
-// sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h (weights of pairs).
+// Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h,
+// sscl_blocks.h, sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h
+// (weights of pairs).
 //
 // Forward: one sweep for lse and T_i = sum_j W_ij s_ij. Backward: one sweep; with m the upstream gradients,
 //
 //   G_ij = m_i (lam_i b_j e^(s_ij - lse_i) - W_ij)
 //
-// moves anchor i by sum_j G_ij z_j / tau and column j by sum_i G_ij z_i / tau. Between anchors a block serves both sides.
+// moves anchor i by sum_j G_ij z_j / tau and column j by sum_i G_ij z_i / tau. Between anchors a block serves both
+// sides.
 #include "mlc_pairs.h"
 
 SADCL_KERNELS_BEGIN
@@ -121,7 +123,8 @@ double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const
     for (int q = 0; q < 3; ++q) {
       const int64_t j = block.j0 + int64_t(jp) * P + q * L;
       const vec<T> zero = {};
-      const vec<T> push_j = square ? load(moves.push.get() + j) : zero, pull_j = square ? load(moves.pull.get() + j) : zero;
+      const vec<T> push_j = square ? load(moves.push.get() + j) : zero,
+                   pull_j = square ? load(moves.pull.get() + j) : zero;
       const vec<T> shift_j = square ? load(moves.shift.get() + j) : zero;
       vec<T> sums = {};
       for (int i = 0; i < block.m; ++i) {

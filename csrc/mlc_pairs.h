@@ -38,10 +38,10 @@ class Pairs {
   typedef typename Word<T>::S S;
   typedef typename Word<T>::V W;
 
-  Scratch<double> lam;    // [padded] sum over j of W_ij
-  Scratch<T> share;       // [padded] W_ij = share_i f_ij, f as `fill` gives it
+  Scratch<double> lam;      // [padded] sum over j of W_ij
+  Scratch<T> share;         // [padded] W_ij = share_i f_ij, f as `fill` gives it
   Scratch<uint8_t> active;  // [padded] whether there is a positive
-  bool valid = true;      // labels hold nothing but 0, 1, -1
+  bool valid = true;        // labels hold nothing but 0, 1, -1
 
   explicit Pairs(Vectors<T>& v)
       : lam(v.padded() + 1), share(v.padded() + 1), active(v.padded() + 1), v_(v), in_(v.in), kind_(v.in.weighting),
@@ -249,7 +249,9 @@ class Pairs {
   static double number(BFloat16 x) { return double(widen(x)); }
   static double number(Float16 x) { return double(widen(x)); }
   template <class X>
-  static double number(X x) { return double(x); }
+  static double number(X x) {
+    return double(x);
+  }
 
   template <class X>
   bool pack_as(const X* x, int64_t stride, int64_t at, int64_t* counted) {
@@ -324,7 +326,8 @@ class Pairs {
       const vec<T> zero = {}, term = seen ? T(in_.alpha) / at_least_one(c.own + c.theirs - c.both) : zero;
       for_shared(i, j, [&](int64_t k, vec<T> there) { entry(i, k) += sum<T>(term * there); });
     });
-    for_labels(i, [&](int64_t c) { entry(i, c) = T(class_weight(c) / double(entry(i, c))), lam[i] += class_weight(c); });
+    for_labels(i,
+               [&](int64_t c) { entry(i, c) = T(class_weight(c) / double(entry(i, c))), lam[i] += class_weight(c); });
     share[i] = 1;
   }
 

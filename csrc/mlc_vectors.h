@@ -44,8 +44,8 @@ struct Vectors {
     return segment == kAnchors ? row / V * a.stride[0] + row % V * a.stride[1] : row * a.stride[0];
   }
 
-  // Reads the vectors and scales them to unit length. With `lse` the norms are known, and anchors without a positive that
-  // are no columns are left out: they may hold anything.
+  // Reads the vectors and scales them to unit length. With `lse` the norms are known, and anchors without a positive
+  // that are no columns are left out: they may hold anything.
   void gather(double* norm, const double* lse) {
     const int64_t pitch = (D + 15) / 16 * 16 + 16;
     Scratch<T> staging(threads * P * pitch);
@@ -122,20 +122,22 @@ void for_every_pair(int64_t rows, int64_t columns, [[maybe_unused]] int threads,
   }
 }
 
-// Calls visit(block, segment, workspace) for every block of scores, which holds z_i.z_j: of anchors against anchors those on
-// and above the diagonal, of anchors against keys and prototypes all.
+// Calls visit(block, segment, workspace) for every block of scores, which holds z_i.z_j: of anchors against anchors
+// those on and above the diagonal, of anchors against keys and prototypes all.
 template <class T, class Visit>
 void sweep(Vectors<T>& v, Scratch<Workspace<T>>& workspaces, Visit visit) {
   constexpr int P = Vectors<T>::P;
   const Blocks<T> own(v.anchors().panels, v.threads);
   const auto run = [&](const Range& i, const Range& j, int segment) {
     Workspace<T>& ws = workspaces[thread_index()];
-    const Block<T> block = {i.first * P, j.first * P, v.padded(), int(i.last - i.first) * P, int(j.last - j.first), ws.w};
+    const Block<T> block = {i.first * P,           j.first * P, v.padded(), int(i.last - i.first) * P,
+                            int(j.last - j.first), ws.w};
     dot_panels(v.panel(i.first), block.m / P, v.panel(j.first), block.panels, v.depth, block.w);
     visit(block, segment, ws);
   };
   if (v.in.include_batch)
-    for_all_pairs(own.count, v.threads, [&](int64_t a, int64_t b) { run(own.panels_of(a), own.panels_of(b), kAnchors); });
+    for_all_pairs(own.count, v.threads,
+                  [&](int64_t a, int64_t b) { run(own.panels_of(a), own.panels_of(b), kAnchors); });
   for (int segment = kKeys; segment < kSegments; ++segment) {
     const Segment& s = v.segments[segment];
     if (s.panels == 0) continue;

@@ -25,8 +25,8 @@ namespace {
 Array make_array(uintptr_t data, int dtype, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
   if (dtype < kF32 || dtype > kI64) throw py::value_error("Array: unknown dtype code " + std::to_string(dtype));
   if (shape.size() != strides.size())
-    throw py::value_error("Array: expected as many strides as sizes, got " + std::to_string(shape.size()) + " sizes and " +
-                          std::to_string(strides.size()) + " strides");
+    throw py::value_error("Array: expected as many strides as sizes, got " + std::to_string(shape.size()) +
+                          " sizes and " + std::to_string(strides.size()) + " strides");
   return checked_array("Array", data, dtype, shape.data(), strides.data(), shape.size());
 }
 
@@ -59,8 +59,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on (for tests)");
   m.def("build_info", &build_info, "Compiler, OpenMP, instruction sets compiled in");
   m.def("exp2", &bind_exp2, "The contrastive kernels' 2^x (for tests)", py::arg("x"), py::arg("out"));
-  m.def("fma_peak", [](int threads) { return kernels().fma_peak(threads); }, py::call_guard<py::gil_scoped_release>(),
-        py::arg("threads"), "Measured float32 FLOP/s of independent FMAs (for benchmarks)");
+  m.def(
+      "fma_peak", [](int threads) { return kernels().fma_peak(threads); }, py::call_guard<py::gil_scoped_release>(),
+      py::arg("threads"), "Measured float32 FLOP/s of independent FMAs (for benchmarks)");
   bind_compact(m);
   bind_sscl(m);
   bind_pscl(m);

@@ -7,8 +7,8 @@
 //   AVX2, float:    4 x 24: 12 accumulators + 3 vectors + 1 broadcast = 16 registers; 7 loads per 12 FMA
 //   AVX-512, float: 8 x 48: 24 accumulators + 3 vectors, broadcasts ride in the FMA:  11 loads per 24 FMA
 //
-// The inner loops want the right operand's panel in L1 (kPanelDepth) and the rest streaming from L2. dot_panels also takes
-// panels of Pair, half as deep: bfloat16 where the processor multiplies it.
+// The inner loops want the right operand's panel in L1 (kPanelDepth) and the rest streaming from L2. dot_panels also
+// takes panels of Pair, half as deep: bfloat16 where the processor multiplies it.
 #pragma once
 #include "simd.h"
 
@@ -20,8 +20,8 @@ struct Tile {
   static constexpr int kVecs = 3;
   static constexpr int P = kVecs * kLanes;
   static constexpr int kMR = kRegisters == 32 ? (kLanes >= 8 ? 8 : 6) : (P % 4 == 0 ? 4 : 2);
-  // Two panels of this depth (one per operand) take 24 KB: they share the smallest L1 in use, 32 KB, with the result. And
-  // at most 128, for precision: see dot_panels.
+  // Two panels of this depth (one per operand) take 24 KB: they share the smallest L1 in use, 32 KB, with the result.
+  // And at most 128, for precision: see dot_panels.
   static constexpr int kFit = 24 * 1024 / (2 * P * int(sizeof(T)));
   static constexpr int kPanelDepth = (kFit < 128 ? kFit : 128) / kMR * kMR;
   static_assert(P % kMR == 0, "a register tile must not straddle panels");
@@ -66,8 +66,8 @@ SADCL_INLINE void add_to_tile(const Accumulators<T>& acc, T* c) {
     }
 }
 
-// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR. For every line of `a` that
-// is used up, one of `next` is asked for.
+// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR. For every line of `a`
+// that is used up, one of `next` is asked for.
 template <int A_ROW, int A_K, class E, class T>
 SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int depth, const E* next = nullptr) {
   constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kStep = kLine < kMR ? kLine : kMR;
@@ -88,9 +88,10 @@ SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int
   }
 }
 
-// out[jp][i][lane] = sum over k of x_i[k] y_j[k], j = jp * P + lane: all pairs of rows of x_panels and y_panels panels of
-// depth `depth` (a multiple of kMR). Depth is cut so that the running pair of panels stays in L1. Each cut is summed from
-// zero and then added to `out`: one chain through all of depth 1024 was off by 6e-7 where MKL's product is by 2e-7.
+// out[jp][i][lane] = sum over k of x_i[k] y_j[k], j = jp * P + lane: all pairs of rows of x_panels and y_panels panels
+// of depth `depth` (a multiple of kMR). Depth is cut so that the running pair of panels stays in L1. Each cut is summed
+// from zero and then added to `out`: one chain through all of depth 1024 was off by 6e-7 where MKL's product is by
+// 2e-7.
 template <class E, class T>
 void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t depth, T* out) {
   constexpr int P = Tile<T>::P, kCut = Tile<T>::kPanelDepth / kTerms<E> / Tile<T>::kMR * Tile<T>::kMR;
@@ -114,10 +115,10 @@ void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t dept
   }
 }
 
-// out[ip][d][lane] += sum over j of w[ip][j][lane] * y_j[d]: mixes the rows of y (y_panels panels of depth `depth`) into
-// out's x_panels panels, weights given as panels themselves. The depth goes in slices so that y's slice stays in L2
-// while every panel of w passes through L1. At most kStage rows are summed before they are added to `out`: weights of both
-// signs cancel here, and one long chain of float32 sums was 3 times less exact than torch's.
+// out[ip][d][lane] += sum over j of w[ip][j][lane] * y_j[d]: mixes the rows of y (y_panels panels of depth `depth`)
+// into out's x_panels panels, weights given as panels themselves. The depth goes in slices so that y's slice stays in
+// L2 while every panel of w passes through L1. At most kStage rows are summed before they are added to `out`: weights
+// of both signs cancel here, and one long chain of float32 sums was 3 times less exact than torch's.
 template <class T>
 void mix_panels(const T* w, int x_panels, const T* y, int y_panels, int64_t depth, T* out) {
   constexpr int P = Tile<T>::P, kSlice = 128 / Tile<T>::kMR * Tile<T>::kMR, kStage = 96 / P > 0 ? 96 / P : 1;

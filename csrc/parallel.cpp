@@ -72,8 +72,8 @@ double seconds_now() {
 }
 
 void* scratch_alloc(size_t bytes) {
-  // Large blocks come fresh from the system: with huge pages they cost 512 times fewer page faults and the kernels' panels
-  // fewer TLB misses.
+  // Large blocks come fresh from the system: with huge pages they cost 512 times fewer page faults and the kernels'
+  // panels fewer TLB misses.
   constexpr size_t kLine = 64;
   const size_t align = bytes >= 2 * kHugePage ? kHugePage : kLine;
   const size_t size = (bytes + align) / align * align;

@@ -1,5 +1,5 @@
-// Threads, scratch memory and the clock. The loops themselves are `#pragma omp` in the kernel files: readable, and without
-// OpenMP they are plain loops.
+// Threads, scratch memory and the clock. The loops themselves are `#pragma omp` in the kernel files: readable, and
+// without OpenMP they are plain loops.
 #pragma once
 #include <stddef.h>
 
@@ -23,8 +23,8 @@ void* scratch_alloc(size_t bytes);
 void scratch_free(void* pointer);
 
 // Asks for huge pages under an output that is about to be written, if it has 4 MB or more (numpy does the same for its
-// arrays). Allocators often take memory of this size fresh from the system; in 4 KB pages that is a page fault for each,
-// half a second a GB on a virtual machine.
+// arrays). Allocators often take memory of this size fresh from the system; in 4 KB pages that is a page fault for
+// each, half a second a GB on a virtual machine.
 void want_huge_pages(void* pointer, size_t bytes);
 
 }  // namespace sadcl

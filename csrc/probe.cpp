@@ -1,4 +1,4 @@
-// What tests and benchmarks ask of an instruction set: simd.h's exponential over an array, and the processor's FMA peak.
+// What tests and benchmarks ask of an instruction set: simd.h's exponential over an array, the processor's FMA peak.
 #include "array.h"
 #include "parallel.h"
 #include "simd.h"
@@ -12,7 +12,9 @@ void exp2_as(const Array& x, const Array& out) {
   for (int64_t i = 0; i < x.shape[0]; ++i) to[i] = exp2<T>(splat(in[i]), Scale<T>(1))[0];
 }
 
-void exp2_array(const Array& x, const Array& out) { x.dtype == kF64 ? exp2_as<double>(x, out) : exp2_as<float>(x, out); }
+void exp2_array(const Array& x, const Array& out) {
+  x.dtype == kF64 ? exp2_as<double>(x, out) : exp2_as<float>(x, out);
+}
 
 // Chains of x = x a + b that never leave the registers: enough of them to hide an FMA's latency.
 float spin(int64_t rounds, float a, float b) {

@@ -1,8 +1,8 @@
 // Prototype-to-sample contrastive loss, compiled once per instruction set.
 //
-// Forward: one sweep over the features for dot products and norms, then log-sum-exps of [B, C] scores. Backward: class by
-// class, so that a prototype's gradient is one thread's sum and needs no atomics. Scores and all that hangs on them are
-// float64: a gradient row hangs on one difference of two softmax weights.
+// Forward: one sweep over the features for dot products and norms, then log-sum-exps of [B, C] scores. Backward: class
+// by class, so that a prototype's gradient is one thread's sum and needs no atomics. Scores and all that hangs on them
+// are float64: a gradient row hangs on one difference of two softmax weights.
 #include "pscl.h"
 
 #include "class_rows.h"
@@ -162,6 +162,8 @@ double backward(const PsclBackward& a) {
 
 void pscl_forward(const PsclForward& args) { SADCL_BY_DTYPE(pscl_forward, forward, args.features.dtype, args); }
 
-double pscl_backward(const PsclBackward& args) { return SADCL_BY_DTYPE(pscl_backward, backward, args.features.dtype, args); }
+double pscl_backward(const PsclBackward& args) {
+  return SADCL_BY_DTYPE(pscl_backward, backward, args.features.dtype, args);
+}
 
 SADCL_KERNELS_END

@@ -1,4 +1,5 @@
-// Arguments of the prototype-to-sample contrastive loss. T is the accumulation type: double for float64 features, else float.
+// Arguments of the prototype-to-sample contrastive loss.
+// T is the accumulation type: double for float64 features, else float.
 #pragma once
 #include "array.h"
 

@@ -31,7 +31,8 @@ struct Simd<float> {
   typedef float U __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(kVecBytes)));
   static constexpr int kLanes = kVecBytes / 4, kMantissa = 23, kMinExponent = -126, kMaxExponent = 127;
-  static constexpr float kRound = 12582912.f + 127;  // 1.5 * 2^23 + bias: adding it leaves round(t) + bias in the low bits
+  static constexpr float kRound =
+      12582912.f + 127;  // 1.5 * 2^23 + bias: adding it leaves round(t) + bias in the low bits
   static constexpr int kDegree = 6;
   static constexpr float kExp2[kDegree] = {6.931471805880262287811e-01f, 2.4022650760568126949e-01f,
                                            5.5503571142190778496e-02f,   9.618082557277853984e-03f,
@@ -47,9 +48,9 @@ struct Simd<double> {
   static constexpr double kRound = 6755399441055744. + 1023;
   static constexpr int kDegree = 12;
   static constexpr double kExp2[kDegree] = {
-      6.931471805599453092e-01,   2.4022650695910071219e-01,  5.5504108664821617847e-02,  9.6181291076284757446e-03,
-      1.3333558146409453853e-03,  1.5403530393387548419e-04,  1.5252733838428233177e-05,  1.3215486794835187774e-06,
-      1.0178058403339878352e-07,  7.0549015230625912787e-09,  4.4556257453473822973e-10,  2.5724928414724071815e-11};
+      6.931471805599453092e-01,  2.4022650695910071219e-01, 5.5504108664821617847e-02, 9.6181291076284757446e-03,
+      1.3333558146409453853e-03, 1.5403530393387548419e-04, 1.5252733838428233177e-05, 1.3215486794835187774e-06,
+      1.0178058403339878352e-07, 7.0549015230625912787e-09, 4.4556257453473822973e-10, 2.5724928414724071815e-11};
 };
 
 template <class T>
@@ -108,18 +109,18 @@ SADCL_INLINE vec<T> vmax(vec<T> a, vec<T> b) {
   return a > b ? a : b;
 }
 
-// A factor in two parts: rounded to float alone, log2(e) / temperature would shift every score by up to 3e-8 of itself, all
-// in the same direction.
+// A factor in two parts: rounded to float alone, log2(e) / temperature would shift every score by up to 3e-8 of itself,
+// all in the same direction.
 template <class T>
 struct Scale {
   T high, low;
   explicit Scale(double value) : high(T(value)), low(T(value - double(high))) {}
 };
 
-// 2^(x scale). With FMA the product is never rounded to T (the reduced argument f is exact but for its last bit), so the
-// result is off by at most 1 ulp however large the product; without FMA by 1.5 ulp plus the product's rounding
-// (tests/test_cpp_sscl.py measures both). Below the smallest normal number exactly 0, so -inf serves as "not there"; NaN
-// stays NaN. The product must not reach kMaxExponent + 1/2.
+// 2^(x scale). With FMA the product is never rounded to T (the reduced argument f is exact but for its last bit), so
+// the result is off by at most 1 ulp however large the product; without FMA by 1.5 ulp plus the product's rounding
+// (tests/test_cpp_sscl.py measures both). Below the smallest normal number exactly 0, so -inf serves as "not there";
+// NaN stays NaN. The product must not reach kMaxExponent + 1/2.
 template <class T>
 SADCL_INLINE vec<T> exp2(vec<T> x, Scale<T> scale) {
   using S = Simd<T>;

@@ -38,9 +38,9 @@ struct SsclForward {
   SsclRows rows;
   bool released;
   void* row_loss;  // T [B, V, C]
-  void* lse;       // T [2, V * capacity]: pivot and log-sum, lse = pivot / temperature + log-sum; +inf without a positive
-  double* norm;    // [V * capacity]
-  void* kept;      // T [kept_size]: products z_i.z_j for the backward, as many as there is room for
+  void* lse;     // T [2, V * capacity]: pivot and log-sum, lse = pivot / temperature + log-sum; +inf without a positive
+  double* norm;  // [V * capacity]
+  void* kept;    // T [kept_size]: products z_i.z_j for the backward, as many as there is room for
   int64_t kept_size;
 };
 

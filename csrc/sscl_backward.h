@@ -5,15 +5,15 @@
 //   g_i = 1/tau * sum over j != i of w_ij z_j,   w_ij = m_i e^(s_ij - lse_i) + m_j e^(s_ij - lse_j)
 //                                                       - [same class] (m_i + m_j) / k
 //
-// w is symmetric, so each block of scores, computed once, serves both its rows and its columns: 3 N^2 D flops, not 4, and
-// 2 where the scores were kept.
+// w is symmetric, so each block of scores, computed once, serves both its rows and its columns: 3 N^2 D flops, not 4,
+// and 2 where the scores were kept.
 #pragma once
 #include "sscl_forward.h"
 
 SADCL_KERNELS_BEGIN
 
-// Per row (padding rows: all zero): `anchor` and `pivot` give m_i e^(s_ij - lse_i) as anchor * 2^((z_i.z_j - pivot) scale),
-// or, where scores are small (kFixedBound), as anchor * 2^(z_i.z_j scale); `pull` is m_i / k.
+// Per row (padding rows: all zero): `anchor` and `pivot` give m_i e^(s_ij - lse_i) as anchor * 2^((z_i.z_j - pivot)
+// scale), or, where scores are small (kFixedBound), as anchor * 2^(z_i.z_j scale); `pull` is m_i / k.
 template <class T>
 struct Anchors {
   Scratch<T> anchor, pivot, pull;
@@ -62,7 +62,8 @@ void softmax_weights(const Block<T>& block, Scale<T> scale, const Anchors<T>& an
           store(w, exp2<T>(s, scale) * (anchor_i + anchor_j));
         } else {  // s <= pivot but on the diagonal and for rows without a positive: the clamp; NaN passes
           const vec<T> x = s - pivot_i, y = s - pivot_j;
-          store(w, exp2<T>(x > T(0) ? vec<T>{} : x, scale) * anchor_i + exp2<T>(y > T(0) ? vec<T>{} : y, scale) * anchor_j);
+          store(w, exp2<T>(x > T(0) ? vec<T>{} : x, scale) * anchor_i +
+                       exp2<T>(y > T(0) ? vec<T>{} : y, scale) * anchor_j);
         }
       }
     }
@@ -204,8 +205,8 @@ class InactiveRows {
   Scratch<uint8_t> active_;
 };
 
-// Few rows, scores at hand: a panel at a time from its weights to the gradient's rows, no rounds and nothing to transpose.
-// Zeroing waits for memory and the products do not, so the two take turns in one queue.
+// Few rows, scores at hand: a panel at a time from its weights to the gradient's rows, no rounds and nothing to
+// transpose. Zeroing waits for memory and the products do not, so the two take turns in one queue.
 template <class T>
 void backward_from_square(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args, double scale, double* radial) {
   constexpr int P = Rows<T>::P;

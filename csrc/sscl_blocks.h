@@ -27,15 +27,16 @@ struct Blocks {
   Range panels_of(int64_t b) const { return {b * panels / count, (b + 1) * panels / count}; }
 };
 
-// Scores that the forward keeps for the backward: blocks (a, b), a <= b, as far as the op layer's buffer reaches. Its head
-// names the division into blocks, because the backward may run with another number of threads.
+// Scores that the forward keeps for the backward: blocks (a, b), a <= b, as far as the op layer's buffer reaches. Its
+// head names the division into blocks, because the backward may run with another number of threads.
 template <class T>
 class Kept {
  public:
   static constexpr int64_t kHead = 64 / sizeof(T);
   static_assert(kHead <= kKeptHead, "sscl_keep leaves room for the head");
 
-  Kept(T* data, int64_t size, const Blocks<T>& blocks) : data_(data), size_(size), blocks_(blocks), start_(blocks.count + 1) {
+  Kept(T* data, int64_t size, const Blocks<T>& blocks)
+      : data_(data), size_(size), blocks_(blocks), start_(blocks.count + 1) {
     int64_t at = kHead;
     for (int64_t b = 0; b < blocks.count; ++b) {
       start_[b] = at;

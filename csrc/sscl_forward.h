@@ -1,4 +1,4 @@
-// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; kept are those that `kept` has room for.
+// SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; `kept` takes what it has room for.
 #pragma once
 #include "sscl_blocks.h"
 #include "sscl_released.h"
@@ -29,8 +29,8 @@ void compute_scores(Rows<T>& rows, const Block<T>& block) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
   if constexpr (kHasPairs && sizeof(T) == 4) {
     if (rows.paired) {
-      dot_panels(rows.pair_panel(block.i0 / P), block.m / P, rows.pair_panel(block.j0 / P), block.panels, rows.pair_depth,
-                 block.w);
+      dot_panels(rows.pair_panel(block.i0 / P), block.m / P, rows.pair_panel(block.j0 / P), block.panels,
+                 rows.pair_depth, block.w);
       for (int jp = 0; jp < block.panels; ++jp)
         for (int i = 0; i < block.m; ++i)
           for (int v = 0; v < 3; ++v) {
@@ -62,8 +62,8 @@ void add_sums(const Block<T>& block, const Workspace<T>& ws, Scratch<double>& to
   for (int j = 0; j < block.panels * Block<T>::P && block.j0 + j < block.n; ++j) total[block.j0 + j] += ws.col_sums[j];
 }
 
-// The numerators. They could be had from class sums as z_i.(S_c - z_i); but the scores are here, in cache, so adding them
-// costs n_c^2 additions, no second pass over z, and no cancellation of z_i.z_i.
+// The numerators. They could be had from class sums as z_i.(S_c - z_i); but the scores are here, in cache, so adding
+// them costs n_c^2 additions, no second pass over z, and no cancellation of z_i.z_i.
 template <class T>
 void add_positives(const Rows<T>& rows, const Block<T>& block, Workspace<T>& ws, Scratch<double>& positive) {
   constexpr int P = Block<T>::P;
@@ -219,8 +219,9 @@ void sweep_forward(Rows<T>& rows, bool fixed, Statistics<T>& stats, T* kept_scor
   });
 }
 
-// The pivot (the largest z_i.z_j, or 0), the log-sum over it and the loss of each row from its statistics. Apart, because
-// lse as one float32 number is off by half a unit where scores reach 1e7, and the backward's softmax with it; `maxima` is the mean of R over the row's positives (oracle: sadcl/reference/sscl.py).
+// The pivot (the largest z_i.z_j, or 0), the log-sum over it and the loss of each row from its statistics. Apart,
+// because lse as one float32 number is off by half a unit where scores reach 1e7, and the backward's softmax with it;
+// `maxima` is the mean of R over the row's positives (oracle: sadcl/reference/sscl.py).
 template <class T>
 void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& stats, const double* maxima) {
   T *pivots = static_cast<T*>(args.lse), *log_sums = pivots + rows.V * rows.in.capacity;

@@ -1,8 +1,9 @@
 // The released code's R (oracle: sadcl/reference/sscl.py): it enters that formulation's value, not its gradient.
 //
-// R[(b, v), (b', v')] is the largest score between the two over the classes both images have, and at least 0 unless they
-// share every class. It is wanted at the positives only, as mean over a row's positives p of R_ip. So: a stripe of R for
-// a few images at a time; each class leaves its scores there by maximum; then each row reads its positives' entries back.
+// R[(b, v), (b', v')] is the largest score between the two over the classes both images have, and at least 0 unless
+// they share every class. It is wanted at the positives only, as mean over a row's positives p of R_ip. So: a stripe of
+// R for a few images at a time; each class leaves its scores there by maximum; then each row reads its positives'
+// entries back.
 #pragma once
 #include "sscl_rows.h"
 
@@ -13,10 +14,10 @@ constexpr int64_t kStripeEntries = 1 << 20;  // of R, for each thread (4 MB)
 template <class T>
 struct Stripe {
   Rows<T>& rows;
-  const T* square;         // [n][n] z_i.z_j, or null: compute them
+  const T* square;  // [n][n] z_i.z_j, or null: compute them
   int64_t image0, image1;
-  T* entries;            // [(image1 - image0) * V][B * V]
-  const uint8_t* full;   // [B] does the image have every class?
+  T* entries;           // [(image1 - image0) * V][B * V]
+  const uint8_t* full;  // [B] does the image have every class?
 
   int64_t width() const { return rows.in.features.shape[0] * rows.V; }
   // Number of row i's (image, view).
@@ -100,8 +101,9 @@ void released_maxima(Rows<T>& rows, const T* square, double* mean) {
 #pragma omp parallel for num_threads(rows.threads) schedule(dynamic, 1)
   for (int64_t image = 0; image < images; image += step) {
     const int thread = thread_index();
-    const Stripe<T> stripe{rows, square, image, image + step < images ? image + step : images,
-                           entries.get() + thread * stripe_size, full.get()};
+    const Stripe<T> stripe{
+        rows,      square, image, image + step < images ? image + step : images, entries.get() + thread * stripe_size,
+        full.get()};
     stripe.reset();
     for (int64_t c = 0; c < in.num_classes; ++c) {
       const Range all = rows.rows_of(c);

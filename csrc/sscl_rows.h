@@ -33,8 +33,8 @@ struct Rows {
   Scratch<T> z;              // [panels][depth][P]
   double bound;              // |s_ij| <= bound; NaN if a row is not finite
 
-  // In place of z, where only scores are wanted of bfloat16 rows: the rows times a power of two, which takes no digit from
-  // them, and what a score has to be multiplied by for each of its two rows.
+  // In place of z, where only scores are wanted of bfloat16 rows: the rows times a power of two, which takes no digit
+  // from them, and what a score has to be multiplied by for each of its two rows.
   bool paired;
   int64_t pair_depth;
   Scratch<Pair> pairs;   // [panels][pair_depth][P]
@@ -42,10 +42,9 @@ struct Rows {
 
   explicit Rows(const SsclRows& r, bool scores_only = false)
       : in(r), V(r.features.shape[1]), C(r.features.shape[2]), D(r.features.shape[3]),
-        n(V * r.class_ptr[r.num_classes]), depth(rounded_up(D)),
-        panels((n + P - 1) / P), threads(team_size(r.threads)), classes(n + 1),
-        z(!takes_pairs(r, scores_only) ? panels * depth * P + 1 : 1), bound(0), paired(takes_pairs(r, scores_only)),
-        pair_depth(rounded_up((D + 1) / 2)),
+        n(V * r.class_ptr[r.num_classes]), depth(rounded_up(D)), panels((n + P - 1) / P), threads(team_size(r.threads)),
+        classes(n + 1), z(!takes_pairs(r, scores_only) ? panels * depth * P + 1 : 1), bound(0),
+        paired(takes_pairs(r, scores_only)), pair_depth(rounded_up((D + 1) / 2)),
         pairs(paired ? panels * pair_depth * P + 1 : 1), remainder(paired ? panels * P + 1 : 1) {
     // Below some hundred thousand multiply-adds waking the team costs more than it brings.
     if (double(n) * double(n) * double(depth) < 5e5) threads = 1;

@@ -1,4 +1,5 @@
-// Arguments of the two-way loss, forward and backward. T is the accumulation type: double for float64 logits, else float.
+// Arguments of the two-way loss, forward and backward. T is the accumulation type: double for float64 logits, else
+// float.
 #pragma once
 #include "array.h"
 
@@ -13,10 +14,10 @@ struct TwoWayInputs {
 
 struct TwoWayForward {
   TwoWayInputs in;
-  void* row_loss;    // T [B]
-  void* class_loss;  // T [C]
-  double* row_lse;   // [2, B]: negatives, positives
-  double* class_lse; // [2, C]
+  void* row_loss;     // T [B]
+  void* class_loss;   // T [C]
+  double* row_lse;    // [2, B]: negatives, positives
+  double* class_lse;  // [2, C]
 };
 
 struct TwoWayBackward {

@@ -1,9 +1,9 @@
-// exp, log and log1p on vectors, without libm: a lane's bits depend on its number alone, not on its place or neighbours.
-// They do depend on the instruction set (with FMA or without) and on the compiler.
+// exp, log and log1p on vectors, without libm: a lane's bits depend on its number alone, not on its place or
+// neighbours. They do depend on the instruction set (with FMA or without) and on the compiler.
 //
 // Polynomials interpolate at Chebyshev nodes; the fit's relative error (in parentheses) is well under half an ulp, the
-// rest is rounding. Bounds hold without FMA too; tests/test_cpp_asl.py holds what the ops make of them: a sigmoid within
-// 4 ulp and its logarithm within 5, however small they are.
+// rest is rounding. Bounds hold without FMA too; tests/test_cpp_asl.py holds what the ops make of them: a sigmoid
+// within 4 ulp and its logarithm within 5, however small they are.
 #pragma once
 #include "simd.h"
 
@@ -21,7 +21,8 @@ struct Math<float> {
   static constexpr int kBias = 127;
   static constexpr int kExpTerms = 5, kLogTerms = 3, kLog1pTerms = 5;
   // exp(r) = 1 + r + r^2 e(r), |r| <= log(2) / 2 (8e-9)
-  static constexpr float kExp[kExpTerms] = {0.5f, 0.166665769897f, 0.0416665546172f, 0.00836317905272f, 0.00139261835877f};
+  static constexpr float kExp[kExpTerms] = {0.5f, 0.166665769897f, 0.0416665546172f, 0.00836317905272f,
+                                            0.00139261835877f};
   // atanh(s) / s = 1 + t a(t), t = s^2: up to 0.0295 (3e-9) and up to 1/9 (4e-10)
   static constexpr float kLog[kLogTerms] = {0.333333425477f, 0.199943788583f, 0.14790492965f};
   static constexpr float kLog1p[kLog1pTerms] = {0.333333336603f, 0.19999853166f, 0.142961789972f, 0.108532879004f,
@@ -37,22 +38,24 @@ struct Math<double> {
   static constexpr double kRound = 6755399441055744.;
   static constexpr int kBias = 1023;
   static constexpr int kExpTerms = 10, kLogTerms = 7, kLog1pTerms = 10;
-  static constexpr double kExp[kExpTerms] = {  // (1e-17)
-      0.5,
-      0.16666666666666667453,
-      0.041666666666624127873,
-      0.0083333333333300618325,
-      0.0013888888917213716901,
-      0.00019841269863053616878,
-      0.000024801521295954375131,
-      2.7557268459997064772e-6,
-      2.7620088445409748161e-7,
-      2.5100385495510319078e-8};
-  static constexpr double kLog[kLogTerms] = {  // (5e-18)
-      0.33333333333333348538, 0.19999999999949445257, 0.14285714313126918803, 0.11111105544689748107,
-      0.090914462162684356003, 0.076658058610275039426, 0.073089035767086624822};
-  static constexpr double kLog1p[kLog1pTerms] = {  // (5e-18)
-      0.33333333333333329281, 0.20000000000007291337,  0.14285714283554378581,  0.11111111358713931495,
+  static constexpr double kExp[kExpTerms] = {// (1e-17)
+                                             0.5,
+                                             0.16666666666666667453,
+                                             0.041666666666624127873,
+                                             0.0083333333333300618325,
+                                             0.0013888888917213716901,
+                                             0.00019841269863053616878,
+                                             0.000024801521295954375131,
+                                             2.7557268459997064772e-6,
+                                             2.7620088445409748161e-7,
+                                             2.5100385495510319078e-8};
+  static constexpr double kLog[kLogTerms] = {// (5e-18)
+                                             0.33333333333333348538, 0.19999999999949445257,  0.14285714313126918803,
+                                             0.11111105544689748107, 0.090914462162684356003, 0.076658058610275039426,
+                                             0.073089035767086624822};
+  static constexpr double kLog1p[kLog1pTerms] = {
+      // (5e-18)
+      0.33333333333333329281,  0.20000000000007291337,  0.14285714283554378581,  0.11111111358713931495,
       0.090908947180664290846, 0.076927850324793115517, 0.066570721048274680752, 0.060005364047953562676,
       0.044003692430723369411, 0.080820228059717661105};
 };
@@ -84,8 +87,8 @@ SADCL_INLINE vec<T> twice_atanh(const T (&coefficient)[N], vec<T> s) {
   return polynomial<T>(coefficient, t) * t * twice + twice;
 }
 
-// A positive number as 2^exponent * (1 + fraction), 1 + fraction in [sqrt(1/2), sqrt(2)). 0 and subnormal numbers come out
-// as 2^-127 (double: 2^-1023).
+// A positive number as 2^exponent * (1 + fraction), 1 + fraction in [sqrt(1/2), sqrt(2)). 0 and subnormal numbers come
+// out as 2^-127 (double: 2^-1023).
 template <class T>
 struct Split {
   vec<T> exponent, fraction;
