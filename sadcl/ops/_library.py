@@ -212,7 +212,7 @@ class _Derivative:
         def refuse(ctx: Any, *_: Any) -> Any:
             raise RuntimeError(
                 f"sadcl::{name}: second derivatives are not implemented by the fused kernels; "
-                f"use {self.backward.instead}"
+                f"{self.backward.instead} is differentiable twice"
             )
 
         _register_autograd(name, refuse, lambda ctx, given, output: None, self.backward.instead)

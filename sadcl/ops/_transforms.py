@@ -28,8 +28,8 @@ def refuse_forward_mode(name: str, instead: str) -> Callable[..., Any]:
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            f"sadcl::{name}: forward-mode derivatives (jvp, jacfwd, hessian, forward_ad) are not implemented by the "
-            f"fused kernels; use reverse mode (grad, vjp, jacrev), or {instead}"
+            f"sadcl::{name}: forward-mode derivatives (jvp, jacfwd, hessian, forward_ad) are not implemented; "
+            f"use reverse mode (grad, vjp, jacrev), or {instead}"
         )
 
     return refuse

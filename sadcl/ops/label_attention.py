@@ -125,7 +125,7 @@ BACKWARD = Backward(
     fills=Gradients,
     allocate=_allocate_gradients,
     spread=_spread,
-    instead="backend='reference', or form='folded' with backend='torch'",
+    instead="backend='reference' (or backend='torch' with form='folded')",
 )
 label_attention = Op(
     "label_attention",

@@ -89,7 +89,7 @@ def _plain(
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if empty is not None:
             context = context.masked_fill(empty[:, None], 0.0)
-    return context.transpose(1, 2).flatten(2), weights
+    return context.transpose(1, 2).flatten(2), weights if need_weights else None
 
 
 def _folded(
