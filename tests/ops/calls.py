@@ -101,7 +101,9 @@ def _mlc(backend: str | None, features: Tensor, labels: Any = None, keys: Any = 
     kind = (
         "any" if labels is None or "class_weight" not in tensors else "msc" if "prototypes" in tensors else "mulsupcon"
     )
-    key_labels = None if keys is None or labels is None else labels[:1].expand(keys.shape[0], -1)
+    key_labels = None
+    if keys is not None and labels is not None:
+        key_labels = torch.ones(keys.shape[0], labels.shape[1], device=labels.device)
     return (
         F.multilabel_supcon_loss(
             features,
