@@ -109,6 +109,10 @@ def multilabel_supcon_loss(
     scale = arguments.check_scale(tau, base_temperature, x)
     checked = arguments.check_weights(class_weight, sample_weight, x.shape[0], c, x)
     name = resolve(backend, "mlc", x.device, BACKENDS)
+    if normalize:
+        x = arguments.in_range(x)
+        keys = None if keys is None else arguments.in_range(keys)
+        prototypes = None if prototypes is None else arguments.in_range(prototypes)
 
     if name == "reference":
         for what, given in (("labels", labels), ("key_labels", key_labels)):
