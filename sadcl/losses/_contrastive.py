@@ -86,7 +86,8 @@ class TemperedLoss(nn.Module):
         else:
             low, high = (math.exp(bound) for bound in self.log_bounds)
             temperature = f"learnable temperature in [{low:g}, {high:g}]"
-        return f"{temperature}, reduction={self.reduction!r}"
+        formulation = f"formulation={self.formulation!r}, " if hasattr(self, "formulation") else ""
+        return f"{temperature}, {formulation}reduction={self.reduction!r}"
 
 
 class ContrastiveLoss(TemperedLoss):
@@ -107,6 +108,3 @@ class ContrastiveLoss(TemperedLoss):
     def stats(self, labels: Tensor, views: int = 1) -> ContrastiveStats:
         """Anchors and positives that ``labels [B, C]`` hold, see :func:`sadcl.functional.contrastive_stats`."""
         return F.contrastive_stats(labels, views)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, formulation={self.formulation!r}"
