@@ -46,6 +46,8 @@ def make_labels(b: int, c: int, pattern: str = "random", labels_per_image: float
     """Multi-hot float32 labels ``[b, c]`` of a named ragged case out of :data:`RAGGED`."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros(b, c, device="cpu")
+    if b == 0 or c == 0:
+        return labels
     if pattern in ("random", "empty_images", "ignored"):
         labels = (torch.rand(b, c, generator=generator, device="cpu") < labels_per_image / c).float()
         if pattern == "empty_images":
