@@ -113,6 +113,10 @@ def test_label_values_on_a_device_are_read_only_when_asked(asked: bool, monkeypa
     from sadcl.kernels import _launch
 
     monkeypatch.setenv("SADCL_CHECK", "1" if asked else "0")
+    on_a_gpu = FakeTensorMode().from_tensor(torch.empty(1)).new_empty(1, device="cuda")
+    answer = _checks.reads_values(on_a_gpu)
+    assert answer == asked and not _checks.reads_values(torch.empty(1, device="meta"))
+    monkeypatch.setattr(_checks, "reads_values", lambda labels: answer)
     read: list[str] = []
     monkeypatch.setattr(_checks, "check_label_values", lambda labels: read.append("compact"))
     monkeypatch.setattr(_checks, "check_soft_labels", lambda labels: read.append("asl"))
