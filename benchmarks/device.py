@@ -30,6 +30,7 @@ from benchmarks import (
     bench_pscl,
     bench_sscl,
     bench_supcon,
+    bench_zlpr,
     harness,
 )
 from sadcl import functional as F
@@ -115,6 +116,11 @@ def workloads(device: torch.device, quick: bool = False) -> list[Workload]:
     wanted = lambda x, y: F.asymmetric_loss(x.double(), y, backend="reference")  # noqa: E731
     soft = move(logits, make_labels(rows, many, labels_per_image=6.0))
     result.append(Workload("asl", f"[{rows}, {many}]", soft, 1, wanted, bench_asl.ENTRIES))
+
+    logits = move(*bench_zlpr.problem(*(8, 100) if quick else ()))
+    for name, loss in (("zlpr", F.zlpr_loss), ("two_way", F.two_way_loss)):
+        exact = lambda x, y, f=loss: f(x.double(), y, backend="reference")  # noqa: E731
+        result.append(Workload(name, f"{list(logits[0].shape)}", logits, 1, exact, bench_zlpr.ENTRIES[name]))
 
     single = move(*(t[:64] for t in bench_supcon.problem())) if quick else move(*bench_supcon.problem())
     truth = lambda x, y: F.supcon_loss(  # noqa: E731

@@ -108,6 +108,11 @@ def asl(p: Problem) -> Work:
     return Work(bytes=p.b * p.c * (ELEMENT + 4 + 4) + p.b * p.c * (4 + ELEMENT))
 
 
+def zlpr(p: Problem) -> Work:
+    """Logits and labels in twice, the gradient out."""
+    return Work(bytes=p.b * p.c * (2 * (ELEMENT + 4) + ELEMENT))
+
+
 def label_attention(p: Problem) -> Work:
     """The whole block in the form with fewer operations, projections included. Memory, weights (``4 E^2``) and queries
     in, context out; in between the projected or folded tensors out and in, and the panel of scores stays in L2."""
@@ -164,6 +169,8 @@ OPS: dict[str, Callable[[Problem], Work]] = {
     "pscl": pscl,
     "pscl backward": pscl_backward,
     "asl, both passes": asl,
+    "zlpr, both passes": zlpr,
+    "two_way, both passes": zlpr,
     "label_attention": label_attention,
     "label_attention backward": label_attention_backward,
     "group_classifier, both passes": classifier,
@@ -187,7 +194,7 @@ def held_by(count: Callable[[Problem], Work], p: Problem) -> float:
     """Bytes that an op's tensors, or the dense form's matrix, take at once."""
     if count is dense:
         return float(p.rows**2 * 4)
-    if count in (compact, asl):
+    if count in (compact, asl, zlpr):
         return 0.0
     if count in (label_attention, label_attention_backward):
         return float((_block(p) + _between(p, _form(p))) * ELEMENT)

@@ -15,8 +15,9 @@ import triton.language as tl
 
 from sadcl._dtypes import accumulation_dtype
 
-from ._device import finite, narrow, online_step, power_of_two_scale, reciprocal, widen
+from ._device import narrow, online_step, power_of_two_scale, reciprocal, widen
 from ._launch import ceil_div, launch, part_of, require_dtype
+from ._log_sums import log_of
 
 _BLOCK_BATCH = 128  # images a step of the per-class reduction
 
@@ -68,11 +69,6 @@ def _score_kernel(
     tl.store(norm_p_ptr + c, norm_p, mask=block == 0)
 
 
-@triton.jit
-def _log_sum(highest, total):
-    return tl.where(total == 0, float("-inf"), finite(highest) + tl.log(tl.where(total == 0, 1.0, total)))
-
-
 @triton.jit(do_not_specialize=["B"])  # BLOCK_B follows it already
 def _class_kernel(
     score_ptr, target_ptr, loss_ptr, lse_ptr, B, C, RELEASED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr
@@ -97,8 +93,8 @@ def _class_kernel(
         high_pos, sum_pos = online_step(high_pos, sum_pos, positive_score, 0, False)
         positives += tl.sum((target == 1).to(tl.int32), axis=0)
         valid += tl.sum((target != -1).to(tl.int32), axis=0)
-    lse_all = _log_sum(high_all, sum_all)
-    lse_pos = _log_sum(high_pos, sum_pos)
+    lse_all = log_of(high_all, sum_all)
+    lse_pos = log_of(high_pos, sum_pos)
     loss = tl.where(positives > 0, lse_all - lse_pos, 0.0)
     if RELEASED:
         loss = tl.where((positives == 0) & (valid > 0), lse_all - high_all, loss)

@@ -43,7 +43,7 @@ def two_way_loss(
             ``"none"``: the pair (rows ``[B]``, columns ``[C]``), 0 where there is no positive.
         class_weight: ``[C]``, multiplies the loss of a column.
         sample_weight: ``[B]``, multiplies the loss of a row.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         float32 (float64 for float64 logits): a 0-d tensor, or the pair.

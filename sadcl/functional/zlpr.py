@@ -37,7 +37,7 @@ def zlpr_loss(
         labels: ``[B, C]``, any real dtype: 1, 0 or -1 (ignored: in neither sum).
         reduction: ``"mean"`` (over images), ``"sum"`` or ``"none"`` (``[B]``).
         sample_weight: ``[B]``, multiplies the loss of an image.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         float32 (float64 for float64 logits): a 0-d tensor, or ``[B]``.

@@ -13,7 +13,7 @@ from .._checks import check_label_values
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import two_way as portable
 from ._library import Backward, Into, Op
-from ._native import native
+from ._native import native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -59,10 +59,14 @@ two_way = Op(
     Inputs,
     Outputs,
     allocate,
-    {"cpp": Into(_cpp), "torch": portable.forward},
+    {"cpp": Into(_cpp), "triton": Into(triton_kernel("two_way", "two_way")), "torch": portable.forward},
     Backward(
         gradients=("logits",),
-        implementations={"cpp": Into(native("two_way_backward")), "torch": portable.backward},
+        implementations={
+            "cpp": Into(native("two_way_backward")),
+            "triton": Into(triton_kernel("two_way", "two_way_backward")),
+            "torch": portable.backward,
+        },
     ),
     results=2,
 )

@@ -13,7 +13,7 @@ from .._checks import check_label_values
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import zlpr as portable
 from ._library import Backward, Into, Op
-from ._native import native
+from ._native import native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -52,9 +52,13 @@ zlpr = Op(
     Inputs,
     Outputs,
     allocate,
-    {"cpp": Into(_cpp), "torch": portable.forward},
+    {"cpp": Into(_cpp), "triton": Into(triton_kernel("zlpr", "zlpr")), "torch": portable.forward},
     Backward(
         gradients=("logits",),
-        implementations={"cpp": Into(native("zlpr_backward")), "torch": portable.backward},
+        implementations={
+            "cpp": Into(native("zlpr_backward")),
+            "triton": Into(triton_kernel("zlpr", "zlpr_backward")),
+            "torch": portable.backward,
+        },
     ),
 )

@@ -101,7 +101,7 @@ _EXACT = {
 _SUMS = {"addmm", "addmv", "baddbmm", "bmm", "cumsum", "dot", "index_add", "mean", "mm", "mv", "sum"}
 # Operators that are several roundings; torch has their parts.
 _COMPOUND = ("_softmax", "_softmax_backward_data", "linalg_vector_norm", "log_sigmoid_backward", "log_sigmoid_forward",
-             "logsumexp")  # fmt: skip
+             "logsumexp", "softplus_backward")  # fmt: skip
 
 
 @functools.cache

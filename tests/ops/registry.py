@@ -28,12 +28,8 @@ EXEMPT = {
     ("linear", "roofline"): "on a GPU it is torch's product",
     ("mlc", "workload"): "it has no GPU kernel yet",
     ("mlc", "roofline"): "it has no GPU kernel yet",
-    ("two_way", "workload"): "it has no GPU kernel yet",
-    ("two_way", "roofline"): "it has no GPU kernel yet",
     ("two_way", "tests"): "tests/ops/test_zlpr.py: ZLPR's are its own too",
     ("two_way", "benchmark"): "benchmarks/bench_zlpr.py: both in one table",
-    ("zlpr", "workload"): "it has no GPU kernel yet",
-    ("zlpr", "roofline"): "it has no GPU kernel yet",
     ("dual", "roofline"): "on a GPU it is the two ops",
 }
 # Files are named as an op is; these are older than the rule.

@@ -98,7 +98,9 @@ def test_launchers_never_wait_for_the_device(name: str) -> None:
     assert "atomic" not in path.read_text().replace("no atomics", "").replace("no float atomics", "")
 
 
-@pytest.mark.parametrize("name", ["label_attention_core", "group_classifier", "bank", "pscl", "sscl", "asl", "compact"])
+@pytest.mark.parametrize(
+    "name", ["label_attention_core", "group_classifier", "bank", "pscl", "sscl", "asl", "compact", "zlpr", "two_way"]
+)
 def test_the_ops_around_them_do_not_either(name: str) -> None:
     """The check of values, which waits, is another test's."""
     path = TESTS.parent / "sadcl" / "ops" / f"{name}.py"
