@@ -27,6 +27,7 @@ from benchmarks import (
     bench_dual,
     bench_group_classifier,
     bench_label_attention,
+    bench_mlc,
     bench_pscl,
     bench_sscl,
     bench_supcon,
@@ -122,6 +123,9 @@ def workloads(device: torch.device, quick: bool = False) -> list[Workload]:
         exact = lambda x, y, f=loss: f(x.double(), y, backend="reference")  # noqa: E731
         result.append(Workload(name, f"{list(logits[0].shape)}", logits, 1, exact, bench_zlpr.ENTRIES[name]))
 
+    for size in (bench_mlc.SMALL,) if quick else bench_mlc.PROBLEMS:
+        result += [_mlc(size, weighting, move) for weighting in size.weightings]
+
     single = move(*(t[:64] for t in bench_supcon.problem())) if quick else move(*bench_supcon.problem())
     truth = lambda x, y: F.supcon_loss(  # noqa: E731
         x[:, None], y, temperature=bench_supcon.TEMPERATURE, base_temperature=None, backend="reference"
@@ -136,6 +140,20 @@ def workloads(device: torch.device, quick: bool = False) -> list[Workload]:
     result.append(_classifier(wide, move))
     result.append(_bank(wide, device))
     return result
+
+
+def _mlc(size: bench_mlc.Problem, weighting: str, move: Callable[..., tuple[Any, ...]]) -> Workload:
+    """The oracle walks over anchors; the dense formula in float64 is the truth here."""
+    entries = {name: partial(_last, entry, weighting) for name, entry in bench_mlc.ENTRIES.items()}
+
+    def oracle(x: Tensor, *rest: Tensor | None) -> Tensor:
+        return bench_mlc.dense(x.double(), *(None if t is None else t.double() for t in rest), weighting)  # type: ignore[arg-type,misc]
+
+    return Workload("mlc", f"{size} {weighting}", move(*bench_mlc.problem(size)), 1, oracle, entries)
+
+
+def _last(function: Function, last: Any, *inputs: Any) -> Any:
+    return function(*inputs, last)
 
 
 def _attention(case: bench_label_attention.Case, device: torch.device) -> Workload:

@@ -37,6 +37,7 @@ PRODUCTS = (
     "sscl._sweep_kernel",
     "sscl._pair_maximum_kernel",
     "sscl_backward._gradient_kernel",
+    "mlc._pair_sweep_kernel",
     "label_attention_core._attend_kernel",
     "label_attention_core._weight_kernel",
     "label_attention_core_backward._score_gradient_kernel",
@@ -147,18 +148,21 @@ def examine(job: Job) -> Result:
     registers, spilled = amd_usage(text) if amd else nvidia_usage(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     matrix = ", ".join(sorted(set(_MATRIX.findall(text))))
+    names = job.kernel.arg_names
+    constants = {names[path[0]]: value for path, value in job.constants.items() if len(path) == 1}
     faults = []
     if spilled:
         faults.append(f"spills {spilled} bytes")
     if shared > PARTS[arch].shared_bytes:
         faults.append(f"needs {shared} bytes of shared memory")
-    if kernel in PRODUCTS and not matrix and has_matrix_units(arch, operands):
+    multiplies = kernel in PRODUCTS and constants.get("SCORES", True)
+    if multiplies and not matrix and has_matrix_units(arch, operands):
         faults.append("has no matrix instruction")
     if matrix and not amd and operands.startswith("fp32 ieee"):
         faults.append("rounds ieee operands to tf32")
-    names = job.kernel.arg_names
-    sizes = [f"{names[path[0]][6:].lower()}={job.constants[path]}" for path in sorted(job.constants)
-             if len(path) == 1 and names[path[0]].startswith("BLOCK_")]  # fmt: skip
+    sizes = [
+        f"{name[6:].lower()}={constants[name]}" for name in names if name.startswith("BLOCK_") and name in constants
+    ]
     options = " ".join([*sizes, f"warps={job.num_warps}", f"stages={job.num_stages}"])
     programs = programs_on_a_processor(arch, registers, shared, job.num_warps)
     wide = len(_WIDE.findall(text))

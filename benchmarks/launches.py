@@ -22,6 +22,8 @@ ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SMALL = ("sm_75", "sm_86", "sm_89")  # little shared memory
 # What a table's rows are compiled for.
 _OF_TABLE = {
+    "mlc": {"_pair_sweep_kernel", "_gradient_kernel"},
+    "mlc_msc": {"_pair_sweep_kernel", "_gradient_kernel"},
     "sscl": {"_sweep_kernel"},
     "sscl_backward": {"_gradient_kernel"},
     "label_attention_core": {"_attend_kernel", "_weight_kernel"},
@@ -137,10 +139,11 @@ def jobs_of(arch: str, everything: bool) -> Iterator[Job]:
     for operands, (dtype, precision) in operands_of(arch, everything).items():
         with mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": precision}):
             launches = record(arch, dtype)
-            kind = _tiles.kind_of(dtype, precision)
+            kind, choose = _tiles.kind_of(dtype, precision), _tiles.candidates
             for op in _tiles.TABLES if everything else ():
                 for tile in _tiles.candidates(op, PARTS[arch], kind)[1:]:
-                    with mock.patch.object(_tiles, "candidates", lambda *_, tile=tile: (tile,)):
+                    only = lambda asked, *rest, op=op, tile=tile: (tile,) if asked == op else choose(asked, *rest)  # noqa: E731
+                    with mock.patch.object(_tiles, "candidates", only):
                         launches += [launch for launch in record(arch, dtype) if launch.name in _OF_TABLE[op]]
         for launch in launches:
             free = not any(tensor.is_floating_point() for tensor in _tensors(launch.args))

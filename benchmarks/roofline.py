@@ -92,6 +92,18 @@ def sscl_backward(p: Problem) -> Work:
     return Work(4 * p.active**2 * p.d, 0, p.active * 4 * row + p.rows * row)
 
 
+def mlc(p: Problem) -> Work:
+    """A row an image and view. Stage: rows in for the norm, z out. Sweep: z in, 2 N^2 D; labels in as bits."""
+    n, row = p.b * p.v, p.d * ELEMENT
+    return Work(2 * n**2 * p.d, 2 * n * p.d, n * (3 * row + 12) + p.b * p.c * 4.25)
+
+
+def mlc_backward(p: Problem) -> Work:
+    """Stage and scores again, and the product of their gradient with z: 4 N^2 D. The gradient out."""
+    n, row = p.b * p.v, p.d * ELEMENT
+    return Work(4 * n**2 * p.d, 0, n * (4 * row + 24) + p.b * p.c * 4.25)
+
+
 def pscl(p: Problem) -> Work:
     """One view in; two float64 multiply-adds an element; scores and norms out, scores in."""
     elements = p.b * p.c * p.d
@@ -166,6 +178,8 @@ OPS: dict[str, Callable[[Problem], Work]] = {
     "compact": compact,
     "sscl": sscl,
     "sscl backward": sscl_backward,
+    "mlc": mlc,
+    "mlc backward": mlc_backward,
     "pscl": pscl,
     "pscl backward": pscl_backward,
     "asl, both passes": asl,
@@ -196,6 +210,8 @@ def held_by(count: Callable[[Problem], Work], p: Problem) -> float:
         return float(p.rows**2 * 4)
     if count in (compact, asl, zlpr):
         return 0.0
+    if count in (mlc, mlc_backward):
+        return float(p.b * p.v * p.d * ELEMENT * 3)
     if count in (label_attention, label_attention_backward):
         return float((_block(p) + _between(p, _form(p))) * ELEMENT)
     if count is classifier:

@@ -13,8 +13,10 @@ reads tiles from the features themselves: its operands pass through registers, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,9 +33,9 @@ class Rows(NamedTuple):
     """What the kernels after the staging one read: they take it whole, as ``table``, and its tensors are pointers."""
 
     z: Tensor  # [capacity, width]
-    stat: Tensor  # acc [4, capacity]
+    stat: Tensor  # acc [4, capacity], or 5 with three moves of an image-level loss
     segment: Tensor  # int32 [3, capacity]
-    count: Tensor  # int32 [1], active pairs
+    count: Tensor | None  # int32 [1], active pairs; None: every row is there
     views: int
     depth: int  # D, the features' width
     width: int  # of z: D rounded up
@@ -90,6 +92,20 @@ def log_sum(table, rows, mask):
 
 
 @triton.jit
+def pull_weight(table, rows, mask):
+    """What multiplies the weight of a pair, in the backward of image-level losses."""
+    return tl.load(table.stat + _plane(table, 4) + rows, mask=mask, other=0)
+
+
+@triton.jit
+def store_moves(table, rows, mask, push, high, pull):
+    """The three that a backward reads as ``anchor_weight``, ``log_sum``, ``pull_weight``."""
+    tl.store(table.stat + _plane(table, 2) + rows, push, mask=mask)
+    tl.store(table.stat + _plane(table, 3) + rows, high, mask=mask)
+    tl.store(table.stat + _plane(table, 4) + rows, pull, mask=mask)
+
+
+@triton.jit
 def segment(table, rows, mask):
     """First and last + 1 row of each row's class."""
     first = tl.load(table.segment + rows, mask=mask, other=0)
@@ -98,7 +114,7 @@ def segment(table, rows, mask):
 
 @triton.jit
 def slot(table, rows, mask):
-    """Where each row stands in ``[B, V, C]``."""
+    """Where each row stands in ``[B, V, C]``, or a vector among its own kind."""
     return tl.load(table.segment + _plane(table, 2) + rows, mask=mask, other=0)
 
 
@@ -123,14 +139,31 @@ def _segment_of(class_ptr_ptr, p, K, STEPS):
 
 
 @triton.jit
-def _stage(
-    x_ptr, class_ptr_ptr, table, place, rows, mask, norm, sizes, strides, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr
+def _norm_of(
+    x_ptr, table, start, stride_d, mask, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Write the row's entries of the tables above; ``norm`` is its float64 norm."""
-    C, K, STEPS = sizes
-    b, v, c = place
+    """Float64 norms of rows that begin at ``start``."""
+    if NORMALIZE:
+        squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float64)
+        for first_d in range(0, table.depth, BLOCK_D):
+            offs_d = first_d + tl.arange(0, BLOCK_D)
+            x = tl.load(
+                x_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * stride_d,
+                mask=mask[:, None] & (offs_d < table.depth)[None, :],
+                other=0,
+            )  # [BLOCK_R, BLOCK_D]
+            x = widen(x, tl.float64)
+            squares += x * x
+        norm = tl.sqrt(tl.sum(squares, axis=1))
+    else:
+        norm = tl.full([BLOCK_R], 1.0, tl.float64)
+    return norm
+
+
+@triton.jit
+def _write_unit(x_ptr, table, start, stride_d, rows, mask, norm, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """z of rows that begin at ``start``, and the factors that make it a unit vector; of norm 0: zeros, nothing read."""
     ACC: tl.constexpr = table.stat.dtype.element_ty
-    start = b * strides[0] + v * strides[1] + c * strides[2]
     if NORMALIZE:
         scale = power_of_two_scale(norm).to(ACC)
         over = reciprocal(norm, scale).to(ACC)
@@ -139,16 +172,12 @@ def _stage(
         over = scale
     tl.store(table.stat + rows, over, mask=mask)
     tl.store(table.stat + _plane(table, 1) + rows, scale, mask=mask)
-    first, last = _segment_of(class_ptr_ptr, tl.where(mask, rows // table.views, 0), K, STEPS)
-    tl.store(table.segment + rows, first * table.views, mask=mask)
-    tl.store(table.segment + _plane(table, 1) + rows, last * table.views, mask=mask)
-    at = (b * tl.cast(table.views, tl.int64) + v) * C + c
-    tl.store(table.segment + _plane(table, 2) + rows, at.to(tl.int32), mask=mask)
+    live = mask & (norm != 0)
     for first_d in range(0, table.width, BLOCK_D):
         offs_d = first_d + tl.arange(0, BLOCK_D)
         x = tl.load(
-            x_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * strides[3],
-            mask=mask[:, None] & (offs_d < table.depth)[None, :],
+            x_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * stride_d,
+            mask=live[:, None] & (offs_d < table.depth)[None, :],
             other=0,
         )  # [BLOCK_R, BLOCK_D]
         z = narrow(widen(x, ACC) * scale[:, None], table.z.dtype.element_ty)
@@ -157,6 +186,22 @@ def _stage(
             z,
             mask=mask[:, None] & (offs_d < table.width)[None, :],
         )
+
+
+@triton.jit
+def _stage(
+    x_ptr, class_ptr_ptr, table, place, rows, mask, norm, sizes, strides, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write the row's entries of the tables above; ``norm`` is its float64 norm."""
+    C, K, STEPS = sizes
+    b, v, c = place
+    first, last = _segment_of(class_ptr_ptr, tl.where(mask, rows // table.views, 0), K, STEPS)
+    tl.store(table.segment + rows, first * table.views, mask=mask)
+    tl.store(table.segment + _plane(table, 1) + rows, last * table.views, mask=mask)
+    at = (b * tl.cast(table.views, tl.int64) + v) * C + c
+    tl.store(table.segment + _plane(table, 2) + rows, at.to(tl.int32), mask=mask)
+    start = b * strides[0] + v * strides[1] + c * strides[2]
+    _write_unit(x_ptr, table, start, strides[3], rows, mask, norm, NORMALIZE, BLOCK_D)
 
 
 @triton.jit
@@ -182,20 +227,7 @@ def _stage_forward_kernel(
         mask = rows < n
         place = _locate(pairs_ptr, table, rows, mask, sizes[0])
         start = place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]
-        if NORMALIZE:
-            squares = tl.zeros([BLOCK_R, BLOCK_D], tl.float64)
-            for first_d in range(0, table.depth, BLOCK_D):
-                offs_d = first_d + tl.arange(0, BLOCK_D)
-                x = tl.load(
-                    x_ptr + start[:, None] + offs_d.to(tl.int64)[None, :] * strides[3],
-                    mask=mask[:, None] & (offs_d < table.depth)[None, :],
-                    other=0,
-                )  # [BLOCK_R, BLOCK_D]
-                x = widen(x, tl.float64)
-                squares += x * x
-            norm = tl.sqrt(tl.sum(squares, axis=1))
-        else:
-            norm = tl.full([BLOCK_R], 1.0, tl.float64)
+        norm = _norm_of(x_ptr, table, start, strides[3], mask, NORMALIZE, BLOCK_R, BLOCK_D)
         tl.store(norm_ptr + rows, norm, mask=mask)
         _stage(x_ptr, class_ptr_ptr, table, place, rows, mask, norm, sizes, strides, NORMALIZE, BLOCK_D)
     STEP: tl.constexpr = 1024
@@ -246,6 +278,61 @@ def _stage_backward_kernel(
     tl.store(peak_ptr + tl.program_id(0), tl.max(peak))
 
 
+@triton.jit
+def _stage_vectors_kernel(
+    x_ptr,
+    table,
+    norm_ptr,
+    first,
+    n,
+    strides,
+    NORMALIZE: tl.constexpr,
+    KNOWN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows ``first + (0 ... n)`` of the table are the vectors of one array ``[., views, D]``, numbered in it."""
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_R), tl.num_programs(0)):
+        local = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = local < n
+        rows = first + local
+        start = (local // table.views).to(tl.int64) * strides[0] + (local % table.views).to(tl.int64) * strides[1]
+        if KNOWN:
+            norm = tl.load(norm_ptr + rows, mask=mask, other=0)
+        else:
+            norm = _norm_of(x_ptr, table, start, strides[2], mask, NORMALIZE, BLOCK_R, BLOCK_D)
+            tl.store(norm_ptr + rows, norm, mask=mask)
+        tl.store(table.segment + _plane(table, 2) + rows, local, mask=mask)
+        _write_unit(x_ptr, table, start, strides[2], rows, mask, norm, NORMALIZE, BLOCK_D)
+
+
+def stage_vectors(parts: Sequence[Tensor], norm: Tensor, normalize: bool, known: bool) -> Rows:
+    """Stage the vectors of several arrays ``[., views, D]``, one after the other; fill ``norm``, or use what is there.
+
+    A vector of norm 0 is zeros, and what it holds is not read.
+    """
+    like, capacity = parts[0], norm.shape[0]
+    d = like.shape[2]
+    table = Rows(
+        z=like.new_empty((capacity, ceil_div(d, 16) * 16)),
+        stat=like.new_empty((5, capacity), dtype=accumulation_dtype(like.dtype)),
+        segment=like.new_empty((3, capacity), dtype=torch.int32),
+        count=None,
+        views=1,
+        depth=d,
+        width=ceil_div(d, 16) * 16,
+        capacity=capacity,
+    )
+    first = 0
+    for x in parts:
+        n = x.shape[0] * x.shape[1]
+        launch(_stage_vectors_kernel, capped(part_of(x.device), ceil_div(n, _BLOCK_ROWS), 8) if n else 0,
+               (x, table._replace(views=x.shape[1]), norm, first, n, x.stride()),
+               NORMALIZE=normalize, KNOWN=known, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(d))  # fmt: skip
+        first += n
+    return table
+
+
 def stage_forward(
     features: Tensor, pairs: Tensor, class_ptr: Tensor, normalize: bool, norm: Tensor, lse: Tensor, row_loss: Tensor
 ) -> Rows:
@@ -255,7 +342,7 @@ def stage_forward(
            (features, pairs, class_ptr, table, norm, lse, row_loss, row_loss.numel(), sizes, features.stride()),
            # 8 programs of 4 warps; left alone, ptxas spills 8 bytes on sm_86 to fit 10
            registers=64 if features.element_size() == 2 else None,
-           NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
+           NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features.shape[3]))  # fmt: skip
     return table
 
 
@@ -268,12 +355,12 @@ def stage_backward(
     launch(_stage_backward_kernel, programs,
            (features, pairs, class_ptr, table, norm, lse, grad_rows, peak, sizes,
             (*features.stride(), *grad_rows.stride())),
-           NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features))  # fmt: skip
+           NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features.shape[3]))  # fmt: skip
     return table, peak
 
 
-def _block_d(features: Tensor) -> int:
-    return min(256, max(16, triton.next_power_of_2(features.shape[3])))
+def _block_d(d: int) -> int:
+    return min(256, max(16, triton.next_power_of_2(d)))
 
 
 def _allocate(features: Tensor, pairs: Tensor, class_ptr: Tensor) -> tuple[Rows, tuple[int, ...], int]:

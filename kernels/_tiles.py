@@ -9,7 +9,7 @@ timed on a GPU: the reasons are counts (registers, shared memory, tensor-core sh
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -202,7 +202,35 @@ LABEL_ATTENTION_PRODUCT: dict[str, dict[str, tuple[Tile, ...]]] = {
         "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2)),
     },
 }
+# Image-level losses, both passes: beside the scores lie two tiles of counts and the labels' words, so a tile is half of
+# SSCL's; 4 warps or 128 rows spill 296 to 480 bytes. All 255 registers: where labels are counted alone, ptxas aims at
+# three programs and spills 8.
+_NVIDIA = {
+    "half": (Tile(64, 64, 64, 8, 3, 8, 255),),
+    "single": (Tile(64, 32, 16, 8, 2, 8, 255),),
+    "tf32": (Tile(64, 32, 32, 8, 3, 8, 255),),
+    "double": (Tile(32, 32, 16, 8, 1, 8, 255),),
+}
+_LITTLE = {
+    "half": (Tile(64, 32, 32, 8, 2, 8, 255),),
+    "single": (Tile(64, 32, 16, 8, 2, 8, 255),),
+    "tf32": (Tile(64, 32, 16, 8, 2, 8, 255),),
+    "double": (Tile(32, 32, 16, 8, 1, 8, 255),),
+}
+MLC: dict[str, dict[str, tuple[Tile, ...]]] = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _NVIDIA),
+    **dict.fromkeys(("gfx942", "small", "sm_75"), _LITTLE),
+    "interpret": SSCL["interpret"],
+}
+# MSC multiplies through the classes beside it, in float32: another tile, and its operands. 64 columns spill 16 to 112
+# bytes.
+MLC_MSC: dict[str, dict[str, tuple[Tile, ...]]] = {
+    arch: {kind: tuple(replace(tile, block_n=min(tile.block_n, 32)) for tile in tiles) for kind, tiles in table.items()}
+    for arch, table in MLC.items()
+}
 TABLES = {
+    "mlc": MLC,
+    "mlc_msc": MLC_MSC,
     "sscl": SSCL,
     "sscl_backward": SSCL_BACKWARD,
     "label_attention_core": LABEL_ATTENTION,

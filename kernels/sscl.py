@@ -26,10 +26,10 @@ _ITEMS_PER_PROCESSOR = 4  # evens out the last wave: 185 row blocks on 132 proce
 
 
 @triton.jit
-def partition(n, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def partition(rows, columns, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row blocks, column splits of each, and column blocks of a split: at most max(SLOTS, row blocks) items."""
-    row_blocks = tl.cdiv(n, BLOCK_M)
-    col_blocks = tl.maximum(tl.cdiv(n, BLOCK_N), 1)
+    row_blocks = tl.cdiv(rows, BLOCK_M)
+    col_blocks = tl.maximum(tl.cdiv(columns, BLOCK_N), 1)
     wanted = tl.maximum(SLOTS // tl.maximum(row_blocks, 1), 1)
     per_split = tl.cdiv(col_blocks, tl.minimum(wanted, col_blocks))
     return row_blocks, tl.cdiv(col_blocks, per_split), per_split
@@ -62,7 +62,7 @@ def _sweep_kernel(
     """Per row and split: maximum, sum of exponentials (both in base 2) and the sum over its positives."""
     ACC: tl.constexpr = table.stat.dtype.element_ty
     n = count_rows(table)
-    row_blocks, splits, per_split = partition(n, SLOTS, BLOCK_M, BLOCK_N)
+    row_blocks, splits, per_split = partition(n, n, SLOTS, BLOCK_M, BLOCK_N)
     plane = tl.cast(tl.maximum(SLOTS, tl.cdiv(table.capacity, BLOCK_M)), tl.int64) * BLOCK_M
     over_tau = LOG2E / tl.load(temperature_ptr).to(ACC)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
@@ -107,7 +107,7 @@ def _combine_kernel(
     """Merge the splits; write the rows' loss and log-sum-exp."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     n = count_rows(table)
-    row_blocks, splits, _ = partition(n, SLOTS, BLOCK_M, BLOCK_N)
+    row_blocks, splits, _ = partition(n, n, SLOTS, BLOCK_M, BLOCK_N)
     plane = tl.cast(tl.maximum(SLOTS, tl.cdiv(table.capacity, BLOCK_M)), tl.int64) * BLOCK_M
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_R), tl.num_programs(0)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -33,6 +33,7 @@ from ._rows import (
     stage_backward,
     unit_factor,
 )
+from .mlc_pairs import pair_moves, with_apart
 from .sscl import partition, product
 
 _FINISH_ROWS = 8
@@ -52,6 +53,16 @@ def _weight_scale(table, peaks):
         return tl.where(peak > 1e-30, power_of_two_scale(peak) * 4096.0, 1.0)
     else:
         return 1.0
+
+
+@triton.jit
+def _ranges(table, pairs):
+    """First and last + 1 row, first and last + 1 column of the launch."""
+    if pairs is None:
+        n = count_rows(table)
+        return 0, n, 0, n
+    else:
+        return pairs.row_begin, pairs.row_end, pairs.col_begin, pairs.col_end
 
 
 @triton.jit
@@ -77,14 +88,14 @@ def _weights(table, rows, mask_r, cols, mask_c, over_tau, alpha, BLOCK_D: tl.con
 @triton.jit
 def _finish(
     table,
+    pairs,
     rows,
     mask,
     parts_ptr,
     n_parts,
     part_stride,
     factor,
-    grad_ptr,
-    radial_ptr,
+    out,
     NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -92,10 +103,11 @@ def _finish(
 
     ``parts_ptr`` holds, per row, where its first part starts.
     """
+    grad_ptr, radial_ptr = out
     ACC: tl.constexpr = table.stat.dtype.element_ty
     over = unit_factor(table, rows, mask)[:, None]
     scale = scale_factor(table, rows, mask)[:, None]
-    out = grad_ptr + slot(table, rows, mask).to(tl.int64)[:, None] * table.depth
+    grad_rows = grad_ptr + slot(table, rows, mask).to(tl.int64)[:, None] * table.depth
     radial = tl.zeros([rows.shape[0]], ACC)
     for start in range(0, table.width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
@@ -103,9 +115,9 @@ def _finish(
         g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
         for part in range(n_parts):
             g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
+        g = with_apart(pairs, g * factor, rows, mask, offs_d, table.depth)
         z = load_rows(table, rows, mask, offs_d)
         radial += tl.sum(g * (operand(z).to(ACC) * over), axis=1)
-    radial *= factor
     tl.store(radial_ptr + rows, radial, mask=mask)
     for start in range(0, table.depth, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
@@ -113,22 +125,22 @@ def _finish(
         g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
         for part in range(n_parts):
             g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
-        g *= factor
+        g = with_apart(pairs, g * factor, rows, mask, offs_d, table.depth)
         if NORMALIZE:
             z = load_rows(table, rows, mask, offs_d)
             # 1 / |x| by its two factors: the product may leave the range.
             g = (g - operand(z).to(ACC) * over * radial[:, None]) * over * scale
-        tl.store(out + offs_d[None, :], narrow(g, grad_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_rows + offs_d[None, :], narrow(g, grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gradient_kernel(
     table,
+    pairs,
     peaks,
     temperature_ptr,
     scratch,
-    grad_ptr,
-    radial_ptr,
+    out,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,14 +149,18 @@ def _gradient_kernel(
     BLOCK_R: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    POLICY: tl.constexpr,
 ):
-    """Items of (row block, column split): sums of W z, finished here where the columns are not split."""
+    """Items of (row block, column split): sums of W z, finished here where the columns are not split.
+
+    Without ``pairs`` W is that of the classes; with them, of an image-level loss (:mod:`.mlc_pairs`).
+    """
     weight_ptr, sum_ptr = scratch  # [programs, BLOCK_M, PANEL * BLOCK_N] and [programs, BLOCK_M, width]
     ACC: tl.constexpr = table.stat.dtype.element_ty
     width = table.width
     COLUMNS: tl.constexpr = PANEL * BLOCK_N
-    n = count_rows(table)
-    row_blocks, splits, per_split = partition(n, SLOTS, BLOCK_M, BLOCK_N)
+    row_begin, row_end, col_begin, col_end = _ranges(table, pairs)
+    row_blocks, splits, per_split = partition(row_end - row_begin, col_end - col_begin, SLOTS, BLOCK_M, BLOCK_N)
     tau = tl.load(temperature_ptr).to(ACC)
     over_tau = LOG2E / tau
     alpha = _weight_scale(table, peaks)
@@ -153,18 +169,23 @@ def _gradient_kernel(
     weight_rows = weight_ptr + (tl.program_id(0).to(tl.int64) * BLOCK_M + offs_m) * COLUMNS
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         row_block, split = item % row_blocks, item // row_blocks
-        rows = row_block * BLOCK_M + offs_m
-        mask_r = rows < n
+        rows = row_begin + row_block * BLOCK_M + offs_m
+        mask_r = rows < row_end
         # A split item has a slot of its own, for the combining kernel; a whole one ends here, in the program's.
         place = tl.cast(tl.where(splits > 1, item, tl.program_id(0)), tl.int64) * BLOCK_M
         sum_rows = sum_ptr + (place + offs_m) * width
-        begin = split * per_split * BLOCK_N
-        stop = tl.minimum(n, begin + per_split * BLOCK_N)
+        begin = col_begin + split * per_split * BLOCK_N
+        stop = tl.minimum(col_end, begin + per_split * BLOCK_N)
         for first in range(begin, stop, COLUMNS):
             end = tl.minimum(stop, first + COLUMNS)
             for start in range(first, end, BLOCK_N):
                 cols = start + offs_n
-                weight = _weights(table, rows, mask_r, cols, cols < n, over_tau, alpha, BLOCK_D, PRECISION)
+                mask_c = cols < col_end
+                if pairs is None:
+                    weight = _weights(table, rows, mask_r, cols, mask_c, over_tau, alpha, BLOCK_D, PRECISION)
+                else:
+                    s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
+                    weight = pair_moves(table, pairs, s, rows, mask_r, cols, mask_c, over_tau, alpha, POLICY)
                 tl.store(
                     weight_rows[:, None] + (start - first + offs_n)[None, :],
                     narrow(weight, weight_ptr.dtype.element_ty),
@@ -188,20 +209,20 @@ def _gradient_kernel(
         if splits == 1:
             for start in range(0, BLOCK_M, BLOCK_R):
                 local = start + tl.arange(0, BLOCK_R)
-                mine = row_block * BLOCK_M + local
-                _finish(table, mine, mine < n, sum_ptr + (place + local) * width, 1, 0, 1.0 / (alpha * tau),
-                        grad_ptr, radial_ptr, NORMALIZE, BLOCK_N)  # fmt: skip
+                mine = row_begin + row_block * BLOCK_M + local
+                _finish(table, pairs, mine, mine < row_end, sum_ptr + (place + local) * width, 1, 0,
+                        1.0 / (alpha * tau), out, NORMALIZE, BLOCK_N)  # fmt: skip
             tl.debug_barrier()
 
 
 @triton.jit
 def _combine_kernel(
     table,
+    pairs,
     peaks,
     temperature_ptr,
     sum_ptr,
-    grad_ptr,
-    radial_ptr,
+    out,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -211,28 +232,32 @@ def _combine_kernel(
 ):
     """Add the column splits, where there were any, and finish the rows."""
     ACC: tl.constexpr = table.stat.dtype.element_ty
-    n = count_rows(table)
-    row_blocks, splits, _ = partition(n, SLOTS, BLOCK_M, BLOCK_N)
+    row_begin, row_end, col_begin, col_end = _ranges(table, pairs)
+    n = row_end - row_begin
+    row_blocks, splits, _ = partition(n, col_end - col_begin, SLOTS, BLOCK_M, BLOCK_N)
     if splits > 1:
         alpha = _weight_scale(table, peaks)
         factor = 1.0 / (alpha * tl.load(temperature_ptr).to(ACC))
         part_stride = tl.cast(row_blocks, tl.int64) * BLOCK_M * table.width
         for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_R), tl.num_programs(0)):
-            rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
-            _finish(table, rows, rows < n, sum_ptr + rows.to(tl.int64) * table.width, splits, part_stride, factor,
-                    grad_ptr, radial_ptr, NORMALIZE, BLOCK_D)  # fmt: skip
+            local = block * BLOCK_R + tl.arange(0, BLOCK_R)
+            _finish(table, pairs, row_begin + local, local < n, sum_ptr + local.to(tl.int64) * table.width, splits,
+                    part_stride, factor, out, NORMALIZE, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
-def _temperature_kernel(radial_ptr, table, temperature_ptr, out_ptr, BLOCK: tl.constexpr):
-    """``-1 / (2 tau) sum_i z_i . g_i`` in one program."""
-    n = count_rows(table)
+def _temperature_kernel(radial_ptr, table, temperature_ptr, out_ptr, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """``-FACTOR / tau sum_i z_i . g_i`` in one program: half where a pair is counted from both sides."""
+    if table.count is None:
+        n = table.capacity
+    else:
+        n = count_rows(table)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         total += tl.load(radial_ptr + offs, mask=offs < n, other=0).to(tl.float64)
     tau = tl.load(temperature_ptr).to(tl.float64)
-    tl.store(out_ptr, (-tl.sum(total) / (2.0 * tau)).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr, (-FACTOR * tl.sum(total) / tau).to(out_ptr.dtype.element_ty))
 
 
 def sscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
@@ -247,38 +272,46 @@ def sscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
     radial = table.stat.new_empty(table.capacity)
     precision = _tiles.precision(features.dtype, part)
 
+    outputs = (out.grad_features, radial)
+
     def run(choice: _tiles.Tile) -> None:
-        _sweep(choice, table, peak, x.temperature, out.grad_features, radial, x.normalize, precision)
+        sweep_gradient(choice, table, None, (peak, peak.numel()), x.temperature, outputs, x.normalize, precision)
 
     kind = _tiles.kind_of(features.dtype, precision)
     run(_tune.choose("sscl_backward", part, kind, (table.capacity, table.width), run))
-    launch(_temperature_kernel, 1, (radial, table, x.temperature, out.grad_temperature), BLOCK=1024)
+    temperature_gradient(radial, table, x.temperature, out.grad_temperature, 0.5)
 
 
-def _sweep(
+def temperature_gradient(radial: Tensor, table: Rows, temperature: Tensor, out: Tensor, factor: float) -> None:
+    """``-factor / tau`` times the sum of ``z . g`` over the rows of the table."""
+    launch(_temperature_kernel, 1, (radial, table, temperature, out), FACTOR=factor, BLOCK=1024)
+
+
+def sweep_gradient(
     tile: _tiles.Tile,
     table: Rows,
-    peak: Tensor,
+    pairs: Any,
+    peaks: tuple[Tensor, int],
     temperature: Tensor,
-    grad_features: Tensor,
-    radial: Tensor,
+    out: tuple[Tensor, Tensor],
     normalize: bool,
     precision: str,
+    policy: Any = None,
 ) -> None:
-    """The gradient and combine launches with one tile."""
-    part = part_of(grad_features.device)
-    row_blocks = ceil_div(table.capacity, tile.block_m)
-    programs = max(1, min(part.processors, row_blocks * ceil_div(table.capacity, tile.block_n)))
+    """The gradient and combine launches with one tile; ``out``: the gradient, and z . g of every row of the table."""
+    part = part_of(table.z.device)
+    rows = table.capacity if pairs is None else pairs.row_end - pairs.row_begin
+    columns = table.capacity if pairs is None else pairs.col_end - pairs.col_begin
+    row_blocks = ceil_div(rows, tile.block_m)
+    programs = max(1, min(part.processors, row_blocks * ceil_div(columns, tile.block_n)))
     weight = table.z.new_empty((programs, tile.block_m, tile.panel * tile.block_n))
     sums = table.stat.new_empty((programs, tile.block_m, table.width))
     # SLOTS is not `programs`: a constant that follows the batch is compiled again and again. The split is the same:
     # where programs are fewer than processors, every column block is a split of its own either way.
     common = {"SLOTS": part.processors, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NORMALIZE": normalize}
-    peaks = (peak, peak.numel())
-    launch(_gradient_kernel, programs, (table, peaks, temperature, (weight, sums), grad_features, radial),
-           BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision,
+    launch(_gradient_kernel, programs, (table, pairs, peaks, temperature, (weight, sums), out),
+           BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision, POLICY=policy,
            **tile.options, **common)  # fmt: skip
     # Six programs of 4 warps; left alone, Triton 3.6 spills 8 bytes to fit twelve.
-    launch(_combine_kernel, capped(part, ceil_div(table.capacity, _FINISH_ROWS)),
-           (table, peaks, temperature, sums, grad_features, radial),
+    launch(_combine_kernel, capped(part, ceil_div(rows, _FINISH_ROWS)), (table, pairs, peaks, temperature, sums, out),
            BLOCK_R=_FINISH_ROWS, BLOCK_D=512 // table.stat.element_size(), registers=80, **common)  # fmt: skip

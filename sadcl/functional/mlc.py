@@ -82,7 +82,7 @@ def multilabel_supcon_loss(
             itself plays no part. It receives a gradient if it asks for one.
         class_weight: ``[C]``, multiplies the terms of a class (``"mulsupcon"`` and ``"msc"`` alone).
         sample_weight: ``[B]``, multiplies the loss of an image's anchors.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         float32 (float64 for float64 features): a 0-d tensor, or ``[B, V]``, or ``[B]``.

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import _checks
-from .._dtypes import accumulation_dtype, norm_dtype
+from .._dtypes import accumulation_dtype, norm_dtype, without_autocast
 from ..portable import mlc as portable
 from ..portable.mlc import DENSE, MSC, WEIGHTINGS
 from ._library import Backward, Into, Op
-from ._native import native
+from ._native import native, triton_kernel
 
 __all__ = ["DENSE", "MSC", "WEIGHTINGS", "Inputs", "Outputs", "allocate", "check_weight_values", "mlc"]
 
@@ -92,10 +92,26 @@ def _cpp(x: Inputs, out: Outputs) -> None:
         _checked(x)
 
 
+def _triton(x: Inputs, out: Outputs) -> None:
+    if x.weights is not None:
+        check_weight_values(x.weights)
+    triton_kernel("mlc", "mlc")(x, out)
+
+
 def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
     if x.class_weight is not None:
         x = x._replace(class_weight=x.class_weight.contiguous())
     _BACKWARD(upstream, x, saved, out)
+    _fill_rare(upstream, x, saved, out)
+
+
+def _backward_triton(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
+    triton_kernel("mlc_backward", "mlc_backward")(upstream, x, saved, out)
+    with without_autocast(x.features.device):
+        _fill_rare(upstream, x, saved, out)
+
+
+def _fill_rare(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
     rare = tuple(name for name in _RARE if getattr(out, f"grad_{name}") is not None)
     if rare:
         for name, grad in portable.backward(upstream, x, saved, rare).items():
@@ -107,10 +123,14 @@ mlc = Op(
     Inputs,
     Outputs,
     allocate,
-    {"cpp": Into(_cpp), "torch": lambda x: portable.forward(_checked(x))},
+    {"cpp": Into(_cpp), "triton": Into(_triton), "torch": lambda x: portable.forward(_checked(x))},
     Backward(
         gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
-        implementations={"cpp": Into(_backward_cpp), "torch": portable.backward},
+        implementations={
+            "cpp": Into(_backward_cpp),
+            "triton": Into(_backward_triton),
+            "torch": portable.backward,
+        },
         partial=True,
     ),
 )

@@ -40,10 +40,14 @@ def spread(x: Tensor) -> Tensor:
 
 
 def examples(op: str) -> list[Any]:
-    """Inputs of an op; SSCL's options change no offset, and compaction has a way of its own for large batches."""
+    """Inputs of an op; options and most weightings change no offset, and compaction has a way of its own for large
+    batches."""
     small = list(EXAMPLES[op](Maker(SIZE, torch.bfloat16)))
     large = list(EXAMPLES[op](Maker(replace(SIZE, b=300), torch.bfloat16)))
-    return {"sscl": small[:1], "compact": [small[0], large[0]], "pscl": small[:1]}.get(op, small)
+    few = {"sscl": small[:1], "compact": [small[0], large[0]], "pscl": small[:1]}
+    if op == "mlc":  # any, with keys; msc; dense weights
+        few[op] = [small[1], *small[-2:]]
+    return few.get(op, small)
 
 
 def run(op: str, x: Any, far: str = "") -> list[Tensor]:

@@ -26,8 +26,6 @@ EXEMPT = {
     ("linear", "workload"): "on a GPU it is torch's product",
     ("linear", "benchmark"): "benchmarks/bench_head.py: it is most of a head's step",
     ("linear", "roofline"): "on a GPU it is torch's product",
-    ("mlc", "workload"): "it has no GPU kernel yet",
-    ("mlc", "roofline"): "it has no GPU kernel yet",
     ("two_way", "tests"): "tests/ops/test_zlpr.py: ZLPR's are its own too",
     ("two_way", "benchmark"): "benchmarks/bench_zlpr.py: both in one table",
     ("dual", "roofline"): "on a GPU it is the two ops",

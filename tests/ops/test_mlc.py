@@ -312,7 +312,7 @@ def test_wrong_arguments() -> None:
         (ValueError, "weights: expected finite numbers >= 0, got -1", {"weights": -torch.ones(12, 12)}),
         (ValueError, "weights: expected finite numbers >= 0, got nan", {"weights": torch.full((12, 12), torch.nan)}),
         (TypeError, "weights: expected a floating", {"weights": torch.ones(12, 12, dtype=torch.int64)}),
-        (RuntimeError, "backend='triton': mlc has no such implementation", {"backend": "triton"}),
+        (RuntimeError, "backend='triton'", {"backend": "triton"}),
     ]:
         given = {"features": x, "labels": labels, **options}
         for backend in [options.pop("backend")] if "backend" in options else [*(p.values[0] for p in BACKENDS), None]:

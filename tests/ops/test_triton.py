@@ -99,7 +99,8 @@ def test_launchers_never_wait_for_the_device(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["label_attention_core", "group_classifier", "bank", "pscl", "sscl", "asl", "compact", "zlpr", "two_way"]
+    "name",
+    ["label_attention_core", "group_classifier", "bank", "pscl", "sscl", "asl", "compact", "mlc", "zlpr", "two_way"],
 )
 def test_the_ops_around_them_do_not_either(name: str) -> None:
     """The check of values, which waits, is another test's."""
