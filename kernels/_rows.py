@@ -92,17 +92,21 @@ def log_sum(table, rows, mask):
 
 
 @triton.jit
-def pull_weight(table, rows, mask):
-    """What multiplies the weight of a pair, in the backward of image-level losses."""
-    return tl.load(table.stat + _plane(table, 4) + rows, mask=mask, other=0)
+def moves(table, rows, mask):
+    """Push, high and pull of an image-level loss, in the backward; see :func:`.mlc_pairs.pair_moves`."""
+    place = table.stat + rows
+    push = tl.load(place + _plane(table, 2), mask=mask, other=0)
+    high = tl.load(place + _plane(table, 3), mask=mask, other=0)
+    return push, high, tl.load(place + _plane(table, 4), mask=mask, other=0)
 
 
 @triton.jit
 def store_moves(table, rows, mask, push, high, pull):
-    """The three that a backward reads as ``anchor_weight``, ``log_sum``, ``pull_weight``."""
-    tl.store(table.stat + _plane(table, 2) + rows, push, mask=mask)
-    tl.store(table.stat + _plane(table, 3) + rows, high, mask=mask)
-    tl.store(table.stat + _plane(table, 4) + rows, pull, mask=mask)
+    """What :func:`moves` reads."""
+    place = table.stat + rows
+    tl.store(place + _plane(table, 2), push, mask=mask)
+    tl.store(place + _plane(table, 3), high, mask=mask)
+    tl.store(place + _plane(table, 4), pull, mask=mask)
 
 
 @triton.jit

@@ -24,8 +24,20 @@ from sadcl._dtypes import without_autocast
 from . import _tiles, _tune
 from ._device import LN2, LOG2E, finite, online_step
 from ._launch import capped, ceil_div, launch, part_of, require_dtype
-from ._rows import Rows, stage_vectors, store_moves, unit_factor
-from .mlc_pairs import DENSE, MSC, MULSUPCON, OVERLAP, Pairs, log_factor, make_pairs, pair_weights, policy_of, table_of
+from ._rows import Rows, stage_vectors, store_moves
+from .mlc_pairs import (
+    DENSE,
+    MSC,
+    MULSUPCON,
+    OVERLAP,
+    Pairs,
+    log_factor,
+    make_pairs,
+    pair_weights,
+    policy_of,
+    scaled,
+    table_of,
+)
 from .sscl import partition, product
 
 _ITEMS_PER_PROCESSOR = 4
@@ -68,8 +80,7 @@ def _pair_sweep_kernel(
             other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
             if SCORES:
                 s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
-                over_r = unit_factor(table, rows, mask_r) * over_tau
-                s = s * over_r[:, None] * unit_factor(table, cols, mask_c)[None, :]
+                s, _ = scaled(table, s, rows, mask_r, cols, mask_c, over_tau)
                 x = s
                 if POLICY[0] == MSC:
                     x += log_factor(pairs, cols, ACC, POLICY)[None, :]

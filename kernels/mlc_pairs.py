@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ._device import widen
 from ._launch import INTERPRET, ceil_div, launch
-from ._rows import anchor_weight, log_sum, pull_weight, unit_factor
+from ._rows import moves, unit_factor
 
 # In the order of sadcl.portable.mlc.WEIGHTINGS; dense: weights are given.
 ALL, ANY, MULSUPCON, JACCARD, OVERLAP, SIMDIS, MSC, DENSE = (tl.constexpr(kind) for kind in range(8))
 _BLOCK_PACK = 16 if INTERPRET else 64  # label rows a program packs a word of
-_CLASSES = tl.constexpr(32)  # a step of the product through the classes: a word
+_CLASSES = tl.constexpr(16)  # a step of the product through the classes; its operands lie in registers
 
 
 class Pairs(NamedTuple):
@@ -56,11 +56,11 @@ class Pairs(NamedTuple):
 
 @triton.jit
 def _population(x):
-    """Bits set of int32 (the masks clear what shifts of a negative number bring in). LLVM knows the idiom."""
+    """Bits set of int32. LLVM knows the idiom, whose last shift has to be a logical one: it is one instruction then."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101) >> 24
+    return ((x * 0x01010101).to(tl.uint32, bitcast=True) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -228,30 +228,41 @@ def log_factor(pairs, at, ACC: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
+def scaled(table, s, rows, mask_r, cols, mask_c, over_tau):
+    """Scores in base 2 from products of scaled rows, and the columns' unit factors.
+
+    The same bits with rows and columns exchanged, and in both passes: a softmax hangs on differences from its peak.
+    """
+    over_c = unit_factor(table, cols, mask_c)
+    return s * (unit_factor(table, rows, mask_r)[:, None] * over_c[None, :]) * over_tau, over_c
+
+
+@triton.jit
 def pair_moves(table, pairs, s, rows, mask_r, cols, mask_c, over_tau, alpha, POLICY: tl.constexpr):
     """Tile of ``alpha (G_ij + G_ji) / (|x_j| scale_j)`` from products of scaled rows: what multiplies scaled columns.
 
     ``G_ij = push_i b_j 2^(s_ij - high_i) - pull_i f_ij``; a vector that is no anchor has neither push nor pull.
     """
     ACC: tl.constexpr = table.stat.dtype.element_ty
-    over_c = unit_factor(table, cols, mask_c)
-    s = s * (unit_factor(table, rows, mask_r) * over_tau)[:, None] * over_c[None, :]
+    s, over_c = scaled(table, s, rows, mask_r, cols, mask_c, over_tau)
     forth, back, _ = pair_weights(pairs, rows, mask_r, cols, mask_c, ACC, POLICY)
     weight = tl.zeros([rows.shape[0], cols.shape[0]], ACC)
     if POLICY[5]:
-        x = s - log_sum(table, rows, mask_r)[:, None]
+        push, high, pull = moves(table, rows, mask_r)
+        x = s - high[:, None]
         if POLICY[0] == MSC:
             x += log_factor(pairs, cols, ACC, POLICY)[None, :]
-        weight += anchor_weight(table, rows, mask_r)[:, None] * tl.exp2(x)
+        weight += push[:, None] * tl.exp2(x)
         if POLICY[0] != MULSUPCON:
-            weight -= pull_weight(table, rows, mask_r)[:, None] * forth
+            weight -= pull[:, None] * forth
     if POLICY[6]:
-        x = s - log_sum(table, cols, mask_c)[None, :]
+        push, high, pull = moves(table, cols, mask_c)
+        x = s - high[None, :]
         if POLICY[0] == MSC:
             x += log_factor(pairs, rows, ACC, POLICY)[:, None]
-        weight += anchor_weight(table, cols, mask_c)[None, :] * tl.exp2(x)
+        weight += push[None, :] * tl.exp2(x)
         if POLICY[0] != MULSUPCON:
-            weight -= pull_weight(table, cols, mask_c)[None, :] * back
+            weight -= pull[None, :] * back
     other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
     return tl.where(other, weight * (alpha * over_c)[None, :], 0.0)
 
@@ -287,13 +298,13 @@ def _pack_kernel(y_ptr, words_ptr, first, n, sizes, strides, BLOCK: tl.constexpr
 
 @triton.jit
 def _class_table_kernel(pairs, class_weight_ptr, stride_w, out_ptr, POLICY: tl.constexpr, BLOCK: tl.constexpr):
-    """MSC: ``k_bc = y_bc w_c / (1 + sum_j alpha y_jc / U_bj)`` of BLOCK images and a word of classes."""
+    """MSC: ``k_bc = y_bc w_c / (1 + sum_j alpha y_jc / U_bj)`` of BLOCK images and a step of classes."""
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     images = pairs.anchors // pairs.views
     label_rows = _label_rows(pairs)
-    words = tl.cdiv(pairs.n_classes, _CLASSES)
-    rows = (tl.program_id(0) // words) * BLOCK + tl.arange(0, BLOCK)
-    offs_c = (tl.program_id(0) % words) * _CLASSES + tl.arange(0, _CLASSES)
+    steps = tl.cdiv(pairs.n_classes, _CLASSES)
+    rows = (tl.program_id(0) // steps) * BLOCK + tl.arange(0, BLOCK)
+    offs_c = (tl.program_id(0) % steps) * _CLASSES + tl.arange(0, _CLASSES)
     mask_r = rows < images
     total = tl.zeros([BLOCK, _CLASSES], ACC)
     begin = tl.where(pairs.first == 0, 0, images)  # the images are columns, or they are not
