@@ -202,9 +202,9 @@ LABEL_ATTENTION_PRODUCT: dict[str, dict[str, tuple[Tile, ...]]] = {
         "single": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2)),
     },
 }
-# Image-level losses, both passes: beside the scores lie two or three tiles of counts and the labels' words, so a tile is
-# smaller than SSCL's. On sm_80, where operands lie in registers too, 64 x 64 spills 16 to 144 bytes; on sm_90 128 rows
-# 96 to 480. All 255 registers: where labels are counted alone, ptxas aims at three programs and spills 8.
+# Image-level losses, both passes: beside the scores lie two or three tiles of counts and the labels' words, so a tile
+# is smaller than SSCL's. 64 x 64 spills 16 to 144 bytes on sm_80, 120 to 224 on sm_100, 128 rows 96 to 480 on sm_90.
+# All 255 registers: where labels are counted alone, ptxas aims at three programs and spills 8.
 _MLC = {
     "half": (Tile(64, 32, 64, 8, 3, 8, 255),),
     "single": (Tile(64, 32, 16, 8, 2, 8, 255),),
@@ -214,20 +214,21 @@ _MLC = {
 _LITTLE = {**_MLC, "half": (Tile(64, 32, 32, 8, 2, 8, 255),), "tf32": (Tile(64, 32, 16, 8, 2, 8, 255),)}
 MLC: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": _MLC,
-    **dict.fromkeys(("sm_90", "sm_100"), {**_MLC, "half": (Tile(64, 64, 64, 8, 3, 8, 255),)}),
-    **dict.fromkeys(("gfx942", "small", "sm_75"), _LITTLE),
+    "sm_90": {**_MLC, "half": (Tile(64, 64, 64, 8, 3, 8, 255),)},
+    "sm_100": _MLC,
+    "gfx942": _LITTLE,
+    "small": _LITTLE,
+    "sm_75": _LITTLE,
     "interpret": SSCL["interpret"],
 }
-# MSC multiplies through the classes beside it, in float32, whose operands lie in registers: half of that.
+# MSC multiplies through the classes beside it, in float32, whose operands lie in registers: half of that; 64 rows where
+# the matrix units take no fewer.
+_SHORT = {kind: tuple(replace(tile, block_m=32) for tile in tiles) for kind, tiles in _MLC.items()}
 MLC_MSC: dict[str, dict[str, tuple[Tile, ...]]] = {
-    arch: {
-        kind: tuple(
-            replace(tile, block_n=32) if tile.block_n == 64 else replace(tile, block_m=min(tile.block_m, 32))
-            for tile in tiles
-        )
-        for kind, tiles in table.items()
-    }
-    for arch, table in MLC.items()
+    "sm_80": _SHORT,
+    **{arch: {kind: (Tile(32, 32, 16, 8, 2, 8, 255),) for kind in _SHORT} for arch in ("gfx942", "small", "sm_75")},
+    **{arch: {**_SHORT, "half": _MLC["half"]} for arch in ("sm_90", "sm_100")},
+    "interpret": SSCL["interpret"],
 }
 TABLES = {
     "mlc": MLC,
