@@ -221,13 +221,13 @@ MLC: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_75": _LITTLE,
     "interpret": SSCL["interpret"],
 }
-# MSC multiplies through the classes beside it, in float32, whose operands lie in registers: half of that; 64 rows where
-# the matrix units take no fewer.
+# MSC multiplies through the classes beside it, in float32, whose operands lie in registers: half of that.
 _SHORT = {kind: tuple(replace(tile, block_m=32) for tile in tiles) for kind, tiles in _MLC.items()}
 MLC_MSC: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": _SHORT,
     **{arch: {kind: (Tile(32, 32, 16, 8, 2, 8, 255),) for kind in _SHORT} for arch in ("gfx942", "small", "sm_75")},
-    **{arch: {**_SHORT, "half": _MLC["half"]} for arch in ("sm_90", "sm_100")},
+    "sm_90": _SHORT,
+    "sm_100": _SHORT,
     "interpret": SSCL["interpret"],
 }
 TABLES = {
