@@ -1,4 +1,4 @@
-"""The asymmetric loss in plain torch operators, on a CPU some images at a time: some forty passes that meet its cache."""
+"""The asymmetric loss in plain torch operators, on a CPU some images at a time: its many passes meet a cache then."""
 
 from __future__ import annotations
 
