@@ -95,13 +95,14 @@ _EXACT = {
     "empty", "empty_like", "eye", "fill", "flip", "full", "full_like", "gather", "index", "index_put", "index_select",
     "lift_fresh", "masked_fill", "masked_scatter", "max", "maximum", "min", "minimum", "nan_to_num", "neg",
     "new_empty", "new_empty_strided", "new_full", "new_zeros", "ones", "ones_like", "relu", "repeat", "scalar_tensor",
-    "scatter", "select_backward", "sgn", "sign", "slice_backward", "sort", "stack", "threshold_backward", "topk",
-    "where", "zero", "zeros", "zeros_like", "_to_copy", "_unsafe_view",
+    "scatter", "select_backward", "sgn", "sign", "slice_backward", "sort", "squeeze", "stack", "t",
+    "threshold_backward", "topk", "transpose", "unsqueeze", "where", "zero", "zeros", "zeros_like", "_to_copy",
+    "_unsafe_view",
 }  # fmt: skip
 _SUMS = {"addmm", "addmv", "baddbmm", "bmm", "cumsum", "dot", "index_add", "mean", "mm", "mv", "sum"}
 # Operators that are several roundings; torch has their parts.
 _COMPOUND = ("_softmax", "_softmax_backward_data", "linalg_vector_norm", "log_sigmoid_backward", "log_sigmoid_forward",
-             "logsumexp")  # fmt: skip
+             "logsumexp", "softplus_backward")  # fmt: skip
 
 
 @functools.cache

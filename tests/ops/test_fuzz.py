@@ -1,0 +1,71 @@
+"""Drawn shapes, strides, dtypes, labels and options of every public function, held to the float64 oracle's budget.
+
+``SADCL_FUZZ=10`` draws ten times as many cases, other ones every time (``--hypothesis-seed=N`` for the same ones), and
+keeps what failed in ``.hypothesis`` to try it first the next time. A fault that was found goes to :data:`FOUND`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import fuzz
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sadcl
+
+MORE = int(os.environ.get("SADCL_FUZZ", "0"))
+CASES = 2000 * max(MORE, 1)
+BACKENDS = [name for name in ("cpp", "torch") if sadcl.backends()[name].available]
+
+# What was found, by generator: cases whose right result is a test for ever.
+FOUND: dict[str, list[dict[str, Any]]] = {}
+
+
+def isas() -> list[str]:
+    return importlib.import_module("sadcl._C").supported_isas() if "cpp" in BACKENDS else []
+
+
+@pytest.fixture(autouse=True)
+def _isa_as_before():
+    if not isas():
+        yield
+        return
+    extension = importlib.import_module("sadcl._C")
+    before = extension.isa()
+    yield
+    extension.set_isa(before)
+
+
+def hold(name: str, case: dict[str, Any], backend: str) -> None:
+    if isas():
+        importlib.import_module("sadcl._C").set_isa(isas()[case["isa"] % len(isas())])
+    fuzz.hold(name, case, backend)
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("name", fuzz.GENERATORS)
+@settings(
+    max_examples=CASES // len(fuzz.GENERATORS),
+    deadline=None,
+    derandomize=not MORE,
+    database=settings.default.database if MORE else None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_results_and_gradients_are_the_oracles(name: str, data: st.DataObject) -> None:
+    backends = [backend for backend in BACKENDS if backend in fuzz.GENERATORS[name].backends]
+    case = data.draw(fuzz.cases(name))
+    hold(name, case, data.draw(st.sampled_from(backends)))
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("name, number", [(name, i) for name, found in FOUND.items() for i in range(len(found))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_found(name: str, number: int, backend: str) -> None:
+    if backend in fuzz.GENERATORS[name].backends:
+        hold(name, FOUND[name][number], backend)
