@@ -10,6 +10,7 @@ import importlib
 import os
 from typing import Any
 
+import conftest
 import fuzz
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,19 +20,16 @@ import sadcl
 
 MORE = int(os.environ.get("SADCL_FUZZ", "0"))
 CASES = 2000 * max(MORE, 1)
+ISAS = conftest._isas()
 BACKENDS = [name for name in ("cpp", "torch") if sadcl.backends()[name].available]
 
 # What was found, by generator: cases whose right result is a test for ever.
 FOUND: dict[str, list[dict[str, Any]]] = {}
 
 
-def isas() -> list[str]:
-    return importlib.import_module("sadcl._C").supported_isas() if "cpp" in BACKENDS else []
-
-
 @pytest.fixture(autouse=True)
 def _isa_as_before():
-    if not isas():
+    if not ISAS:
         yield
         return
     extension = importlib.import_module("sadcl._C")
@@ -41,12 +39,11 @@ def _isa_as_before():
 
 
 def hold(name: str, case: dict[str, Any], backend: str) -> None:
-    if isas():
-        importlib.import_module("sadcl._C").set_isa(isas()[case["isa"] % len(isas())])
+    if ISAS:
+        importlib.import_module("sadcl._C").set_isa(ISAS[case["isa"] % len(ISAS)])
     fuzz.hold(name, case, backend)
 
 
-@pytest.mark.budget
 @pytest.mark.parametrize("name", fuzz.GENERATORS)
 @settings(
     max_examples=CASES // len(fuzz.GENERATORS),
@@ -63,7 +60,6 @@ def test_results_and_gradients_are_the_oracles(name: str, data: st.DataObject) -
     hold(name, case, data.draw(st.sampled_from(backends)))
 
 
-@pytest.mark.budget
 @pytest.mark.parametrize("name, number", [(name, i) for name, found in FOUND.items() for i in range(len(found))])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_was_found(name: str, number: int, backend: str) -> None:
