@@ -51,7 +51,7 @@ def lacks(name: str) -> list[str]:
     if name not in EXAMPLES:
         missing.append("example: an entry in sadcl.testing.examples.EXAMPLES")
     if name not in fuzz.GENERATORS:
-        missing.append("fuzz: an entry in tests/fuzz.py, GENERATORS")
+        missing.append("fuzz: an entry in tests/fuzz/losses.py or layers.py")
     if not {"torch"} & set(op.backends) and name not in ("dual", "label_attention", "label_attention_core", "linear"):
         missing.append(f"portable: sadcl/portable/{file}.py, as the implementation 'torch'")
     if not (list((ROOT / "tests" / "ops").glob(f"test_*{file}.py"))):

@@ -41,7 +41,7 @@ def _isa_as_before():
 def hold(name: str, case: dict[str, Any], backend: str) -> None:
     if ISAS:
         importlib.import_module("sadcl._C").set_isa(ISAS[case["isa"] % len(ISAS)])
-    fuzz.hold(name, case, backend)
+    fuzz.hold(fuzz.GENERATORS[name], case, backend)
 
 
 @pytest.mark.parametrize("name", fuzz.GENERATORS)
