@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sadcl.testing import assert_within_budget, error_budgets, poisoned_allocations
 
-
 Run = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
