@@ -142,6 +142,7 @@ class Rounded(TorchDispatchMode):
         self.unit = torch.finfo(arithmetic).eps / 2
         # Products of narrow numbers are summed in float32 and rounded once.
         self.sum_unit = min(self.unit, torch.finfo(torch.float32).eps / 2)
+        self.smallest = torch.finfo(torch.promote_types(arithmetic, torch.float32)).smallest_normal
         self.generator = torch.Generator().manual_seed(seed)
         self.terms = WeakTensorKeyDictionary()  # of products and what they were scaled to: the sum of the terms' sizes
         self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._again)
@@ -160,7 +161,12 @@ class Rounded(TorchDispatchMode):
             return x
         with _disable_current_modes(), torch.no_grad():
             terms = self.terms.get(x)
-            return x + self._drawn(self.unit * x.abs() if terms is None else self.sum_unit * terms)
+            return x + self._drawn(self._each(x) if terms is None else self.sum_unit * terms)
+
+    def _each(self, x: Tensor) -> Tensor:
+        """How far each of ``x`` moves; what is below the smallest normal number may become 0."""
+        size = x.abs()
+        return torch.where(size < self.smallest, size, self.unit * size)
 
     def _drawn(self, size: Tensor) -> Tensor:
         draw = torch.rand(size.shape, generator=self.generator, dtype=torch.float64, device=size.device).mul_(2).sub_(1)
@@ -195,7 +201,7 @@ class Rounded(TorchDispatchMode):
             self.terms[out] = terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
             size = self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs()
         elif kind == "each" and isinstance(out, Tensor):
-            size = self.unit * out.abs()
+            size = self._each(out)
         else:
             raise NotImplementedError(f"{func}: how it rounds is not known here")
         return out.add_(self._drawn(size))

@@ -13,6 +13,7 @@ from typing import Any
 import conftest
 import fuzz
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,26 @@ ISAS = conftest._isas()
 BACKENDS = [name for name in ("cpp", "torch") if sadcl.backends()[name].available]
 
 # What was found, by generator: cases whose right result is a test for ever.
-FOUND: dict[str, list[dict[str, Any]]] = {}
+FOUND: dict[str, list[dict[str, Any]]] = {
+    # A probability below float32's smallest normal number, times the factor of the reduction.
+    "asl": [
+        {
+            "seed": 323934, "b": 5, "c": 3, "d": 1, "v": 1, "dtype": torch.float32, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous"] * 4, "only": 0, "isa": 0, "gamma_neg": 0,
+            "gamma_pos": 0, "clip": 0.0, "eps": 1e-8, "detach_focal_weight": False, "soft": False, "poisoned": False,
+            "reduction": "released", "weighted": "", "size": 100.0,
+        },
+    ],
+    # Two rows, whose losses and gradients are differences of equal scores.
+    "sscl-supcon": [
+        {
+            "seed": seed, "b": 1, "c": 1, "d": 16, "v": 2, "dtype": torch.float32, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous"] * 4, "only": only, "isa": 0, "temperature": 0.05,
+            "reduction": "mean", "base": base, "size": 1.0, "mode": "all", "weighted": "", "positives": "groups",
+        }
+        for seed, only, base in ((78, 0, None), (92597, 1, 0.07))
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
