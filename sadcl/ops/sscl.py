@@ -41,7 +41,9 @@ class Outputs(NamedTuple):
     """The loss, and what the backward reads."""
 
     row_loss: Tensor  # accumulation dtype [B, V, C], 0 where inactive
-    lse: Tensor  # accumulation dtype [2, capacity * V]: pivot (the largest z_i.z_j, or 0), log sum e^(s_ij - pivot / T)
+    # accumulation dtype [2, capacity * V]: pivot (the largest z_i.z_j, or 0), log sum e^(s_ij - pivot / T); Triton's
+    # pivot is over T already, and in base 2
+    lse: Tensor
     norm: Tensor  # norm dtype [capacity * V]
     kept: Tensor  # accumulation dtype [keep]
 
