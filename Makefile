@@ -3,6 +3,7 @@
 #   make lint   ruff, mypy and clang-format                           make clean  remove what these made
 #   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
 #   make matrix     error budgets under several BLAS and instruction sets
+#   make fuzz   other cases every time, FUZZ times as many as make test (10)
 #   make compilers  aarch64 and clang (installed)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test matrix sanitize races compilers lint clean
+.PHONY: demo test fuzz matrix sanitize races compilers lint clean
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -32,6 +33,10 @@ demo: $(VENV)/train.stamp
 # Two processes of one thread each: what needs more threads sets them. make test PYTEST_ARGS="-n 0 tests/ops" for one.
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+FUZZ ?= 10
+fuzz: $(VENV)/test.stamp
+	SADCL_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/ops/test_fuzz.py $(PYTEST_ARGS)
 
 matrix: $(VENV)/test.stamp
 	$(BIN)/python -m tests.matrix
@@ -59,6 +64,7 @@ races: $(VENV)/test.stamp
 	test -f build/races/lib/sadcl/_C*.so
 	for threads in 2 3 8; do \
 		LD_PRELOAD="$$(clang++-$(LLVM) -print-file-name=libclang_rt.tsan-x86_64.so)" OMP_NUM_THREADS=$$threads \
+		OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0 \
 		OMP_TOOL_LIBRARIES="$$(clang++-$(LLVM) -print-resource-dir)/../../libarcher.so" \
 		TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66 log_path=build/races/report" \
 			setarch -R $(BIN)/python -m pytest -q -x -o pythonpath="build/races/lib ." -p no:cacheprovider \

@@ -1,20 +1,38 @@
-"""``python -m benchmarks [name ...]``: run the interleaved comparisons, all or those named (``sscl``, ``pscl``)."""
+"""``python -m benchmarks [name ...] [--report FOLDER]``: the interleaved comparisons, all or those named.
+
+Names are benches (``sscl``, ``pscl``, ...). ``--report`` also measures peak memory, and writes into the folder
+``benchmarks.json`` (every sample; ``python -m benchmarks.compare A B`` compares two of them), ``report.html`` (one file
+that needs nothing else) and its pictures as PNG.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import sys
 from pathlib import Path
 
+from benchmarks import harness, results
 
-def main(names: list[str]) -> None:
+
+def main(arguments: list[str] | None = None) -> None:
     known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-    unknown = sorted(set(names) - set(known))
-    if unknown:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="name", help=f"some of {', '.join(known)}")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write JSON, page and pictures there")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.names) - set(known)):
         raise SystemExit(f"benchmarks: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
-    for name in names or known:
+    harness.RECORD.memory = options.report is not None and Path("/proc/self/clear_refs").exists()
+    for name in options.names or known:
         importlib.import_module(f"benchmarks.bench_{name}").main()
+        if options.report is not None:  # after each, so that a run that is stopped leaves what it had
+            results.save(harness.RECORD, options.report / "benchmarks.json")
+    if options.report is not None:
+        from benchmarks import report
+
+        report.write(results.load(options.report / "benchmarks.json"), options.report)
+        print(f"\nwritten to {options.report / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

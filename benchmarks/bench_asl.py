@@ -66,15 +66,21 @@ def main() -> None:
     logits, labels = problem()
     for name in ENTRIES:
         gate(name)
-    timings = harness.interleave(
-        {name: harness.forward_backward(lambda x, f=entry: f(x, labels), logits) for name, entry in ENTRIES.items()}
+    harness.compare(
+        "asl",
+        f"ASL forward + backward, [{BATCH}, {CLASSES}] float32; floor: read logits and labels, write the gradient",
+        {name: harness.forward_backward(lambda x, f=entry: f(x, labels), logits) for name, entry in ENTRIES.items()},
+        traffic=3 * logits.numel() * 4,
     )
-    print(harness.machine())
-    harness.print_table(
-        f"ASL forward + backward, [{BATCH}, {CLASSES}] float32; floor: read logits and labels, write the gradient,"
-        " at copy bandwidth",
-        timings, "sadcl", 1e3 * 3 * logits.numel() * 4 / harness.copy_bandwidth(),
-    )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = {name: ENTRIES[name] for name in ("plain, torch.compile", "sadcl")}
+        runs = {
+            name: harness.forward_backward(lambda x, f=entry: f(x, labels), logits.to(dtype))
+            for name, entry in narrow.items()
+        }
+        runs["sadcl, float32"] = harness.forward_backward(lambda x: ENTRIES["sadcl"](x, labels), logits)
+        about = f"ASL forward + backward, [{BATCH}, {CLASSES}] {str(dtype)[6:]} logits, float32 labels"
+        harness.compare(f"asl {str(dtype)[6:]}", about, runs, traffic=logits.numel() * (2 + 4 + 2))
 
 
 if __name__ == "__main__":

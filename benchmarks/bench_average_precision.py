@@ -61,13 +61,13 @@ def test_average_precision(benchmark: Callable[..., object], name: str) -> None:
 def main() -> None:
     gate()
     arguments = problem()
-    timings = harness.interleave({name: lambda f=entry: f(*arguments) for name, entry in ENTRIES.items()}, rounds=9)
-    moved = arguments[0].numel() * (4 + 8)
-    print(harness.machine())
-    harness.print_table(
-        f"Average precision, {IMAGES} x {CLASSES} float32 scores, int64 labels; floor: reading both at copy bandwidth",
-        timings, "sadcl", 1e3 * moved / harness.copy_bandwidth(),
-    )  # fmt: skip
+    harness.compare(
+        "average_precision",
+        f"Average precision, {IMAGES} x {CLASSES} float32 scores, int64 labels; floor: read both",
+        {name: lambda f=entry: f(*arguments) for name, entry in ENTRIES.items()},
+        traffic=2 * arguments[0].numel() * (4 + 8),  # a copy writes what it reads
+        rounds=9,
+    )
 
 
 if __name__ == "__main__":

@@ -65,13 +65,14 @@ def main() -> None:
     arguments = problem()
     for name in ENTRIES:
         gate(name)
-    timings = harness.interleave({name: lambda f=entry: f(*arguments) for name, entry in ENTRIES.items()}, rounds=51)
-    written = 2 * int(((arguments[2].sigmoid() > THRESHOLD) & (arguments[3] == 1)).sum()) * WIDTH * 4
-    print(harness.machine())
-    harness.print_table(
-        f"Bank update, B{BATCH} C{CLASSES} E{WIDTH}; floor: the recognised rows at copy bandwidth",
-        timings, "sadcl", 1e3 * written / harness.copy_bandwidth(),
-    )  # fmt: skip
+    written = int(((arguments[2].sigmoid() > THRESHOLD) & (arguments[3] == 1)).sum()) * WIDTH * 4
+    harness.compare(
+        "bank",
+        f"Bank update, B{BATCH} C{CLASSES} E{WIDTH}; floor: copy the recognised rows",
+        {name: lambda f=entry: f(*arguments) for name, entry in ENTRIES.items()},
+        traffic=2 * written,
+        rounds=51,
+    )
 
 
 if __name__ == "__main__":

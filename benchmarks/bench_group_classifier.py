@@ -58,16 +58,16 @@ def main() -> None:
     *inputs, upstream = problem()
     for name in ENTRIES:
         gate(name)
-    timings = harness.interleave({
-        name: harness.forward_backward(lambda *v, f=entry: (f(*v) * upstream).sum(), *inputs)
-        for name, entry in ENTRIES.items()
-    })  # fmt: skip
-    print(harness.machine())
-    harness.print_table(
+    harness.compare(
+        "group_classifier",
         f"Group-wise classifier forward + backward, B{BATCH} C{CLASSES} E{WIDTH} float32; floor: read the features"
-        " twice, write their gradient, at copy bandwidth",
-        timings, "sadcl", 1e3 * 3 * inputs[0].numel() * 4 / harness.copy_bandwidth(),
-    )  # fmt: skip
+        " twice, write their gradient",
+        {
+            name: harness.forward_backward(lambda *v, f=entry: (f(*v) * upstream).sum(), *inputs)
+            for name, entry in ENTRIES.items()
+        },
+        traffic=3 * inputs[0].numel() * 4,
+    )
 
 
 if __name__ == "__main__":

@@ -89,17 +89,17 @@ def test_head(benchmark: Callable[..., object], batch: int, name: str) -> None:
 
 def main(batches: Sequence[int] = (8, 32)) -> None:
     gate()
-    print(harness.machine())
     for batch in batches:
-        entries = Step(batch).entries()
-        rounds = 5 if batch <= 8 else 2
-        timings = harness.interleave(entries, rounds=rounds, warmup=1, slow=0.0, slow_every=1)
-        peak = harness.fma_peak()
-        harness.print_table(
-            f"head + losses + bank + backward, B {batch}: {flops(batch) / 1e9:.0f} GFLOP of ours, "
-            f"{flops(batch) / timings['sadcl'].median / 1e6:.0f} GFLOP/s; floor: those at the FMA peak",
-            timings, "sadcl", 1e3 * flops(batch) / peak if peak else None,
-        )  # fmt: skip
+        harness.compare(
+            f"head {batch}",
+            f"head + losses + bank + backward, B {batch}, published sizes, float32",
+            Step(batch).entries(),
+            flops=flops(batch),
+            rounds=5 if batch <= 8 else 2,
+            warmup=1,
+            slow=0.0,
+            slow_every=1,
+        )
 
 
 if __name__ == "__main__":

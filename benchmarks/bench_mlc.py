@@ -132,24 +132,20 @@ def test_mlc(benchmark: Callable[..., object], weighting: str, name: str) -> Non
 def main() -> None:
     for name in ENTRIES:
         gate(name)
-    print(harness.machine())
-    peak = harness.fma_peak()
     for size in PROBLEMS:
         x, *others = problem(size)
-        flops = 6.0 * size.n * size.k * size.d if size.k else 4.0 * size.n * size.n * size.d
         for weighting in size.weightings:
-            timings = harness.interleave(
+            harness.compare(
+                f"mlc {weighting} {size.n} x {size.k or size.n}",
+                f"{weighting}, forward + backward, {size}, float32; floor: {'6 N K D' if size.k else '4 N^2 D'}",
                 {
                     name: harness.forward_backward(lambda x, f=entry, w=weighting, o=others: f(x, *o, w), x)
                     for name, entry in ENTRIES.items()
                 },
-                rounds=9, slow=2.0,
-            )  # fmt: skip
-            floor = "6 N K D" if size.k else "4 N^2 D"
-            harness.print_table(
-                f"{weighting}, forward + backward, {size}, float32; floor: {floor} at the FMA peak",
-                timings, "sadcl", 1e3 * flops / peak if peak else None,
-            )  # fmt: skip
+                flops=6.0 * size.n * size.k * size.d if size.k else 4.0 * size.n * size.n * size.d,
+                rounds=9,
+                slow=2.0,
+            )
 
 
 if __name__ == "__main__":

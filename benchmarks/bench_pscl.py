@@ -70,16 +70,27 @@ def main() -> None:
     features, prototypes, labels = problem()
     for name in ENTRIES:
         gate(name)
-    timings = harness.interleave({
-        name: harness.forward_backward(lambda x, p, f=entry: f(x, p, labels), features, prototypes)
-        for name, entry in ENTRIES.items()
-    })  # fmt: skip
-    print(harness.machine())
-    harness.print_table(
+    harness.compare(
+        "pscl coco",
         f"PSCL forward + backward, [{COCO.b}, {COCO.c}, {COCO.d}] float32; floor: read the features twice, write their"
-        " gradient, at copy bandwidth",
-        timings, "sadcl", 1e3 * 3 * features.numel() * 4 / harness.copy_bandwidth(),
-    )  # fmt: skip
+        " gradient",
+        {
+            name: harness.forward_backward(lambda x, p, f=entry: f(x, p, labels), features, prototypes)
+            for name, entry in ENTRIES.items()
+        },
+        traffic=3 * features.numel() * 4,
+    )
+    for dtype in (torch.bfloat16, torch.float16):
+        runs = {
+            name: harness.forward_backward(
+                lambda x, p, f=ENTRIES[name]: f(x, p, labels), features.to(dtype), prototypes.to(dtype)
+            )
+            for name in ("vectorised, torch.compile", "sadcl")
+        }
+        ours = ENTRIES["sadcl"]
+        runs["sadcl, float32"] = harness.forward_backward(lambda x, p: ours(x, p, labels), features, prototypes)
+        about = f"PSCL forward + backward, [{COCO.b}, {COCO.c}, {COCO.d}] {str(dtype)[6:]}"
+        harness.compare(f"pscl {str(dtype)[6:]}", about, runs, traffic=3 * features.numel() * 2)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Cases: ``coco`` (B32 V2 C80 D1024, 2.9 labels an image), ``large`` (8,192 active rows, D 1,024, 500 classes; the dense
 form would need N = 64,000 squared), ``tiny`` (B4 V2 C20 D64), and ``growth``: ours alone from N = 1,024 to 65,536 at
-D 256, against the N^2 D line. ``memory`` prints what one forward + backward adds to the process, beyond the features.
+D 256, against the N^2 D line; ``bfloat16``: the large case in that dtype.
 
 Floor, whichever is more: 4 N^2 D flops at the FMA peak (half the scores twice, by symmetry, and the gradient's
 product), or the gradient [B, V, C, D] written once at copy bandwidth.
@@ -81,31 +81,37 @@ def compare(name: str, case: Case) -> None:
     gate(case)
     features, labels = case.problem()
     runs = {n: harness.forward_backward(lambda x, f=f: f(x, labels), features) for n, f in case.entries().items()}
-    timings = harness.interleave(runs, case.rounds, slow_every=5 if name == "coco" else 1)
     rows = case.shape.v * int(labels.sum())
-    flops, peak = 4.0 * rows * rows * case.shape.d, harness.fma_peak()
-    floor = max(4 * features.numel() / harness.copy_bandwidth(), flops / peak if peak else 0.0)
-    harness.print_table(
-        f"SSCL forward + backward, {name}: {case.shape}, {rows} active rows, float32; "
-        f"{flops / 1e9:.3g} GFLOP, {flops / timings['sadcl'].median / 1e6:.0f} GFLOP/s of {peak / 1e9:.0f}",
-        timings, "sadcl", 1e3 * floor,
-    )  # fmt: skip
+    harness.compare(
+        f"sscl {name}",
+        f"SSCL forward + backward, {case.shape}, {rows} active rows, float32; floor: 4 N^2 D, or the gradient written",
+        runs,
+        flops=4.0 * rows * rows * case.shape.d,
+        traffic=4 * features.numel(),
+        rounds=case.rounds,
+        slow_every=5 if name == "coco" else 1,
+    )
 
 
-def memory() -> None:
-    """Bytes that one forward + backward adds, the gradient among them."""
-    for name, case in CASES.items():
-        features, labels = case.problem()
-        rows = case.shape.v * int(labels.sum())
-        print(f"\nSSCL peak memory beyond the inputs, {name}: gradient {4e-6 * features.numel():.1f} MB, "
-              f"6 N D floats {24e-6 * rows * case.shape.d:.1f} MB")  # fmt: skip
-        for entry, loss in case.entries().items():
-            used = harness.peak_memory(harness.forward_backward(lambda x, f=loss: f(x, labels), features))
-            print(f"  {entry:28s} {used / 1e6:10.1f} MB")
+def bfloat16() -> None:
+    """The large case in bfloat16, beside itself in float32: what its dot products are worth."""
+    case = CASES["large"]
+    features, labels = case.problem()
+    rows = case.shape.v * int(labels.sum())
+    compiled = "compacted, torch.compile"
+    runs = {
+        "sadcl, float32": harness.forward_backward(lambda x: ENTRIES["sadcl"](x, labels), features),
+        f"{compiled}, bfloat16": harness.forward_backward(lambda x: ENTRIES[compiled](x, labels), features.bfloat16()),
+        "sadcl": harness.forward_backward(lambda x: ENTRIES["sadcl"](x, labels), features.bfloat16()),
+    }
+    about = f"SSCL forward + backward, {case.shape}, {rows} active rows, bfloat16; the peak is float32's"
+    flops = 4.0 * rows * rows * case.shape.d
+    harness.compare("sscl large bfloat16", about, runs, flops=flops, rounds=case.rounds, slow_every=1)
 
 
 def growth(largest: int = GROWTH[-1]) -> None:
     """Time over N^2 D, and memory over N D, as N grows: both should be flat."""
+    lines = []
     print("\nSSCL growth, D 256, 100 classes, forward + backward of ours")
     print(f"  {'N':>8s} {'median':>12s} {'GFLOP/s':>9s} {'extra floats / (N D)':>22s}")
     for n in GROWTH:
@@ -116,21 +122,22 @@ def growth(largest: int = GROWTH[-1]) -> None:
         labels.view(-1)[:n] = 1
         run = harness.forward_backward(lambda x, y=labels: F.sample_contrastive_loss(x, y), features)
         timing = harness.interleave({"sadcl": run}, rounds=7 if n <= 8192 else 3, warmup=1, slow_every=1)["sadcl"]
-        extra = harness.peak_memory(run) / (4 * n * 256)
-        print(f"  {n:8d} {timing.median:10.1f}ms {4e-6 * n * n * 256 / timing.median:9.1f} {extra:22.1f}", flush=True)
+        lines.append((n, timing.median, 4e-6 * n * n * 256 / timing.median, harness.peak_memory(run) / (4 * n * 256)))
+        print("  {:8d} {:10.1f}ms {:9.1f} {:22.1f}".format(*lines[-1]), flush=True)
+    columns = ("N", "median ms", "GFLOP/s", "extra floats / (N D)")
+    harness.RECORD.series.append(harness.Series("sscl growth", "SSCL of ours, D 256, 100 classes", columns, lines))
 
 
 def main(cases: Sequence[str] = ()) -> None:
-    print(harness.machine())
-    for name in cases or (*CASES, "growth", "memory"):
+    for name in cases or (*CASES, "bfloat16", "growth"):
         if name in CASES:
             compare(name, CASES[name])
+        elif name == "bfloat16":
+            bfloat16()
         elif name == "growth":
             growth()
-        elif name == "memory":
-            memory()
         else:
-            raise SystemExit(f"bench_sscl: unknown case {name!r}; expected {', '.join(CASES)}, growth, memory")
+            raise SystemExit(f"bench_sscl: unknown case {name!r}; expected {', '.join(CASES)}, bfloat16, growth")
 
 
 if __name__ == "__main__":

@@ -71,16 +71,14 @@ def main() -> None:
     x, y = problem()
     for name in ENTRIES:
         gate(name)
-    timings = harness.interleave(
+    harness.compare(
+        "supcon",
+        f"SupCon forward + backward, [{ROWS}, {WIDTH}], {CLASSES} classes, float32; floor: 4 N^2 D",
         {name: harness.forward_backward(lambda x, f=entry: f(x, y), x) for name, entry in ENTRIES.items()},
-        rounds=9, slow=2.0,
-    )  # fmt: skip
-    print(harness.machine())
-    flops, peak = 4.0 * ROWS * ROWS * WIDTH, harness.fma_peak()
-    harness.print_table(
-        f"SupCon forward + backward, [{ROWS}, {WIDTH}], {CLASSES} classes, float32; floor: 4 N^2 D at the FMA peak",
-        timings, "sadcl", 1e3 * flops / peak if peak else None,
-    )  # fmt: skip
+        flops=4.0 * ROWS * ROWS * WIDTH,
+        rounds=9,
+        slow=2.0,
+    )
 
 
 if __name__ == "__main__":

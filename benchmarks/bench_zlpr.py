@@ -75,18 +75,19 @@ def test_zlpr(benchmark: Callable[..., object], loss: str, name: str) -> None:
 
 def main() -> None:
     logits, labels = problem()
-    print(harness.machine())
     for loss, entries in ENTRIES.items():
         for name in entries:
             gate(loss, name)
-        timings = harness.interleave(
-            {name: harness.forward_backward(lambda x, f=entry: f(x, labels), logits) for name, entry in entries.items()}
-        )
-        harness.print_table(
+        harness.compare(
+            loss,
             f"{loss} forward + backward, [{BATCH}, {CLASSES}] float32; floor: logits and labels in twice, the gradient"
-            " out, at copy bandwidth",
-            timings, "sadcl", 1e3 * 5 * logits.numel() * 4 / harness.copy_bandwidth(),
-        )  # fmt: skip
+            " out",
+            {
+                name: harness.forward_backward(lambda x, f=entry: f(x, labels), logits)
+                for name, entry in entries.items()
+            },
+            traffic=5 * logits.numel() * 4,
+        )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ class Workload:
         differentiable: how many.
         oracle: the float64 truth, called with the same inputs.
         entries: the ways to compute it; ``"sadcl"`` is ours.
+        parameters: of an entry, those of its module, which get gradients too; under ``"oracle"`` the oracle's.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Workload:
     differentiable: int
     oracle: Function
     entries: dict[str, Function]
+    parameters: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,19 +161,17 @@ def _attention(case: bench_label_attention.Case, device: torch.device) -> Worklo
     block = bench_label_attention.Block(case)
     for module in (block.ours, block.mha):
         module.to(device)
-    entries = {
-        name: entry
-        for name, (_, entry) in block.entries().items()
-        if name in ("nn.MultiheadAttention", "SDPA", "sadcl")
-    }
+    known = {name: block.entries()[name] for name in ("nn.MultiheadAttention", "SDPA", "sadcl")}
+    parameters = {name: list(module.parameters()) for name, (module, _) in known.items()}
     inputs = tuple(t.to(device) for t in (block.query, block.memory, block.pos))
-    wide = [p.detach().double() for p in block.ours.parameters()]
+    wide = [p.detach().double().requires_grad_() for p in block.ours.parameters()]
 
     def oracle(query: Tensor, memory: Tensor, pos: Tensor) -> Tensor:
         q, m, s = query.double(), memory.double(), pos.double()
         return attention_oracle(q, m, *wide, case.heads, memory_pos=s)[0].float()
 
-    return Workload("label_attention", str(case), inputs, 2, oracle, entries)
+    entries = {name: entry for name, (_, entry) in known.items()}
+    return Workload("label_attention", str(case), inputs, 2, oracle, entries, {**parameters, "oracle": wide})
 
 
 def _classifier(s: Shape, move: Callable[..., tuple[Any, ...]]) -> Workload:
@@ -205,11 +204,13 @@ def _bank(s: Shape, device: torch.device) -> Workload:
     return Workload("bank_update", f"[{s.b}, {s.c}, {s.d}]", inputs, 0, oracle, entries)
 
 
-def step(work: Workload, function: Function) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward, and backward where the op has one, with a fixed upstream gradient."""
+def step(work: Workload, name: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward, and backward where the op has one, with a fixed upstream gradient, of an entry or ``"oracle"``."""
+    function = work.oracle if name == "oracle" else work.entries[name]
     if work.differentiable == 0:
         return lambda: (function(*work.inputs),)
     leaves = [t.detach().requires_grad_() for t in work.inputs[: work.differentiable]]
+    wanted = [*leaves, *work.parameters.get(name, [])]
     rest = work.inputs[work.differentiable :]
     upstream: list[Tensor] = []
 
@@ -218,14 +219,14 @@ def step(work: Workload, function: Function) -> Callable[[], tuple[Tensor, ...]]
         if not upstream:
             generator = torch.Generator().manual_seed(1)
             upstream.append(torch.rand(value.shape, generator=generator).to(value) + 0.5)
-        return value.detach(), *torch.autograd.grad(value, leaves, upstream[0])
+        return value.detach(), *torch.autograd.grad(value, wanted, upstream[0])
 
     return run
 
 
-def check(work: Workload, function: Function, want: Sequence[Tensor]) -> None:
+def check(work: Workload, name: str, want: Sequence[Tensor]) -> None:
     """Raise AssertionError unless value and gradients are the oracle's, to 1e-4 of the largest entry."""
-    for got, truth in zip(step(work, function)(), want, strict=True):
+    for got, truth in zip(step(work, name)(), want, strict=True):
         size = float(truth.double().abs().max())
         torch.testing.assert_close(got.double(), truth.double(), rtol=1e-3, atol=1e-4 * max(size, 1e-30))
 
@@ -244,7 +245,7 @@ def time_cuda(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, h
             end.synchronize()
             if number >= 0:
                 samples[name].append(start.elapsed_time(end))
-    return {name: harness.Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return {name: harness.Timing.of(s) for name, s in samples.items()}
 
 
 def peak(run: Callable[[], object], device: torch.device) -> float:
@@ -263,15 +264,15 @@ def measure(work: Workload, device: torch.device, rounds: int) -> list[Row]:
     """Gate, then time, every entry of one workload."""
     backend = "triton" if device.type == "cuda" else "cpp"
     rows = {name: Row(work.name, work.shape, name, backend if name == "sadcl" else "") for name in work.entries}
-    want = step(work, work.oracle)()
+    want = step(work, "oracle")()
     runs = {}
-    for name, function in work.entries.items():
+    for name in work.entries:
         try:
-            check(work, function, want)
+            check(work, name, want)
         except (AssertionError, RuntimeError) as error:  # wrong, out of memory, or not able to run here
             rows[name].error = " ".join(str(error).split())[:300]
         else:
-            runs[name] = step(work, function)
+            runs[name] = step(work, name)
     del want
     timings = time_cuda(runs, rounds) if device.type == "cuda" else harness.interleave(runs, rounds, slow_every=1)
     for name, timing in timings.items():

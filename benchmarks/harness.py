@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +23,16 @@ import sadcl
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one entry: median, fastest and slowest of the rounds."""
+    """Milliseconds of one entry: median, fastest and slowest of the rounds, and all of them in their order."""
 
     median: float
     fastest: float
     slowest: float
+    samples: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        return cls(statistics.median(samples), min(samples), max(samples), tuple(samples))
 
 
 def interleave(
@@ -60,7 +68,7 @@ def interleave(
             last[name] = time.perf_counter() - start
             if number >= 0:
                 samples[name].append(1e3 * last[name])
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return {name: Timing.of(s) for name, s in samples.items()}
 
 
 def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -69,12 +77,26 @@ def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Callab
     return lambda: torch.autograd.grad(function(*leaves), leaves)
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second that ``copy_`` moves (read + write), all threads."""
-    source = torch.ones(megabytes << 18)
-    target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, rounds=5)["copy"]
-    return 2 * source.numel() * 4 / (timing.fastest * 1e-3)
+def copy_bandwidth(traffic: float = 512 << 20) -> float:
+    """Bytes a second that ``copy_`` moves, all threads, where ``traffic`` bytes are read and written in all.
+
+    Measured once a size (to a factor of 1.2) and process. What fits into a cache is copied there, several times as fast
+    as memory is: a floor by the bandwidth of memory would be no floor.
+    """
+    return _copy_bandwidth(round(math.log(max(traffic, 1 << 16), 1.2)))
+
+
+@functools.cache
+def _copy_bandwidth(size: int) -> float:
+    elements = int(1.2**size / 8)
+    source, target = torch.ones(elements), torch.empty(elements)
+    repeats = max(1, (16 << 20) // elements)
+
+    def copies() -> None:
+        for _ in range(repeats):
+            target.copy_(source)
+
+    return 8 * elements * repeats / (interleave({"copy": copies}, rounds=5)["copy"].fastest * 1e-3)
 
 
 def peak_memory(run: Callable[[], object]) -> int:
@@ -107,22 +129,122 @@ def fma_peak() -> float:
     return float(importlib.import_module("sadcl._C").fma_peak(torch.get_num_threads()))
 
 
-def print_table(title: str, timings: dict[str, Timing], ours: str, floor_ms: float | None = None) -> None:
-    """Print medians, spread, and the ratio of every entry to ours."""
-    print(f"\n{title}")
-    print(f"  {'':28s} {'median':>10s} {'fastest':>10s} {'slowest':>10s}   {'/ ours':>8s}")
-    for name, t in sorted(timings.items(), key=lambda item: -item[1].median):
-        ratio = t.median / timings[ours].median
-        print(f"  {name:28s} {t.median:8.2f}ms {t.fastest:8.2f}ms {t.slowest:8.2f}ms   {ratio:7.2f}x")
-    if floor_ms is not None:
-        print(f"  {'floor':28s} {floor_ms:8.2f}ms {'':23s}   {floor_ms / timings[ours].median:7.2f}x")
+@dataclass(frozen=True)
+class Row:
+    """One piece of work, measured: what ``--report`` draws and ``benchmarks.compare`` compares.
+
+    Attributes:
+        name: bench and case, the same in every run: ``"sscl coco"``.
+        about: shape, dtype, what is timed.
+        timings: by entry; ``"sadcl"`` is ours.
+        peak_mb: memory beyond the inputs, by entry; empty where it was not measured.
+        flops: of our form; None where bytes are what is counted.
+        traffic: bytes to and from memory at least; None where they do not bound it.
+        floor_ms: the longer of both at the rates measured beside; None where neither was counted.
+        bound: ``"FMA peak"`` or ``"copy bandwidth"``.
+    """
+
+    name: str
+    about: str
+    timings: dict[str, Timing]
+    peak_mb: dict[str, float]
+    flops: float | None = None
+    traffic: float | None = None
+    floor_ms: float | None = None
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A table of numbers over something that grows."""
+
+    name: str
+    about: str
+    columns: tuple[str, ...]
+    lines: list[tuple[float, ...]]
+
+
+@dataclass
+class Record:
+    """What this process measured so far; peak memory is measured where somebody will look at it."""
+
+    rows: list[Row] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    memory: bool = False
+
+
+RECORD = Record()
+
+
+def compare(
+    name: str,
+    about: str,
+    entries: dict[str, Callable[[], object]],
+    flops: float | None = None,
+    traffic: float | None = None,
+    **how: Any,
+) -> Row:
+    """Interleave the entries, measure the floor beside them, print the table, and keep it in :data:`RECORD`.
+
+    Args:
+        name: bench and case; the key under which runs are compared.
+        about: shape, dtype, what is timed.
+        entries: what to run; ``"sadcl"`` is ours.
+        flops: floating point operations of our form.
+        traffic: bytes that have to be read and written; their floor is a copy of as many, in the cache if they fit.
+        how: for :func:`interleave`.
+    """
+    if not RECORD.rows:
+        print(machine())
+    timings = interleave(entries, **how)
+    peak = fma_peak()
+    floors = {}
+    if flops is not None and peak:
+        floors["FMA peak"] = 1e3 * flops / peak
+    if traffic is not None:
+        floors["copy bandwidth"] = 1e3 * traffic / copy_bandwidth(traffic)
+    bound = max(floors, key=lambda key: floors[key], default="")
+    memory = {key: peak_memory(run) / 1e6 for key, run in entries.items()} if RECORD.memory else {}
+    row = Row(name, about, timings, memory, flops, traffic, floors.get(bound), bound)
+    RECORD.rows.append(row)
+    print_row(row)
+    return row
+
+
+def print_row(row: Row, ours: str = "sadcl") -> None:
+    """Medians, spread, the ratio of every entry to ours, memory, and the floor."""
+    base = row.timings[ours].median
+    print(f"\n{row.name}: {row.about}")
+    if row.flops is not None:
+        print(f"  {row.flops / 1e9:.3g} GFLOP of our form, {row.flops / base / 1e6:.0f} GFLOP/s")
+    print(
+        f"  {'':28s} {'median':>10s} {'fastest':>10s} {'slowest':>10s}   {'/ ours':>8s} {'MB' if row.peak_mb else ''}"
+    )
+    for name, t in sorted(row.timings.items(), key=lambda item: -item[1].median):
+        memory = f"{row.peak_mb[name]:9.1f}" if name in row.peak_mb else ""
+        times = f"{t.median:8.2f}ms {t.fastest:8.2f}ms {t.slowest:8.2f}ms"
+        print(f"  {name:28s} {times}   {t.median / base:7.2f}x {memory}")
+    if row.floor_ms is not None:
+        print(
+            f"  {f'floor ({row.bound})':28s} {row.floor_ms:8.2f}ms {'':23s}   {row.floor_ms / base:7.2f}x", flush=True
+        )
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine() -> str:
     """Where the numbers come from, and what the machine could do at that moment."""
     cpp = sadcl.backends()["cpp"]
     return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"cpp: {cpp.detail or cpp.reason}\n"
         f"in this run: float32 FMA peak {fma_peak() / 1e9:.0f} GFLOP/s, copy {copy_bandwidth() / 1e9:.0f} GB/s"
     )

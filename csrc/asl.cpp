@@ -230,11 +230,6 @@ bool convert(const S* x, int64_t stride, int64_t n, T* out) {
   return wrong;
 }
 
-template <class T, class S>
-void widen_all(const S* x, int64_t stride, int64_t n, T* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = T(widen(x[i * stride]));
-}
-
 // Elements of one row as contiguous T: where they are if that is what they are, else in `buffer`.
 template <class T>
 const T* contiguous(const Array& a, int64_t b, int64_t c, int64_t n, T* buffer, bool& wrong) {
@@ -244,8 +239,8 @@ const T* contiguous(const Array& a, int64_t b, int64_t c, int64_t n, T* buffer, 
   switch (a.dtype) {
     case kF32: convert(static_cast<const float*>(a.data) + offset, stride, n, buffer); break;
     case kF64: wrong = convert(static_cast<const double*>(a.data) + offset, stride, n, buffer); break;
-    case kBF16: widen_all(static_cast<const BFloat16*>(a.data) + offset, stride, n, buffer); break;
-    case kF16: widen_all(static_cast<const Float16*>(a.data) + offset, stride, n, buffer); break;
+    case kBF16: read_row_as(static_cast<const BFloat16*>(a.data) + offset, stride, n, buffer); break;
+    case kF16: read_row_as(static_cast<const Float16*>(a.data) + offset, stride, n, buffer); break;
     case kU8: convert(static_cast<const uint8_t*>(a.data) + offset, stride, n, buffer); break;
     case kI8: convert(static_cast<const int8_t*>(a.data) + offset, stride, n, buffer); break;
     case kI16: convert(static_cast<const int16_t*>(a.data) + offset, stride, n, buffer); break;

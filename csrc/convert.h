@@ -4,6 +4,7 @@
 
 #include "array.h"
 #include "isa.h"
+#include "simd.h"
 
 SADCL_KERNELS_BEGIN
 
@@ -62,10 +63,49 @@ SADCL_INLINE void narrow(float x, Float16* out) {
   out->bits = uint16_t(half | (sign >> 16));
 }
 
+#ifdef __F16C__
+// The same bits by instruction, whatever the denormal flags say: 16 or 8 elements at a time of contiguous rows.
+#ifdef __AVX512F__
+constexpr int64_t kHalves = 16;
+SADCL_INLINE void widen_halves(const Float16* x, float* out) {
+  _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+}
+SADCL_INLINE void narrow_halves(const float* x, Float16* out) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(_mm512_loadu_ps(x), kNearest));
+}
+#else
+constexpr int64_t kHalves = 8;
+SADCL_INLINE void widen_halves(const Float16* x, float* out) {
+  _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+SADCL_INLINE void narrow_halves(const float* x, Float16* out) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(_mm256_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+SADCL_INLINE int64_t widen_most(const Float16* x, int64_t n, float* out) {
+  int64_t d = 0;
+  for (; d + kHalves <= n; d += kHalves) widen_halves(x + d, out + d);
+  return d;
+}
+SADCL_INLINE int64_t narrow_most(const float* x, int64_t n, Float16* out) {
+  int64_t d = 0;
+  for (; d + kHalves <= n; d += kHalves) narrow_halves(x + d, out + d);
+  return d;
+}
+#else
+SADCL_INLINE int64_t widen_most(const Float16*, int64_t, float*) { return 0; }
+SADCL_INLINE int64_t narrow_most(const float*, int64_t, Float16*) { return 0; }
+#endif
+template <class S, class T>
+SADCL_INLINE int64_t widen_most(const S*, int64_t, T*) {
+  return 0;
+}
+
 template <class S, class T>
 SADCL_INLINE void read_row_as(const S* __restrict__ x, int64_t stride, int64_t n, T* __restrict__ out) {
   if (stride == 1) {
-    for (int64_t d = 0; d < n; ++d) out[d] = widen(x[d]);
+    for (int64_t d = widen_most(x, n, out); d < n; ++d) out[d] = widen(x[d]);
   } else {
     for (int64_t d = 0; d < n; ++d) out[d] = widen(x[d * stride]);
   }
@@ -89,7 +129,7 @@ inline void write_row(void* data, DType dtype, int64_t offset, int64_t n, const 
     for (int64_t d = 0; d < n; ++d) narrow(x[d], out + d);
   } else if (dtype == kF16) {
     Float16* out = static_cast<Float16*>(data) + offset;
-    for (int64_t d = 0; d < n; ++d) narrow(x[d], out + d);
+    for (int64_t d = narrow_most(x, n, out); d < n; ++d) narrow(x[d], out + d);
   } else {
     memcpy(static_cast<float*>(data) + offset, x, n * sizeof(float));
   }

@@ -44,7 +44,8 @@ inline py::dict& dtype_codes() {
 }
 
 inline Array array_of(const char* name, py::handle value) {
-  if (py::isinstance<Array>(value)) return value.cast<const Array&>();
+  static const py::handle kArray = py::type::of<Array>();
+  if (py::type::handle_of(value).is(kArray)) return value.cast<const Array&>();
   static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
   static PyObject* const kDtype = PyUnicode_InternFromString("dtype");
   static PyObject* const kShape = PyUnicode_InternFromString("shape");

@@ -29,9 +29,9 @@ struct Tile {
 
 // Terms of a sum that one step over elements E adds.
 template <class E>
-constexpr int kTerms = 1;
+inline constexpr int kTerms = 1;
 template <>
-constexpr int kTerms<Pair> = 2;
+inline constexpr int kTerms<Pair> = 2;
 
 template <class T>
 struct Accumulators {

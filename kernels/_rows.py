@@ -2,7 +2,8 @@
 
 Row ``i = p V + v`` belongs to pair ``p``. A staging kernel, the first launch of forward and backward, leaves per row
 
-``stat [4, rows]``     1 / (|x| scale), scale, and in the backward the anchor weight m and lse
+``stat [5, rows]``     1 / (|x| scale), scale, and in the backward the anchor weight m, the pivot (the largest score,
+                       in base 2) and m over the sum of exponentials: apart, for lse in float32 would lose digits
 ``segment [3, rows]``  first and last + 1 row of its class; its place in the contiguous gradient, (b V + v) C + c
 ``z [rows, width]``    x times scale, in x's dtype: a power of two brings |x| into [1, 2), which loses no bit
 
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
     """What the kernels after the staging one read: they take it whole, as ``table``, and its tensors are pointers."""
 
     z: Tensor  # [capacity, width]
-    stat: Tensor  # acc [4, capacity], or 5 with three moves of an image-level loss
+    stat: Tensor  # acc [5, capacity]
     segment: Tensor  # int32 [3, capacity]
     count: Tensor | None  # int32 [1], active pairs; None: every row is there
     views: int
@@ -86,9 +87,10 @@ def anchor_weight(table, rows, mask):
 
 
 @triton.jit
-def log_sum(table, rows, mask):
-    """lse, in the backward."""
-    return tl.load(table.stat + _plane(table, 3) + rows, mask=mask, other=0)
+def softmax_parts(table, rows, mask):
+    """Pivot and factor in the backward: ``m e^(s - lse)`` is the factor times ``2^(s2 - pivot)``, s2 in base 2."""
+    pivot = tl.load(table.stat + _plane(table, 3) + rows, mask=mask, other=0)
+    return pivot, tl.load(table.stat + _plane(table, 4) + rows, mask=mask, other=0)
 
 
 @triton.jit
@@ -240,6 +242,7 @@ def _stage_forward_kernel(
         mask = (rows >= n) & (rows < table.capacity)
         tl.store(norm_ptr + rows, tl.zeros([STEP], tl.float64), mask=mask)
         tl.store(lse_ptr + rows, tl.zeros([STEP], lse_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + _plane(table, 1) + rows, tl.zeros([STEP], lse_ptr.dtype.element_ty), mask=mask)
     for first in range(tl.program_id(0) * STEP, n_loss, tl.num_programs(0) * STEP):
         offs = first + tl.arange(0, STEP)
         tl.store(loss_ptr + offs, tl.zeros([STEP], loss_ptr.dtype.element_ty), mask=offs < n_loss)
@@ -271,13 +274,14 @@ def _stage_backward_kernel(
         place = _locate(pairs_ptr, table, rows, mask, sizes[0])
         norm = tl.load(norm_ptr + rows, mask=mask, other=0)
         _stage(x_ptr, class_ptr_ptr, table, place, rows, mask, norm, sizes, strides, NORMALIZE, BLOCK_D)
-        lse = tl.load(lse_ptr + rows, mask=mask, other=0)
+        log_sum = tl.load(lse_ptr + _plane(table, 1) + rows, mask=mask, other=0)
         m = tl.load(
             grad_rows_ptr + place[0] * strides[4] + place[1] * strides[5] + place[2] * strides[6], mask=mask, other=0
         ).to(ACC)
-        m = tl.where(lse == float("inf"), 0.0, m)
+        m = tl.where(log_sum == float("inf"), 0.0, m)
         tl.store(table.stat + _plane(table, 2) + rows, m, mask=mask)
-        tl.store(table.stat + _plane(table, 3) + rows, lse, mask=mask)
+        tl.store(table.stat + _plane(table, 3) + rows, tl.load(lse_ptr + rows, mask=mask, other=0), mask=mask)
+        tl.store(table.stat + _plane(table, 4) + rows, m * tl.exp(-log_sum), mask=mask)
         peak = tl.maximum(peak, tl.abs(m))
     tl.store(peak_ptr + tl.program_id(0), tl.max(peak))
 
@@ -375,7 +379,7 @@ def _allocate(features: Tensor, pairs: Tensor, class_ptr: Tensor) -> tuple[Rows,
     width = ceil_div(d, 16) * 16
     table = Rows(
         z=features.new_empty((capacity, width)),
-        stat=features.new_empty((4, capacity), dtype=accumulation_dtype(features.dtype)),
+        stat=features.new_empty((5, capacity), dtype=accumulation_dtype(features.dtype)),
         segment=pairs.new_empty((3, capacity)),
         count=class_ptr[-1:],
         views=v,

@@ -35,10 +35,9 @@ from .mlc_pairs import (
     make_pairs,
     pair_weights,
     policy_of,
-    scaled,
     table_of,
 )
-from .sscl import partition, product
+from .sscl import partition, scores
 
 _ITEMS_PER_PROCESSOR = 4
 _BLOCK_ROWS = 64
@@ -79,8 +78,7 @@ def _pair_sweep_kernel(
             mask_c = cols < pairs.col_end
             other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
             if SCORES:
-                s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
-                s, _ = scaled(table, s, rows, mask_r, cols, mask_c, over_tau)
+                s, _ = scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D, PRECISION)
                 x = s
                 if POLICY[0] == MSC:
                     x += log_factor(pairs, cols, ACC, POLICY)[None, :]

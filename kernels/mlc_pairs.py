@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._device import widen
 from ._launch import INTERPRET, ceil_div, launch
-from ._rows import moves, unit_factor
+from ._rows import moves
 
 # In the order of sadcl.portable.mlc.WEIGHTINGS; dense: weights are given.
 ALL, ANY, MULSUPCON, JACCARD, OVERLAP, SIMDIS, MSC, DENSE = (tl.constexpr(kind) for kind in range(8))
@@ -228,23 +228,12 @@ def log_factor(pairs, at, ACC: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def scaled(table, s, rows, mask_r, cols, mask_c, over_tau):
-    """Scores in base 2 from products of scaled rows, and the columns' unit factors.
-
-    The same bits with rows and columns exchanged, and in both passes: a softmax hangs on differences from its peak.
-    """
-    over_c = unit_factor(table, cols, mask_c)
-    return s * (unit_factor(table, rows, mask_r)[:, None] * over_c[None, :]) * over_tau, over_c
-
-
-@triton.jit
-def pair_moves(table, pairs, s, rows, mask_r, cols, mask_c, over_tau, alpha, POLICY: tl.constexpr):
-    """Tile of ``alpha (G_ij + G_ji) / (|x_j| scale_j)`` from products of scaled rows: what multiplies scaled columns.
+def pair_moves(table, pairs, s, over_c, rows, mask_r, cols, mask_c, POLICY: tl.constexpr):
+    """Tile of ``(G_ij + G_ji) over_c_j`` from scores in base 2.
 
     ``G_ij = push_i b_j 2^(s_ij - high_i) - pull_i f_ij``; a vector that is no anchor has neither push nor pull.
     """
     ACC: tl.constexpr = table.stat.dtype.element_ty
-    s, over_c = scaled(table, s, rows, mask_r, cols, mask_c, over_tau)
     forth, back, _ = pair_weights(pairs, rows, mask_r, cols, mask_c, ACC, POLICY)
     weight = tl.zeros([rows.shape[0], cols.shape[0]], ACC)
     if POLICY[5]:
@@ -264,7 +253,7 @@ def pair_moves(table, pairs, s, rows, mask_r, cols, mask_c, over_tau, alpha, POL
         if POLICY[0] != MULSUPCON:
             weight -= pull[None, :] * back
     other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
-    return tl.where(other, weight * (alpha * over_c)[None, :], 0.0)
+    return tl.where(other, weight * over_c[None, :], 0.0)
 
 
 @triton.jit

@@ -49,6 +49,17 @@ def product(table, rows, mask_r, cols, mask_c, BLOCK_D: tl.constexpr, PRECISION:
 
 
 @triton.jit
+def scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """Tile of scores times ``over_tau``, and the columns' unit factors.
+
+    The same bits with rows and columns exchanged, and in the backward: the softmax hangs on differences from the pivot.
+    """
+    s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
+    over_r, over_c = unit_factor(table, rows, mask_r), unit_factor(table, cols, mask_c)
+    return s * (over_r[:, None] * over_c[None, :]) * over_tau, over_c
+
+
+@triton.jit
 def _sweep_kernel(
     table,
     temperature_ptr,
@@ -69,7 +80,6 @@ def _sweep_kernel(
         row_block, split = item % row_blocks, item // row_blocks
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_r = rows < n
-        over_r = unit_factor(table, rows, mask_r) * over_tau
         first, last = segment(table, rows, mask_r)
         highest = tl.full([BLOCK_M], float("-inf"), ACC)
         total = tl.zeros([BLOCK_M], ACC)
@@ -78,9 +88,7 @@ def _sweep_kernel(
         for start in range(split * per_split * BLOCK_N, stop, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
             mask_c = cols < n
-            over_c = unit_factor(table, cols, mask_c)
-            s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
-            s = s * over_r[:, None] * over_c[None, :]
+            s, _ = scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D, PRECISION)
             other = mask_c[None, :] & (cols[None, :] != rows[:, None])
             same = other & (cols[None, :] >= first[:, None]) & (cols[None, :] < last[:, None])
             positive += tl.sum(tl.where(same, s, 0.0), axis=1)
@@ -104,7 +112,7 @@ def _combine_kernel(
     RELEASED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Merge the splits; write the rows' loss and log-sum-exp."""
+    """Merge the splits; write the rows' loss, pivot (in base 2) and log-sum over it."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     n = count_rows(table)
     row_blocks, splits, _ = partition(n, n, SLOTS, BLOCK_M, BLOCK_N)
@@ -130,17 +138,17 @@ def _combine_kernel(
             total = 1e-5 + total * tl.exp2(highest - pivot)
             mean -= tl.load(pair_maximum_ptr + rows, mask=mask, other=0)
         log_total = tl.log(tl.where(total == 0, 1.0, total))
-        lse = pivot * LN2 + log_total
         if RELEASED:
             loss = log_total - mean
         else:
-            loss = lse - mean
+            loss = pivot * LN2 + log_total - mean
         loss = tl.where(peers > 0, loss, 0.0)
-        lse = tl.where(peers > 0, lse, float("inf"))
+        log_total = tl.where(peers > 0, log_total, float("inf"))
         if overflowed(table):
             loss = tl.full([BLOCK_R], float("nan"), ACC)
-            lse = loss
-        tl.store(lse_ptr + rows, lse, mask=mask)
+            log_total = loss
+        tl.store(lse_ptr + rows, pivot, mask=mask)
+        tl.store(lse_ptr + tl.cast(table.capacity, tl.int64) + rows, log_total, mask=mask)
         tl.store(loss_ptr + slot(table, rows, mask), loss, mask=mask)  # [B, V, C]
 
 
@@ -230,9 +238,7 @@ def sscl(x: Any, out: Any) -> None:
     require_dtype(part, features.dtype)
     b, v, c, _ = features.shape
     capacity = pairs.shape[0] * v
-    pivot, lse = out.lse
-    pivot.zero_()  # a log-sum-exp is one number here, though float32 loses digits of it where scores are large
-    table = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, lse, out.row_loss)
+    table = stage_forward(features, pairs, x.class_ptr, x.normalize, out.norm, out.lse, out.row_loss)
     pair_maximum = _pair_maximum(table, pairs, x.temperature, b, c, part) if x.released else None
 
     precision = _tiles.precision(features.dtype, part)
@@ -248,7 +254,7 @@ def sscl(x: Any, out: Any) -> None:
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=tile.block_d,
                PRECISION=precision, **tile.options)  # fmt: skip
         launch(_combine_kernel, capped(part, ceil_div(capacity, 64), 4),
-               (table, partial, pair_maximum, lse, out.row_loss),
+               (table, partial, pair_maximum, out.lse, out.row_loss),
                SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, RELEASED=x.released, BLOCK_R=64, num_warps=2)  # fmt: skip
 
     kind = _tiles.kind_of(features.dtype, precision)

@@ -26,15 +26,15 @@ from ._rows import (
     anchor_weight,
     count_rows,
     load_rows,
-    log_sum,
     scale_factor,
     segment,
     slot,
+    softmax_parts,
     stage_backward,
     unit_factor,
 )
 from .mlc_pairs import pair_moves, with_apart
-from .sscl import partition, product
+from .sscl import partition, scores
 
 _FINISH_ROWS = 8
 
@@ -69,17 +69,15 @@ def _ranges(table, pairs):
 def _weights(table, rows, mask_r, cols, mask_c, over_tau, alpha, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Tile of ``alpha W_ij / (|x_j| scale_j)``, so that it multiplies the scaled rows."""
     ACC: tl.constexpr = table.stat.dtype.element_ty
-    s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
     # All that is loaded stands between the product and the exponentials: elsewhere it takes 50 registers more (sm_100).
-    over_c = unit_factor(table, cols, mask_c)
-    over_r = unit_factor(table, rows, mask_r)
-    s = s * (over_r * over_tau)[:, None] * over_c[None, :]
+    s, over_c = scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D, PRECISION)
     m_r, m_c = anchor_weight(table, rows, mask_r), anchor_weight(table, cols, mask_c)
-    lse_r, lse_c = log_sum(table, rows, mask_r) * LOG2E, log_sum(table, cols, mask_c) * LOG2E
+    pivot_r, factor_r = softmax_parts(table, rows, mask_r)
+    pivot_c, factor_c = softmax_parts(table, cols, mask_c)
     first, last = segment(table, rows, mask_r)
     over_peers = 1.0 / tl.maximum(last - first - 1, 1).to(ACC)
     same = (cols[None, :] >= first[:, None]) & (cols[None, :] < last[:, None])
-    weight = m_r[:, None] * tl.exp2(s - lse_r[:, None]) + m_c[None, :] * tl.exp2(s - lse_c[None, :])
+    weight = factor_r[:, None] * tl.exp2(s - pivot_r[:, None]) + factor_c[None, :] * tl.exp2(s - pivot_c[None, :])
     weight -= tl.where(same, (m_r[:, None] + m_c[None, :]) * over_peers[:, None], 0.0)
     other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
     return tl.where(other, weight * (alpha * over_c)[None, :], 0.0)
@@ -184,8 +182,8 @@ def _gradient_kernel(
                 if pairs is None:
                     weight = _weights(table, rows, mask_r, cols, mask_c, over_tau, alpha, BLOCK_D, PRECISION)
                 else:
-                    s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
-                    weight = pair_moves(table, pairs, s, rows, mask_r, cols, mask_c, over_tau, alpha, POLICY)
+                    s, over_c = scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D, PRECISION)
+                    weight = pair_moves(table, pairs, s, alpha * over_c, rows, mask_r, cols, mask_c, POLICY)
                 tl.store(
                     weight_rows[:, None] + (start - first + offs_n)[None, :],
                     narrow(weight, weight_ptr.dtype.element_ty),
@@ -266,7 +264,7 @@ def sscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
     part = part_of(features.device)
     require_dtype(part, features.dtype)
     table, peak = stage_backward(
-        upstream.grad_row_loss, features, x.pairs, x.class_ptr, saved.lse[1], saved.norm, x.normalize
+        upstream.grad_row_loss, features, x.pairs, x.class_ptr, saved.lse, saved.norm, x.normalize
     )
     out.grad_features.zero_()
     radial = table.stat.new_empty(table.capacity)

@@ -165,10 +165,13 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
         RuntimeError: if a backend asked for by name cannot run; there is no silent fallback.
     """
     asked = backend if backend is not None else os.environ.get("SADCL_BACKEND") or None
+    kind = device.type
     if asked is None:
+        if kind == "cpu" and implemented[0] == "cpp" and _FOUND["cpp"].available:
+            return "cpp"
         for name in implemented:
-            _refuse_misconfigured(name, device.type)
-            if not _why_not(name, device.type):
+            _refuse_misconfigured(name, kind)
+            if not _why_not(name, kind):
                 return name
         raise AssertionError(f"op {op} has no portable implementation")
     source = "backend" if backend is not None else "SADCL_BACKEND"
@@ -178,8 +181,8 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     if asked not in implemented:
         have = ", ".join((*implemented, "reference"))
         raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have})")
-    _refuse_misconfigured(asked, device.type)
-    why_not = _why_not(asked, device.type)
+    _refuse_misconfigured(asked, kind)
+    why_not = _why_not(asked, kind)
     if why_not:
         raise RuntimeError(f"{source}={asked!r} cannot run {op}: {why_not}")
     return asked

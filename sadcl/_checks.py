@@ -110,6 +110,11 @@ def check_label_values(labels: Tensor, name: str = "labels") -> None:
 
 def check_soft_labels(labels: Tensor) -> None:
     """Raise a ValueError that names the values outside [0, 1] that are not -1. Reads the labels: a sync on a GPU."""
+    if labels.numel() == 0 or labels.dtype == torch.bool:
+        return
+    lowest, highest = torch.aminmax(labels)
+    if lowest >= 0 and highest <= 1:  # one pass for what is usual; NaN takes the other way
+        return
     allowed = (labels >= 0) & (labels <= 1)
     if labels.dtype.is_signed:  # torch takes an unsigned 255 for -1
         allowed |= labels == -1

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._checks import holds_values
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -27,9 +29,13 @@ class Weights(NamedTuple):
         return values if self.of_class is None else values * self.of_class
 
 
-def reduce(values: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """``values`` as they are, their sum, or their sum over ``count`` (at least 1)."""
+def reduce(values: Tensor, count: Tensor, reduction: str, times: int = 1) -> Tensor:
+    """``values`` as they are, their sum, or their sum over ``count * times`` (at least 1)."""
     if reduction == "none":
         return values
     total = values.sum()
-    return total / count.clamp(min=1) if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    if count.device.type == "cpu" and holds_values(count):  # three small operators less, a twentieth of a small loss
+        return total / max(int(count) * times, 1)
+    return total / (count * times).clamp(min=1)

@@ -101,7 +101,7 @@ def finish(
         rows = rows * released_anchors(active.target, v)
         if scale is not None:
             rows = rows * scale
-    return reduce(weights.apply(rows), active.class_ptr[-1] * v, reduction)
+    return reduce(weights.apply(rows), active.class_ptr[-1], reduction, times=v)
 
 
 def released_anchors(target: Tensor, v: int) -> Tensor:

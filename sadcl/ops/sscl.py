@@ -41,7 +41,9 @@ class Outputs(NamedTuple):
     """The loss, and what the backward reads."""
 
     row_loss: Tensor  # accumulation dtype [B, V, C], 0 where inactive
-    lse: Tensor  # accumulation dtype [2, capacity * V]: pivot (the largest z_i.z_j, or 0), log sum e^(s_ij - pivot / T)
+    # accumulation dtype [2, capacity * V]: pivot (the largest z_i.z_j, or 0), log sum e^(s_ij - pivot / T); Triton's
+    # pivot is over T already, and in base 2
+    lse: Tensor
     norm: Tensor  # norm dtype [capacity * V]
     kept: Tensor  # accumulation dtype [keep]
 
@@ -52,9 +54,14 @@ _FEW_SCORES = extension().SSCL_FEW_SCORES if backends()["cpp"].available else 0
 
 def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, backend: str) -> int:
     """How many scores the forward keeps for the backward: none, unless one is coming."""
-    if backend != "cpp" or not torch.is_grad_enabled() or not (features.requires_grad or temperature.requires_grad):
+    if backend not in ("cpp", "torch") or not torch.is_grad_enabled():
+        return 0
+    if not (features.requires_grad or temperature.requires_grad):
         return 0
     v, d = features.shape[1], features.shape[3]
+    if backend == "torch":
+        traced = watched(class_ptr) or class_ptr.is_meta
+        return 0 if traced else portable.scores_to_keep(v * int(class_ptr[-1]))
     most = (pairs.shape[0] * v) ** 2
     if watched(class_ptr) or class_ptr.is_meta:
         # jit.trace would bake the number in; a comparison would make a graph for few rows and one for many.

@@ -55,16 +55,21 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     grad_temperature = -(grad_score * torch.where(valid, score, 0.0)).sum() / temperature
     wide = norm_p.dtype
     unit = prototypes.to(wide) / _safe(norm_p)[:, None]
-    grad_cosine = torch.where(valid, grad_score / temperature, 0.0)[..., None]
-    cosine = torch.where(valid, score * temperature, 0.0)[..., None]
-    has_length, grad_unit = (norm_x > 0)[..., None], torch.zeros_like(unit)
+    grad_cosine = torch.where(valid, grad_score / temperature, 0.0)
+    cosine = torch.where(valid, score * temperature, 0.0)
+    # With u = p / |p|, z = x / |x|, k = dL/dcos: dL/dx = k (u - cos z) / |x|, 0 for zero vectors, and
+    # dL/du = sum k (z - cos u): two factors a row, and one number a class.
+    along = torch.where(norm_x > 0, grad_cosine / _safe(norm_x), 0.0)
+    across = -along * cosine / _safe(norm_x)
+    grad_unit = -(grad_cosine * cosine).sum(dim=0)[:, None] * unit
     grad_features = features.new_empty(features.shape)
+    everything = features.device.type == "cpu" and bool(valid.all())  # elsewhere the host would wait
     for part in _chunks(features):
-        length = _safe(norm_x[part])[..., None]
-        z = torch.where(valid[part][..., None], features[part].to(wide), 0.0).div_(length)
-        # dL/dz through the normalisations: (u - cos z) / |x| and (z - cos u) / |p|, 0 for zero vectors
-        grad_unit += (grad_cosine[part] * (z - cosine[part] * unit)).sum(dim=0)
-        grad_features[part] = has_length[part] * grad_cosine[part] * (unit - cosine[part] * z) / length
+        z = features[part].to(along.dtype)
+        if not everything:
+            z = torch.where(valid[part][..., None], z, 0.0)
+        grad_unit += torch.einsum("bc,bcd->cd", along[part], z)
+        grad_features[part] = torch.addcmul(along[part][..., None] * unit, across[part][..., None], z)
     grad_prototypes = torch.where(norm_p[:, None] == 0, 0.0, grad_unit / _safe(norm_p)[:, None])
     return {
         "grad_features": grad_features,

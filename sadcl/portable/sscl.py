@@ -15,6 +15,13 @@ from .._dtypes import accumulation_dtype, norm_dtype
 
 # A block of scores holds at most this many elements (64 MB of float32).
 _BLOCK_ELEMENTS = 1 << 24
+# Scores of a small problem are kept for the backward (16 MB): one product of three.
+_KEPT_ELEMENTS = 1 << 22
+
+
+def scores_to_keep(n: int) -> int:
+    """How many scores of ``n`` rows the forward keeps."""
+    return n * n if n * n <= _KEPT_ELEMENTS else 0
 
 
 class _Rows(NamedTuple):
@@ -41,7 +48,7 @@ def _gather(features: Tensor, pairs: Tensor, class_ptr: Tensor, normalize: bool)
     wide = norm_dtype(features.device)
     if normalize:
         norm = torch.linalg.vector_norm(x.to(wide), dim=1)
-        z = torch.where(norm[:, None] == 0, 0.0, x.to(wide) / norm[:, None]).to(acc)
+        z = (x.to(wide) / torch.where(norm == 0, 1.0, norm)[:, None]).to(acc)  # a zero row stays one
     else:
         norm = torch.ones(x.shape[0], dtype=wide, device=x.device)
         z = x.to(acc)
@@ -66,16 +73,18 @@ def _products(z: Tensor, block: slice) -> Tensor:
 
 
 def forward(x: Any) -> dict[str, Tensor]:
-    """Outputs of :class:`sadcl.ops.sscl.Inputs`; no scores are kept."""
+    """Outputs of :class:`sadcl.ops.sscl.Inputs`."""
     b, v, c, _ = x.features.shape
     temperature, released = x.temperature, x.released
     _checks.check_positive("temperature", temperature)
     rows = _gather(x.features, x.pairs, x.class_ptr, x.normalize)
     z, n = rows.z, rows.z.shape[0]
     mean_positive = (z * (_group_sum(rows, z)[rows.group] - z)).sum(dim=1) / temperature / rows.peers.clamp(min=1)
-    pivot, log_sum = z.new_empty(n), z.new_empty(n)
+    pivot, log_sum, kept = z.new_empty(n), z.new_empty(n), z.new_empty(x.keep)
     for block in _blocks(n):
         products = _products(z, block)
+        if x.keep == n * n:
+            kept.copy_(products.view(-1))
         highest = products.amax(dim=1)
         pivot[block] = highest.clamp(min=0.0) if released else highest
         total = torch.exp((products - pivot[block, None]) / temperature).sum(dim=1)
@@ -92,7 +101,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     lse[0, :n] = pivot.masked_fill(~has_positive, 0.0)
     lse[1, :n] = log_sum.masked_fill(~has_positive, float("inf"))
     norm[:n] = rows.norm
-    return {"row_loss": row_loss, "lse": lse, "norm": norm, "kept": z.new_empty(0)}
+    return {"row_loss": row_loss, "lse": lse, "norm": norm, "kept": kept}
 
 
 def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor) -> Tensor:
@@ -136,20 +145,25 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     g = torch.zeros_like(z)
     for block in _blocks(n):
         # Both sides from the rows' own products: z_j.z_i need not have the bits of z_i.z_j, and pivots are the rows'.
-        logits = (_products(z, block) - pivot[block, None]) / temperature - log_sum[block, None]
-        weight = m[block, None] * torch.exp(logits)
+        kept = saved.kept.numel() > 0 and saved.kept.numel() == n * n
+        products = saved.kept.view(n, n) if kept else _products(z, block)
+        weight = m[block, None] * torch.exp((products - pivot[block, None]) / temperature - log_sum[block, None])
+        if block.stop - block.start == n:
+            g = (weight + weight.t()) @ z
+            break
         g[block] += weight @ z
         g += weight.t() @ z[block]
     class_sum, weighted_sum = _group_sum(rows, z), _group_sum(rows, m[:, None] * z)
     numerator = m[:, None] * class_sum[rows.group] + weighted_sum[rows.group] - 2.0 * m[:, None] * z
     # peers = 0 leaves no numerator: m is 0 there, and the class sums are the row's own.
-    g = (g - torch.where(rows.peers[:, None] > 0, numerator / rows.peers.clamp(min=1)[:, None], 0.0)) / temperature
+    g = (g - numerator / rows.peers.clamp(min=1)[:, None]) / temperature
     radial = (z * g).sum(dim=1)
     grad_temperature = -radial.sum() / (2.0 * temperature)
     if x.normalize:
         scale = saved.norm[:n, None]
         tangential = (g - z * radial[:, None]).to(scale.dtype)
-        g = torch.where(scale == 0, 0.0, tangential / scale).to(z.dtype)
+        none = scale == 0
+        g = (tangential / torch.where(none, 1.0, scale)).masked_fill_(none, 0.0).to(z.dtype)
     grad_features = features.new_zeros(features.shape)
     grad_features[rows.image, :, rows.label] = g.reshape(rows.image.shape[0], v, features.shape[3]).to(features.dtype)
     return {"grad_features": grad_features, "grad_temperature": grad_temperature}

@@ -107,7 +107,9 @@ def mlc(
         factor = torch.ones_like(s)
         if prototypes is not None:
             factor[: -prototypes.shape[0]] = beta
-        losses.append((w * (torch.logsumexp(s + factor.log(), 0) - s)).sum())
+        # Kernels make scores twice, and here the two cancel: a budget of roundings has to see both.
+        again = (z[other] @ as_vectors(x[i])) / temperature
+        losses.append(w.sum() * torch.logsumexp(s + factor.log(), 0) - (w * again).sum())
     return torch.stack([torch.as_tensor(loss, device=z.device) for loss in losses]).reshape(b, v)
 
 

@@ -43,18 +43,20 @@ def sscl(features: Tensor, target: Tensor, temperature: Tensor | float, released
     row_class = class_of_pair.repeat_interleave(v)
     n = z.shape[0]
     s = z @ z.t() / temperature
+    # Kernels make scores twice, and here the two cancel: a budget of roundings has to see both.
+    again = z @ z.t() / temperature
     is_self = torch.eye(n, dtype=torch.bool, device=z.device)
     positive = (row_class[:, None] == row_class[None, :]) & ~is_self
     n_positive = positive.sum(dim=1)
     others = s.masked_fill(is_self, float("-inf"))
     if released:
-        r = torch.cat([others, others.new_zeros(n, 1)], dim=1).amax(dim=1).detach()
+        r = torch.cat([again.masked_fill(is_self, 0.0), others.new_zeros(n, 1)], dim=1).amax(dim=1).detach()
         normaliser = torch.log(1e-5 + torch.exp(others - r[:, None]).sum(dim=1))
-        numerator = s - _pair_maximum(x, target, image_of_pair, temperature).detach()
+        numerator = again - _pair_maximum(x, target, image_of_pair, temperature).detach()
     else:
         has_other = n > 1
         normaliser = torch.logsumexp(others, dim=1) if has_other else others.new_zeros(n)
-        numerator = s
+        numerator = again
     mean_positive = torch.where(positive, numerator, 0.0).sum(dim=1) / n_positive.clamp(min=1)
     loss = torch.where(n_positive > 0, normaliser - mean_positive, 0.0)
     out = x.new_zeros(b, v, c).index_put(

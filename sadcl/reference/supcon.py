@@ -33,5 +33,6 @@ def supcon(features: Tensor, positive_weight: Tensor, temperature: Tensor | floa
     total = weight.sum(dim=1)
     has_positive = total > 0
     normaliser = torch.logsumexp(s.masked_fill(is_self, float("-inf")), dim=1)
-    mean_positive = (weight * s).sum(dim=1) / torch.where(has_positive, total, 1.0)
+    # Kernels make scores twice, and here the two cancel: a budget of roundings has to see both.
+    mean_positive = (weight * (x @ x.t() / temperature)).sum(dim=1) / torch.where(has_positive, total, 1.0)
     return torch.where(has_positive, normaliser - mean_positive, 0.0).reshape(b, v)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 RAGGED = (
     "random",
@@ -95,8 +96,9 @@ _EXACT = {
     "empty", "empty_like", "eye", "fill", "flip", "full", "full_like", "gather", "index", "index_put", "index_select",
     "lift_fresh", "masked_fill", "masked_scatter", "max", "maximum", "min", "minimum", "nan_to_num", "neg",
     "new_empty", "new_empty_strided", "new_full", "new_zeros", "ones", "ones_like", "relu", "repeat", "scalar_tensor",
-    "scatter", "select_backward", "sgn", "sign", "slice_backward", "sort", "stack", "threshold_backward", "topk",
-    "where", "zero", "zeros", "zeros_like", "_to_copy", "_unsafe_view",
+    "scatter", "select_backward", "sgn", "sign", "slice_backward", "sort", "squeeze", "stack", "t",
+    "threshold_backward", "topk", "transpose", "unsqueeze", "where", "zero", "zeros", "zeros_like", "_to_copy",
+    "_unsafe_view",
 }  # fmt: skip
 _SUMS = {"addmm", "addmv", "baddbmm", "bmm", "cumsum", "dot", "index_add", "mean", "mm", "mv", "sum"}
 # Operators that are several roundings; torch has their parts.
@@ -129,7 +131,8 @@ class Rounded(TorchDispatchMode):
     """Context in which float64 arithmetic, gradients included, makes the rounding errors of a narrower one, drawn.
 
     Every result moves by up to the unit roundoff of its own size, and every sum of products by up to that of the sum of
-    its terms' sizes, which is what cancels. The errors come from ``seed`` and from the values alone: neither BLAS nor
+    its terms' sizes, which is what cancels. What the backward reads of the forward moves once more, for kernels make it
+    again. The errors come from ``seed`` and from the values alone: neither BLAS nor
     instruction set nor threads have a part in them. An operator that is neither known to be exact nor pointwise nor a
     sum is refused.
     """
@@ -139,7 +142,47 @@ class Rounded(TorchDispatchMode):
         self.unit = torch.finfo(arithmetic).eps / 2
         # Products of narrow numbers are summed in float32 and rounded once.
         self.sum_unit = min(self.unit, torch.finfo(torch.float32).eps / 2)
+        self.smallest = torch.finfo(torch.promote_types(arithmetic, torch.float32)).smallest_normal
         self.generator = torch.Generator().manual_seed(seed)
+        self.terms = WeakTensorKeyDictionary()  # of products and what they were scaled to: the sum of the terms' sizes
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._again)
+
+    def __enter__(self) -> Any:
+        self.hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self.hooks.__exit__(*raised)
+
+    def _again(self, x: Tensor) -> Tensor:
+        """A tensor that the forward has saved, as a kernel makes it again; inputs are what they are."""
+        if not x.is_floating_point() or (x.is_leaf and x.requires_grad):
+            return x
+        with _disable_current_modes(), torch.no_grad():
+            terms = self.terms.get(x)
+            return x + self._drawn(self._each(x) if terms is None else self.sum_unit * terms)
+
+    def _each(self, x: Tensor) -> Tensor:
+        """How far each of ``x`` moves; what is below the smallest normal number may become 0."""
+        size = x.abs()
+        return torch.where(size < self.smallest, size, self.unit * size)
+
+    def _drawn(self, size: Tensor) -> Tensor:
+        draw = torch.rand(size.shape, generator=self.generator, dtype=torch.float64, device=size.device).mul_(2).sub_(1)
+        return draw.mul_(size).nan_to_num_(0.0, 0.0, 0.0)  # infinities stay what they are
+
+    def _carry(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        """What of a product's terms is left after a scaling, a shift or a mask."""
+        name = func._schema.name.removeprefix("aten::")
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        terms = None if first is None else self.terms.get(first)
+        if terms is None or not isinstance(out, Tensor) or out.shape != terms.shape:
+            return
+        if name in ("div", "mul", "masked_fill"):
+            self.terms[out] = func(terms, *args[1:]).abs()
+        elif name in ("add", "sub"):
+            self.terms[out] = terms
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -150,17 +193,18 @@ class Rounded(TorchDispatchMode):
             with self:
                 return _parts()[func](*args, **kwargs)
         out = func(*args, **kwargs)
+        if self.terms:
+            self._carry(func, args, out)
         if kind == "exact" or not any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(out)):
             return out
         if kind == "sum":
-            terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
+            self.terms[out] = terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
             size = self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs()
         elif kind == "each" and isinstance(out, Tensor):
-            size = self.unit * out.abs()
+            size = self._each(out)
         else:
             raise NotImplementedError(f"{func}: how it rounds is not known here")
-        draw = torch.rand(out.shape, generator=self.generator, dtype=torch.float64, device=out.device).mul_(2).sub_(1)
-        return out.add_(draw.mul_(size).nan_to_num_(0.0, 0.0, 0.0))  # infinities stay what they are
+        return out.add_(self._drawn(size))
 
 
 @dataclass(frozen=True)

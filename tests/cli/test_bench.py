@@ -62,8 +62,15 @@ def test_every_op_has_a_workload_with_ours_in_it() -> None:
         "sscl", "pscl", "dual", "asl", "supcon", "label_attention", "group_classifier", "bank_update",
     }  # fmt: skip
     for work in chosen:
-        want = device.step(work, work.oracle)()
-        device.check(work, work.entries["sadcl"], want)
+        want = device.step(work, "oracle")()
+        device.check(work, "sadcl", want)
+
+
+def test_label_attention_is_timed_with_its_parameters_gradients() -> None:
+    """What ``python -m benchmarks label_attention`` times: one definition of the work."""
+    (work,) = (w for w in device.workloads(CPU, quick=True) if w.name == "label_attention")
+    for name in (*work.entries, "oracle"):
+        assert len(device.step(work, name)()) == 1 + 2 + 4, name  # value; query, memory; weights and biases
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

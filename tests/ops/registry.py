@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import fuzz
 import torch
 
 from benchmarks import roofline
@@ -23,6 +24,7 @@ EXEMPT = {
     ("label_attention_core", "benchmark"): "label attention's on a GPU",
     ("label_attention_core", "roofline"): "label attention's counts hold its projections too",
     ("label_attention_core", "tests"): "tests/interpreted/test_triton_label_attention.py: it has no CPU kernel",
+    ("label_attention_core", "fuzz"): "label attention's generator draws it where Triton runs it",
     ("linear", "workload"): "on a GPU it is torch's product",
     ("linear", "benchmark"): "benchmarks/bench_head.py: it is most of a head's step",
     ("linear", "roofline"): "on a GPU it is torch's product",
@@ -42,6 +44,8 @@ def lacks(name: str) -> list[str]:
         missing.append("oracle: an entry in sadcl.testing.oracles.ORACLES")
     if name not in EXAMPLES:
         missing.append("example: an entry in sadcl.testing.examples.EXAMPLES")
+    if name not in fuzz.GENERATORS:
+        missing.append("fuzz: an entry in tests/fuzz/losses.py or layers.py")
     if not {"torch"} & set(op.backends) and name not in ("dual", "label_attention", "label_attention_core", "linear"):
         missing.append(f"portable: sadcl/portable/{file}.py, as the implementation 'torch'")
     if not (list((ROOT / "tests" / "ops").glob(f"test_*{file}.py"))):

@@ -61,6 +61,7 @@ def test_few_rows(shape: tuple[int, ...], every_isa: str) -> None:
 
 
 @pytest.mark.budget
+@pytest.mark.published
 def test_many_rows(every_isa: str) -> None:
     check(*case(300, 2, 8, 40, labels_per_image=2))
 

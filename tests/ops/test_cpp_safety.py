@@ -18,6 +18,7 @@ from sadcl import metrics
 from sadcl.bank import MemoryBank
 from sadcl.functional.linear import linear
 from sadcl.head import GroupClassifier
+from sadcl.ops._library import OPS
 from sadcl.testing import make_features, make_labels, value_and_grads
 
 _C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
@@ -73,6 +74,10 @@ NAMES = tuple(jobs())
 @pytest.fixture(autouse=True)
 def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SADCL_LINEAR", "cpp")
+
+
+def test_every_op_is_a_job() -> None:
+    assert {name.removesuffix("_update") for name, op in OPS.items() if "cpp" in op.backends} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -265,7 +265,13 @@ def budgets(shape: tuple[int, ...], temperature: float) -> tuple[Budget, ...]:
 
 @pytest.mark.budget
 @pytest.mark.parametrize("temperature", [0.2, 0.07])
-@pytest.mark.parametrize("shape", [(40, 2, 12, 64), (90, 2, 16, 257), (60, 1, 20, 1024)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (40, 2, 12, 64),
+        *(pytest.param(size, marks=pytest.mark.published) for size in [(90, 2, 16, 257), (60, 1, 20, 1024)]),
+    ],
+)
 def test_error_budget(shape, temperature: float, every_isa: str) -> None:
     x, labels, weights = make(*shape)
     run = Run(x, labels, temperature, anchor_weights=weights)

@@ -81,6 +81,17 @@ def twice(folder: Path) -> dict[tuple[str, str], list[str]]:
     return {name: files for name, files in definitions(folder).items() if len(files) > 1}
 
 
+def specialised(folder: Path) -> list[str]:
+    """Whole specialisations of functions and variables in headers that are not inline: clang defines one a file."""
+    whole = re.compile(r"template\s*<>\s*(\w+)([^;{=(]*)")
+    return [
+        f"{path.name}: {first}{rest.rstrip()}"
+        for path in sorted(folder.glob("*.h"))
+        for first, rest in whole.findall(code(path))
+        if first not in ("inline", "SADCL_INLINE", "struct", "class")
+    ]
+
+
 def test_files_compiled_per_instruction_set_see_no_cpp_header() -> None:
     assert forbidden_includes(CSRC, per_isa_sources()) == []
 
@@ -91,6 +102,10 @@ def test_no_two_definitions_of_one_name() -> None:
     assert twice(CSRC) == {}
 
 
+def test_specialisations_in_headers_are_inline() -> None:
+    assert specialised(CSRC) == []
+
+
 def test_the_checks_see_what_they_are_for(tmp_path: Path) -> None:
     """The faults that were there once: <chrono> in a per-ISA file, here two files away, and two structs Block."""
     begin, end = "SADCL_KERNELS_BEGIN\n", "SADCL_KERNELS_END\n"
@@ -99,9 +114,12 @@ def test_the_checks_see_what_they_are_for(tmp_path: Path) -> None:
     files = {
         "a.h": f'#include "b.h"\n// #include <vector>\n{begin}{block}{unnamed}{end}',
         "b.h": "#include <math.h>\n  # include <chrono>\nnamespace sadcl {\nclass Block {};\n}\n",
+        "c.h": "template <>\nconstexpr int kTerms<Pair> = 2;\ntemplate <>\nstruct Own<int> {};\n"
+        "template <>\ninline constexpr int kTerms<Own> = 3;\n",
         "k.cpp": f'#include "a.h"\n{begin}struct Inner;\n{block}{unnamed}{end}class Inner {{}};\n',
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert forbidden_includes(tmp_path, ["k.cpp"]) == ["k.cpp -> a.h -> b.h -> <chrono>"]
+    assert specialised(tmp_path) == ["c.h: constexpr int kTerms<Pair>"]
     assert twice(tmp_path) == {("sadcl::SADCL_ISA", "Block"): ["a.h", "k.cpp"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import fuzz
 import pytest
 import registry
 import torch
@@ -105,10 +106,11 @@ def test_a_declaration_is_all_that_autograd_and_compilers_need(hinge: Op) -> Non
 
 def test_what_a_new_op_lacks_is_named(hinge: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part.split(":")[0] for part in registry.lacks("hinge")] == [
-        "oracle", "example", "tests", "benchmark", "workload", "roofline",
+        "oracle", "example", "fuzz", "tests", "benchmark", "workload", "roofline",
     ]  # fmt: skip
     monkeypatch.setitem(ORACLES, "hinge", lambda x: (forward(x)["loss"].double(),))
     monkeypatch.setitem(EXAMPLES, "hinge", lambda make: iter([Inputs(make.normal(4, 3), 0.1, False)]))
+    monkeypatch.setitem(fuzz.GENERATORS, "hinge", fuzz.Generator(lambda case: None))
     assert [part.split(":")[0] for part in registry.lacks("hinge")] == ["tests", "benchmark", "workload", "roofline"]
 
 

@@ -1,0 +1,87 @@
+"""Drawn shapes, strides, dtypes, labels and options of every public function, held to the float64 oracle's budget.
+
+``SADCL_FUZZ=10`` draws ten times as many cases, other ones every time (``--hypothesis-seed=N`` for the same ones), and
+keeps what failed in ``.hypothesis`` to try it first the next time. A fault that was found goes to :data:`FOUND`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import conftest
+import fuzz
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sadcl
+
+MORE = int(os.environ.get("SADCL_FUZZ", "0"))
+CASES = 2000 * max(MORE, 1)
+ISAS = conftest._isas()
+BACKENDS = [name for name in ("cpp", "torch") if sadcl.backends()[name].available]
+
+# What was found, by generator: cases whose right result is a test for ever.
+FOUND: dict[str, list[dict[str, Any]]] = {
+    # A probability below float32's smallest normal number, times the factor of the reduction.
+    "asl": [
+        {
+            "seed": 323934, "b": 5, "c": 3, "d": 1, "v": 1, "dtype": torch.float32, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous"] * 4, "only": 0, "isa": 0, "gamma_neg": 0,
+            "gamma_pos": 0, "clip": 0.0, "eps": 1e-8, "detach_focal_weight": False, "soft": False, "poisoned": False,
+            "reduction": "released", "weighted": "", "size": 100.0,
+        },
+    ],
+    # Two rows, whose losses and gradients are differences of equal scores.
+    "sscl-supcon": [
+        {
+            "seed": seed, "b": 1, "c": 1, "d": 16, "v": 2, "dtype": torch.float32, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous"] * 4, "only": only, "isa": 0, "temperature": 0.05,
+            "reduction": "mean", "base": base, "size": 1.0, "mode": "all", "weighted": "", "positives": "groups",
+        }
+        for seed, only, base in ((78, 0, None), (92597, 1, 0.07))
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _isa_as_before():
+    if not ISAS:
+        yield
+        return
+    extension = importlib.import_module("sadcl._C")
+    before = extension.isa()
+    yield
+    extension.set_isa(before)
+
+
+def hold(name: str, case: dict[str, Any], backend: str) -> None:
+    if ISAS:
+        importlib.import_module("sadcl._C").set_isa(ISAS[case["isa"] % len(ISAS)])
+    fuzz.hold(fuzz.GENERATORS[name], case, backend)
+
+
+@pytest.mark.parametrize("name", fuzz.GENERATORS)
+@settings(
+    max_examples=CASES // len(fuzz.GENERATORS),
+    deadline=None,
+    derandomize=not MORE,
+    database=settings.default.database if MORE else None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_results_and_gradients_are_the_oracles(name: str, data: st.DataObject) -> None:
+    backends = [backend for backend in BACKENDS if backend in fuzz.GENERATORS[name].backends]
+    case = data.draw(fuzz.cases(name))
+    hold(name, case, data.draw(st.sampled_from(backends)))
+
+
+@pytest.mark.parametrize("name, number", [(name, i) for name, found in FOUND.items() for i in range(len(found))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_found(name: str, number: int, backend: str) -> None:
+    if backend in fuzz.GENERATORS[name].backends:
+        hold(name, FOUND[name][number], backend)
