@@ -4,6 +4,7 @@
 #   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
 #   make matrix     error budgets under several BLAS and instruction sets
 #   make fuzz   other cases every time, FUZZ times as many as make test (10)
+#   make gpu    on a machine with a GPU: build, check, sanitize, time (DRY=1: the same script without one)
 #   make compilers  aarch64 and clang (installed)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test fuzz matrix sanitize races compilers lint clean
+.PHONY: demo test gpu fuzz matrix sanitize races compilers lint clean
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -37,6 +38,10 @@ test: $(VENV)/test.stamp
 FUZZ ?= 10
 fuzz: $(VENV)/test.stamp
 	SADCL_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/ops/test_fuzz.py $(PYTEST_ARGS)
+
+# With the Python that has torch and Triton there: no environment is made, nothing is fetched.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(OPS),--ops $(OPS))
 
 matrix: $(VENV)/test.stamp
 	$(BIN)/python -m tests.matrix

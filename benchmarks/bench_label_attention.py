@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import harness
 from sadcl.attention import LabelAttention
@@ -85,6 +86,13 @@ class Block:
 
     def _sdpa(self, query: Tensor, memory: Tensor, pos: Tensor) -> Tensor:
         """The best form with scaled_dot_product_attention: shared queries projected once, no weights."""
+        return self._around(F.scaled_dot_product_attention, query, memory, pos)
+
+    def flex(self, query: Tensor, memory: Tensor, pos: Tensor) -> Tensor:
+        """The same with FlexAttention, which has a backward on GPUs alone."""
+        return self._around(torch.compile(flex_attention), query, memory, pos)
+
+    def _around(self, attend: Callable[..., Tensor], query: Tensor, memory: Tensor, pos: Tensor) -> Tensor:
         m, heads = self.mha, self.case.heads
         projected = (
             F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(-3, -2).expand(self.case.batch, -1, -1, -1)
@@ -92,7 +100,7 @@ class Block:
                 (query, memory + pos, memory), m.in_proj_weight.chunk(3), m.in_proj_bias.chunk(3), strict=True
             )
         )
-        return m.out_proj(F.scaled_dot_product_attention(*projected).transpose(1, 2).flatten(2))
+        return m.out_proj(attend(*projected).transpose(1, 2).flatten(2))
 
     def step(self, name: str, backward: bool) -> Callable[[], object]:
         """One forward, or forward and backward for query, memory and all parameters."""

@@ -171,6 +171,8 @@ def _attention(case: bench_label_attention.Case, device: torch.device) -> Worklo
         return attention_oracle(q, m, *wide, case.heads, memory_pos=s)[0].float()
 
     entries = {name: entry for name, (_, entry) in known.items()}
+    if device.type == "cuda":
+        entries["FlexAttention"], parameters["FlexAttention"] = block.flex, parameters["SDPA"]
     return Workload("label_attention", str(case), inputs, 2, oracle, entries, {**parameters, "oracle": wide})
 
 
@@ -338,3 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.write_text(json.dumps(content, indent=1))
     print("\n" + table(rows) + f"\n\nwritten to {options.output}")
     return int(any(row.error for row in rows if row.entry == "sadcl"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

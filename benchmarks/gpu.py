@@ -1,0 +1,243 @@
+"""``make gpu``: build, check, sanitize and time everything on a machine with a GPU, without a network; one JSON.
+
+Steps run in processes of their own, in this order: ``build`` (in place, with what is installed), ``gate DTYPE`` (every
+op that Triton has, values and gradients on its examples, against the float64 oracle within its error budget),
+``memcheck``, ``racecheck`` and ``initcheck`` (the float32 gate under compute-sanitizer, where that is on the PATH),
+``time OP`` (``sadcl bench``: gate, then interleaved rounds against eager torch, torch.compile, SDPA and FlexAttention).
+What a step gave is in the JSON as soon as it ends: a run that is stopped, or that ran out of ``--minutes``, goes on where
+it was. ``python -m benchmarks.gpu_table JSON`` makes README's table of it. ``--dry`` runs the same script without a GPU:
+Triton's interpreter, tiny sizes, no sanitizer; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import device as bench
+from sadcl import _json
+from sadcl.checkpoint import write_atomically
+from sadcl.ops._library import OPS
+from sadcl.testing import assert_within_budget, error_budgets
+from sadcl.testing.examples import EXAMPLES, SMALL, Maker
+from sadcl.testing.oracles import ORACLES
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+TAIL = 4000  # characters of a step's output that are kept
+
+
+# -- the gate --
+
+
+def gate(dtype: torch.dtype, device: torch.device, ops: Sequence[str] = ()) -> int:
+    """Hold every op against its oracle; returns how many examples were wrong, each of them printed."""
+    wrong = 0
+    for name, op in sorted(OPS.items()):
+        if "triton" not in op.backends or (ops and name not in ops):
+            continue
+        for number, x in enumerate(EXAMPLES[name](Maker(SMALL, dtype))):
+            if _has_no_oracle(name, x):
+                continue
+            try:
+                _check(name, x, device)
+            except (AssertionError, RuntimeError) as error:
+                wrong += 1
+                print(f"WRONG {name}, example {number}: {' '.join(str(error).split())[:500]}")
+            else:
+                print(f"right {name}, example {number}")
+    return wrong
+
+
+def _has_no_oracle(name: str, x: Any) -> bool:
+    """Unnormalised SSCL is SupCon, whose oracle takes groups; dropout's draws are the kernel's own."""
+    return (name == "sscl" and not x.normalize) or (name == "label_attention_core" and x.dropout > 0)
+
+
+def _check(name: str, x: Any, device: torch.device) -> None:
+    op = OPS[name]
+    moved = type(x)(*(v.to(device, copy=True) if isinstance(v, Tensor) else v for v in x))
+    if op.mutates or op.backward is None:
+        out = op.run(moved, "triton")
+        got = (getattr(moved, op.mutates),) if op.mutates else out
+        for field, ours, truth in zip(op.outputs._fields or ("slots",), got, ORACLES[name](x), strict=False):
+            torch.testing.assert_close(ours.double().cpu(), truth.double(), rtol=1e-6, atol=1e-6, msg=f"{name}.{field}")
+        return
+    wide = {f: v.double() for f, v in x._asdict().items() if isinstance(v, Tensor) and v.is_floating_point()}
+    wanted = [field for field in op.backward.gradients if field in wide]
+    results = ORACLES[name](x)[: op.results]
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5 for value in results]
+
+    def truth() -> list[Tensor]:
+        leaves = {field: wide[field].clone().requires_grad_() for field in wanted}
+        values = ORACLES[name](x._replace(**{**wide, **leaves}))[: len(weights)]
+        grads = torch.autograd.grad(_total(values, weights), list(leaves.values()), materialize_grads=True)
+        return [*(v.detach() for v in values), *grads]
+
+    budgets = error_budgets(truth, x[0].dtype)
+    leaves = {field: getattr(moved, field).requires_grad_() for field in wanted}
+    values = op(moved._replace(**leaves), "triton")[: len(weights)]
+    grads = torch.autograd.grad(_total(values, weights), list(leaves.values()), materialize_grads=True)
+    fields = (*op.outputs._fields[: len(weights)], *(f"grad_{field}" for field in wanted))
+    for field, ours, budget in zip(fields, (*values, *grads), budgets, strict=True):
+        assert_within_budget(f"{name}.{field}", ours.detach().cpu(), budget)
+
+
+def _total(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """A number whose gradient asks for every result."""
+    total = values[0].new_zeros((), dtype=torch.float64)
+    for value, weight in zip(values, weights, strict=True):
+        if value.requires_grad and value.numel() > 0:
+            total = total + (weight.to(value.device) * value.double()).sum()
+    return total
+
+
+# -- the steps --
+
+
+@dataclass(frozen=True)
+class Step:
+    """A process of the run.
+
+    Attributes:
+        name: the key in the JSON.
+        command: what to run in the checkout.
+        why_not: a reason to leave it out.
+    """
+
+    name: str
+    command: list[str]
+    why_not: str = ""
+
+
+def steps(dry: bool, ops: Sequence[str], rows: Path) -> Iterator[Step]:
+    """All of them, in their order."""
+    python, this = sys.executable, [sys.executable, "-m", "benchmarks.gpu"]
+    place = "cpu" if dry else "cuda"
+    yield Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], "a dry run builds nothing" if dry else "")
+    chosen = ["--ops", *ops] if ops else []
+    for dtype in DTYPES:
+        # The interpreter is numpy's, which has no bfloat16.
+        why_not = "the interpreter cannot multiply bfloat16" if dry and dtype == "bfloat16" else ""
+        yield Step(f"gate {dtype}", [*this, "--gate", dtype, "--on", place, *chosen], why_not)
+    tool = shutil.which("compute-sanitizer")
+    missing = "a dry run has no GPU" if dry else "" if tool else "compute-sanitizer is not on the PATH"
+    for name in SANITIZERS:
+        command = [tool or "", "--tool", name, "--error-exitcode", "86", *this, "--gate", "float32", "--on", place]
+        yield Step(name, [*command, *chosen], missing)
+    names = dict.fromkeys(work.name for work in bench.workloads(torch.device("cpu"), quick=True))
+    for name in names:
+        if not ops or name in ops:
+            quick = ["--quick", "--rounds", "1"] if dry else []
+            output = rows / f"{name}.json"
+            command = [python, "-m", "benchmarks.device", "--device", place, "--ops", name, "--output", str(output)]
+            yield Step(f"time {name}", [*command, *quick])
+
+
+def where(dry: bool) -> dict[str, Any]:
+    """The part, and what drives it."""
+    versions = {}
+    for package in ("torch", "triton", "pytorch-triton", "sadcl"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if dry:
+        return {"versions": versions, "gpu": "none: a dry run, interpreted; its times mean nothing"}
+    properties = torch.cuda.get_device_properties(0)
+    gpu = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB"
+    return {"versions": versions, "gpu": gpu, "cuda": torch.version.cuda}
+
+
+def run(step: Step, seconds: float, env: dict[str, str]) -> dict[str, Any]:
+    """The step's result; one that ran out of time has none, and is run again by the next call."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            step.command,
+            cwd=ROOT,
+            env=env,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except subprocess.TimeoutExpired:
+        return {"state": "out of time", "seconds": round(seconds, 1)}
+    state = "passed" if done.returncode == 0 else "failed"
+    return {"state": state, "seconds": round(time.monotonic() - start, 1), "output": done.stdout[-TAIL:]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if a step failed or is left, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("build/gpu.json"), help="JSON (default build/gpu.json)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on (default 8)")
+    parser.add_argument("--dry", action="store_true", help="without a GPU: interpreted, tiny")
+    parser.add_argument("--ops", nargs="+", default=[], metavar="OP", help="only these")
+    parser.add_argument("--gate", choices=list(DTYPES), help=argparse.SUPPRESS)
+    parser.add_argument("--on", choices=["cpu", "cuda"], default="cuda", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.gate:
+        return int(gate(DTYPES[options.gate], torch.device(options.on), options.ops) > 0)
+    if not options.dry and not torch.cuda.is_available():
+        raise SystemExit("make gpu: torch finds no GPU here; DRY=1 runs the script without one")
+    env = dict(os.environ)
+    if options.dry:
+        env |= {"TRITON_INTERPRET": "1", "SADCL_BACKEND": "triton"}
+    output = options.output.resolve()
+    content: dict[str, Any] = {"format": 1, "dry": options.dry, **where(options.dry), "steps": {}, "rows": []}
+    if output.is_file():
+        known = json.loads(output.read_text())
+        if {key: known.get(key) for key in ("format", "dry", "gpu", "versions")} == {
+            key: content[key] for key in ("format", "dry", "gpu", "versions")
+        }:
+            content = known  # of this part and these versions: go on with it
+    rows = output.parent / "gpu_rows"
+    end = time.monotonic() + 60 * options.minutes
+    left = 0
+    for step in steps(options.dry, options.ops, rows):
+        state = content["steps"].get(step.name, {}).get("state")
+        if state == "passed":
+            continue
+        if step.why_not:
+            content["steps"][step.name] = {"state": "left out", "why": step.why_not}
+        elif end - time.monotonic() < 5:
+            left += 1
+            continue
+        else:
+            print(f"{step.name} ...", end=" ", flush=True)
+            content["steps"][step.name] = result = run(step, end - time.monotonic(), env)
+            print(result["state"], f"({result['seconds']} s)", flush=True)
+            left += result["state"] == "out of time"
+            made = rows / f"{step.name.removeprefix('time ')}.json"
+            if step.name.startswith("time ") and made.is_file():
+                timed = json.loads(made.read_text())["rows"]
+                content["rows"] = [row for row in content["rows"] if row["op"] != timed[0]["op"]] + timed
+        write_atomically(output, lambda file: file.write(_json.dumps(content, indent=1).encode()))
+    failed = [name for name, result in content["steps"].items() if result["state"] == "failed"]
+    for name in failed:
+        print(f"\n{name} failed:\n{content['steps'][name]['output']}")
+    if left:
+        print(f"\n{left} steps are left: run it again, it goes on where it was")
+    print(f"\nwritten to {output}; python -m benchmarks.gpu_table {output} makes README's table of it")
+    return int(bool(failed) or left > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
