@@ -4,9 +4,9 @@ Steps run in processes of their own, in this order: ``build`` (in place, with wh
 op that Triton has, values and gradients on its examples, against the float64 oracle within its error budget),
 ``memcheck``, ``racecheck`` and ``initcheck`` (the float32 gate under compute-sanitizer, where that is on the PATH),
 ``time OP`` (``sadcl bench``: gate, then interleaved rounds against eager torch, torch.compile, SDPA and FlexAttention).
-What a step gave is in the JSON as soon as it ends: a run that is stopped, or that ran out of ``--minutes``, goes on where
-it was. ``python -m benchmarks.gpu_table JSON`` makes README's table of it. ``--dry`` runs the same script without a GPU:
-Triton's interpreter, tiny sizes, no sanitizer; its times mean nothing.
+What a step gave is in the JSON as soon as it ends: a run that is stopped, or that ran out of ``--minutes``, goes on
+where it was. ``python -m benchmarks.gpu_table JSON`` makes README's table of it. ``--dry`` runs the same script without
+a GPU: Triton's interpreter, tiny sizes, no sanitizer; its times mean nothing.
 """
 
 from __future__ import annotations
