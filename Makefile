@@ -37,8 +37,8 @@ $(VENV)/docs.stamp: $(SOURCES)
 docs: $(VENV)/docs.stamp ## the site, in build/site
 	mkdir -p build
 	cd build && npm install --silent --no-save --no-audit --no-fund --prefix katex katex@$(KATEX)
-	$(BIN)/python -m mkdocs build --strict --quiet
-	$(BIN)/python -m docs.site.check build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/site/check.py build/site
 
 wheel: ## sdist and wheel in dist/, tested in a clean environment; TORCH=2.13.0 says on which
 	.ci/wheel "$(TORCH)" $(PYTHON)
