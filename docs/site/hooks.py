@@ -20,6 +20,7 @@ import pictures  # noqa: E402
 
 KATEX = ROOT / "build" / "katex" / "node_modules" / "katex" / "dist"
 RESULTS = ROOT / "benchmarks" / "results"
+ROLE = re.compile(r":(?:func|class|mod|meth|attr|data):(?=<code>)")
 PICTURE = re.compile(r"<!-- picture: (\w+) \| (.*?) -->", re.DOTALL)
 
 
@@ -57,8 +58,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Draw the pictures."""
-    return PICTURE.sub(_drawn, content)
+    """Draw the pictures, and take off the roles that docstrings have before names (``:func:``, ``:class:``)."""
+    return PICTURE.sub(_drawn, ROLE.sub("", content))
 
 
 def _drawn(match: re.Match[str]) -> str:

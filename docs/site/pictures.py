@@ -149,7 +149,7 @@ def supcon(_: Path) -> plt.Figure:
 
 def multilabel(_: Path) -> plt.Figure:
     """Label sets, and what three weightings make of them."""
-    figure, every = plt.subplots(1, 3, figsize=(7.2, 2.9))
+    figure, every = plt.subplots(1, 3, figsize=(7.2, 2.4))
     sets = {(95): "cat dog", (30): "cat dog sofa", (155): "cat", (215): "dog car", (325): "tree"}
     weights = {
         "any": {30: 1, 155: 1, 215: 1}, "jaccard": {30: 2 / 3, 155: 1 / 2, 215: 1 / 3},
@@ -157,7 +157,7 @@ def multilabel(_: Path) -> plt.Figure:
     }  # fmt: skip
     for axes, (name, of) in zip(every, weights.items(), strict=True):
         axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, lw=1, alpha=0.6))
-        axes.set(xlim=(-1.75, 1.75), ylim=(-1.2, 1.45), aspect="equal")
+        axes.set(xlim=(-2.3, 2.3), ylim=(-1.15, 1.4), aspect="equal")
         axes.set_title(f'"{name}"', fontsize=12)
         axes.axis("off")
         total = sum(of.values())
@@ -168,12 +168,13 @@ def multilabel(_: Path) -> plt.Figure:
             elif angle in of:
                 _pull(axes, _at(95), place, 6.5 * of[angle] / total)
                 axes.plot(*place, "o", color=TEAL, ms=11)
-                middle = 0.5 * (_at(95) + place)
+                middle = 0.4 * _at(95) + 0.6 * place + (0.0, 0.07)
                 axes.text(*middle, f"{of[angle] / total:.2f}", fontsize=9, ha="center", va="bottom")
             else:
                 _push(axes, _at(95), place)
                 axes.plot(*place, "o", color=GREY, ms=11)
-            axes.text(*(place * 1.22), labels, ha="center", va="center", fontsize=9)
+            side = "center" if angle == 95 else "left" if place[0] > 0 else "right"
+            axes.text(*(place * (1.25 if angle == 95 else 1.17)), labels, ha=side, va="center", fontsize=9)
     figure.tight_layout()
     return figure
 

@@ -1,0 +1,153 @@
+"""The site: every page is reached, every picture is drawn, and nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import sadcl
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="away from the sources")
+LOSSES = [name for name in sadcl.losses.__all__ if name.endswith("Loss")]
+
+
+def part(name: str) -> ModuleType:
+    """A file of docs/site as a module."""
+    sys.path.insert(0, str(DOCS / "site"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(DOCS / "site"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly."""
+    pytest.importorskip("mkdocs", reason="no mkdocs: `make docs` installs it")
+    pytest.importorskip("mkdocstrings", reason="no mkdocstrings: `make docs` installs it")
+    if not (ROOT / "build" / "katex" / "node_modules").is_dir():
+        pytest.skip("no KaTeX: `make docs` fetches it")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"[\w/]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    there = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert there <= named
+    assert named - there <= {"scaling.md"}  # left out where there is none
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_page(name: str) -> None:
+    """With an equation, a picture, a call, what it costs, when to use it, and a link to its reference."""
+    pages = {page.stem: page.read_text() for page in (DOCS / "losses").glob("*.md") if page.stem != "index"}
+    (text,) = [text for text in pages.values() if f"(../api/losses.md#sadcl.losses.{name})" in text]
+    assert "\n\\[" in text and "<!-- picture: " in text
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0] == "Call"
+    assert "\n## Cost and memory" in text or "\n## Weights" in text
+    assert f"{name}(" in text
+    assert "When to use it" in text or name == "DualContrastiveLoss"
+
+
+def test_calls_on_the_loss_pages_run() -> None:
+    """The first block of code of each page, on tensors of the shapes that it names."""
+    import torch
+
+    b, c, d = 4, 3, 8
+    for page in sorted((DOCS / "losses").glob("*.md")):
+        if page.stem in ("index", "dual"):
+            continue
+        logits = page.stem in ("asl", "zlpr", "two_way")
+        wide = {"sscl": (b, 2, c, d), "pscl": (b, c, d), "multilabel": (b, d), "supcon": (b, 2, d)}
+        names = {
+            "features": torch.randn(wide.get(page.stem, (1,))),
+            "labels": torch.arange(b) % 2 if page.stem == "supcon" else (torch.rand(b, c) < 0.6).float(),
+            "prototypes": torch.randn(c, d),
+            "logits": torch.randn(b, c) if logits else None,
+            "keys": torch.randn(5, d),
+            "key_labels": torch.ones(5, c),
+        }
+        code = re.search(r"^```python\n(.*?)```", page.read_text(), re.MULTILINE | re.DOTALL)
+        assert code is not None
+        exec(compile(code[1], str(page), "exec"), names)
+        assert torch.as_tensor(names["loss"]).isfinite(), page
+
+
+def test_pictures_are_drawn_in_the_colour_of_the_text() -> None:
+    pytest.importorskip("matplotlib")
+    pictures = part("pictures")
+    asked = {name for page in DOCS.rglob("*.md") for name in re.findall(r"<!-- picture: (\w+) \|", page.read_text())}
+    assert asked == set(pictures.PICTURES)
+    for name in asked:
+        svg = pictures.draw(name, ROOT)
+        assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and "viewBox" in svg
+        assert "currentColor" in svg and pictures.TEXT not in svg
+        assert len(svg) < 100_000
+
+
+def test_speed_picture_reads_the_table() -> None:
+    pytest.importorskip("matplotlib")
+    pictures = part("pictures")
+    rows = pictures.ratios((ROOT / "README.md").read_text())
+    assert len(rows) >= 5 and all(0.2 < ratio < 200 for _, ratio in rows)
+    assert len({name for name, _ in rows}) == len(rows)
+    table = "## Speed\n\n| - | ours | best torch form |\n|---|---|---|\n| A, big (`bench_a x`) | 1 | 2 **1,200x** |\n"
+    assert pictures.ratios(f"{table}| ... more | 1 | 3x |\n| B | 1 | - |\n\n") == [("A, x", 1200.0)]
+
+
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        ('<script src="https://a.b/c.js"></script>', True),
+        ('<link rel="stylesheet" href="//fonts.x/css">', True),
+        ('<link rel="preconnect" href="https://a.b">', True),
+        ('<img src="HTTP://a.b/c.png">', True),
+        ("<style>@import url(https://a.b/c.css);</style>", True),
+        ('<div style="background: url(https://a.b/c.png)"></div>', True),
+        ('<link rel="canonical" href="https://a.b"><a href="https://a.b">there</a>', False),
+        ('<script src="assets/c.js"></script><img src="data:image/png;base64,//8=">', False),
+    ],
+)
+def test_what_is_loaded_from_elsewhere_is_noticed(tmp_path: Path, page: str, found: bool) -> None:
+    (tmp_path / "index.html").write_text(page)
+    assert bool(part("check").elsewhere(tmp_path)) == found
+
+
+def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
+    assert part("check").elsewhere(site) == []
+    assert (site / "assets" / "katex" / "katex.min.js").is_file()
+    assert list((site / "assets" / "katex" / "fonts").glob("*.woff2"))
+
+
+def test_built_pages_have_their_pictures_and_reference(site: Path) -> None:
+    text = (site / "losses" / "sscl.html").read_text()
+    assert "<svg role=" in text and "<!-- picture" not in text
+    assert 'id="sadcl.losses.MultiLabelSupConLoss"' in (site / "api" / "losses.html").read_text()
+    assert ":func:" not in (site / "api" / "functional.html").read_text()
+    assert "<table>" in (site / "benchmarks.html").read_text() or "<img" in (site / "benchmarks.html").read_text()
+
+
+def test_browser_shows_formulas_without_a_network(site: Path) -> None:
+    """Chromium, which can resolve no name: KaTeX sets the formulas, and its fonts are loaded from the site."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here (apt-get install chromium)")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (site / "losses" / "sscl.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.count('class="katex"') >= 3 and "katex-error" not in done.stdout
