@@ -19,7 +19,7 @@ $(VENV)/train.stamp: $(SOURCES)
 
 $(VENV)/test.stamp: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard,lint]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard,lint,docs]'
 	touch $@
 
 demo: $(VENV)/train.stamp ## train on composed scenes and draw what was learned
@@ -32,7 +32,8 @@ demo: $(VENV)/train.stamp ## train on composed scenes and draw what was learned
 KATEX = 0.19.1
 $(VENV)/docs.stamp: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'
+	$(BIN)/python -c "import matplotlib, mkdocs, mkdocstrings, material" 2>/dev/null || \
+		$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'
 	touch $@
 docs: $(VENV)/docs.stamp ## the site, in build/site
 	mkdir -p build
