@@ -148,40 +148,34 @@ def supcon(_: Path) -> plt.Figure:
 
 
 def multilabel(_: Path) -> plt.Figure:
-    """Label sets, and what three weightings make of them."""
-    figure, every = plt.subplots(1, 3, figsize=(7.2, 2.4))
-    sets = {(95): "cat dog", (30): "cat dog sofa", (155): "cat", (215): "dog car", (325): "tree"}
-    weights = {
-        "any": {30: 1, 155: 1, 215: 1}, "jaccard": {30: 2 / 3, 155: 1 / 2, 215: 1 / 3},
-        "mulsupcon": {30: 1 / 2 + 1 / 2, 155: 1 / 2, 215: 1 / 2},
-    }  # fmt: skip
-    for axes, (name, of) in zip(every, weights.items(), strict=True):
-        axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, lw=1, alpha=0.6))
-        axes.set(xlim=(-2.3, 2.3), ylim=(-1.15, 1.4), aspect="equal")
-        axes.set_title(f'"{name}"', fontsize=12)
-        axes.axis("off")
-        total = sum(of.values())
-        for angle, labels in sets.items():
-            place = _at(angle)
-            if angle == 95:
-                axes.plot(*place, "o", color=ORANGE, ms=12)
-            elif angle in of:
-                _pull(axes, _at(95), place, 6.5 * of[angle] / total)
-                axes.plot(*place, "o", color=TEAL, ms=11)
-                middle = 0.4 * _at(95) + 0.6 * place + (0.0, 0.07)
-                axes.text(*middle, f"{of[angle] / total:.2f}", fontsize=9, ha="center", va="bottom")
-            else:
-                _push(axes, _at(95), place)
-                axes.plot(*place, "o", color=GREY, ms=11)
-            side = "center" if angle == 95 else "left" if place[0] > 0 else "right"
-            axes.text(*(place * (1.25 if angle == 95 else 1.17)), labels, ha=side, va="center", fontsize=9)
+    """Label sets round an anchor, and the shares that three weightings give them."""
+    figure, (axes, shares) = plt.subplots(1, 2, figsize=(7.6, 3.3), width_ratios=(1.25, 1))
+    axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, lw=1, alpha=0.6))
+    axes.set(xlim=(-1.9, 2.2), ylim=(-1.2, 1.35), aspect="equal")
+    axes.axis("off")
+    anchor, sets = _at(95), {"cat dog sofa": 30, "cat": 160, "dog car": 215, "tree": 325}
+    for labels, angle in sets.items():
+        place = _at(angle)
+        (_push if labels == "tree" else _pull)(axes, anchor, place)
+        axes.plot(*place, "o", color=GREY if labels == "tree" else TEAL, ms=13)
+        axes.text(*(1.17 * place), labels, ha="left" if place[0] > 0 else "right", va="center")
+    axes.plot(*anchor, "o", color=ORANGE, ms=14)
+    axes.text(*(1.2 * anchor), "anchor: cat dog", ha="center", va="center")
+    weights = {"any": (1, 1, 1, 0), "jaccard": (2 / 3, 1 / 2, 1 / 3, 0), "mulsupcon": (2, 1, 1, 0)}
+    for index, (name, colour) in enumerate(zip(weights, (GREY, BLUE, TEAL), strict=True)):
+        values = np.array(weights[name]) / sum(weights[name])
+        shares.barh(np.arange(4) + 0.26 * (index - 1), values, height=0.24, color=colour, label=f'"{name}"')
+    shares.set_yticks(range(4), sets)
+    shares.invert_yaxis()
+    shares.set_title("share of the attraction", fontsize=11)
+    shares.legend(fontsize=10, loc="lower right")
     figure.tight_layout()
     return figure
 
 
 def asl(_: Path) -> plt.Figure:
     """The loss of one logit, and its slope."""
-    figure, (value, slope) = plt.subplots(1, 2, figsize=(8.4, 3.2))
+    figure, (value, slope) = plt.subplots(1, 2, figsize=(7.2, 3.0))
     x = np.linspace(-6, 6, 400)
     p = 1 / (1 + np.exp(-x))
     curves = {
@@ -198,8 +192,8 @@ def asl(_: Path) -> plt.Figure:
         slope.plot(x, np.abs(np.gradient(loss, x)), line, color=colour)
     value.set(xlabel="logit", title="loss", ylim=(0, 4))
     slope.set(xlabel="logit", title="|slope|: how hard it pulls")
-    value.legend(fontsize=9, loc="upper center", bbox_to_anchor=(1.05, -0.2), ncol=3)
     figure.tight_layout()
+    figure.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=1)
     return figure
 
 
