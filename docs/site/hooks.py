@@ -71,13 +71,14 @@ def _drawn(match: re.Match[str]) -> str:
 
 
 def _speed() -> str:
-    results = sorted(RESULTS.glob("*")) if RESULTS.is_dir() else []
-    shown = [f"![{path.stem.replace('_', ' ')}](benchmarks/{path.name})" for path in results if path.suffix == ".png"]
-    kinds = {".html": "Whole report", ".json": "Its data"}
-    shown += [
-        f"- {kinds[path.suffix]}: [{path.name}](benchmarks/{path.name})" for path in results if path.suffix in kinds
-    ]
-    return "\n\n".join(shown) if shown else speed_section((ROOT / "README.md").read_text())
+    """What ``python -m benchmarks --report benchmarks/results`` left, the overview first; or README's table."""
+    left = sorted(RESULTS.glob("*"), key=lambda path: (path.stem != "overview", path.name)) if RESULTS.is_dir() else []
+    kinds = {".html": "The whole report", ".json": "Its data"}
+    links = [f"- {kinds[path.suffix]}: [{path.name}](benchmarks/{path.name})" for path in left if path.suffix in kinds]
+    shown = [f"![{path.stem.replace('_', ' ')}](benchmarks/{path.name})" for path in left if path.suffix == ".png"]
+    if not shown and not links:
+        return speed_section((ROOT / "README.md").read_text())
+    return "\n\n".join(["\n".join(links), *shown])
 
 
 def speed_section(readme: str) -> str:

@@ -204,3 +204,16 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def test_benchmarks_page_takes_the_report_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs", reason="no mkdocs: `make docs` installs it")
+    hooks = part("hooks")
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path / "nothing")
+    assert "| work | ours |" in hooks._speed() and "](docs/" not in hooks._speed()
+    for name in ("asl.png", "overview.png", "report.html", "benchmarks.json", "notes.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    assert re.findall(r"\(benchmarks/(.*?)\)", hooks._speed()) == [
+        "benchmarks.json", "report.html", "overview.png", "asl.png",
+    ]  # fmt: skip
