@@ -21,6 +21,7 @@ import pictures  # noqa: E402
 KATEX = ROOT / "build" / "katex" / "node_modules" / "katex" / "dist"
 RESULTS = ROOT / "benchmarks" / "results"
 ROLE = re.compile(r":(?:func|class|mod|meth|attr|data):(?=<code>)")
+NAMED = re.compile(r"(?<![\w/\">.])docs/(\w+)\.md(?![\w\"<])")
 PICTURE = re.compile(r"<!-- picture: (\w+) \| (.*?) -->", re.DOTALL)
 
 
@@ -58,8 +59,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Draw the pictures, and take off the roles that docstrings have before names (``:func:``, ``:class:``)."""
-    return PICTURE.sub(_drawn, ROLE.sub("", content))
+    """Draw the pictures, take off the roles that docstrings have before names (``:func:``), and link the pages that
+    they name (``docs/lists.md``)."""
+    up = "../" * page.file.src_uri.count("/")
+
+    def link(match: re.Match[str]) -> str:
+        there = (ROOT / match[0]).is_file()
+        return f'<a href="{up}{match[1]}.html">{match[1].replace("_", " ")}</a>' if there else match[0]
+
+    return PICTURE.sub(_drawn, NAMED.sub(link, ROLE.sub("", content)))
 
 
 def _drawn(match: re.Match[str]) -> str:

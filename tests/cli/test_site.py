@@ -141,7 +141,8 @@ def test_built_pages_have_their_pictures_and_reference(site: Path) -> None:
     text = (site / "losses" / "sscl.html").read_text()
     assert "<svg role=" in text and "<!-- picture" not in text
     assert 'id="sadcl.losses.MultiLabelSupConLoss"' in (site / "api" / "losses.html").read_text()
-    assert ":func:" not in (site / "api" / "functional.html").read_text()
+    text = (site / "api" / "functional.html").read_text()
+    assert ":func:" not in text and '(<a href="../faithfulness.html">faithfulness</a>)' in text
     assert "<table>" in (site / "benchmarks.html").read_text() or "<img" in (site / "benchmarks.html").read_text()
 
 
@@ -217,3 +218,12 @@ def test_benchmarks_page_takes_the_report_where_there_is_one(tmp_path: Path, mon
     assert re.findall(r"\(benchmarks/(.*?)\)", hooks._speed()) == [
         "benchmarks.json", "report.html", "overview.png", "asl.png",
     ]  # fmt: skip
+
+
+def test_data_page_names_every_source() -> None:
+    from typing import get_args, get_type_hints
+
+    from sadcl.train.data_config import DataConfig
+
+    named = set(re.findall(r"`(\w+)`", (DOCS / "data.md").read_text()))
+    assert set(get_args(get_type_hints(DataConfig)["source"])) <= named
