@@ -1,18 +1,15 @@
-# The commands of this repository; each creates the environment it needs.
-#   make demo   train on composed scenes and draw what was learned    make test   the test suite
-#   make lint   ruff, mypy and clang-format                           make clean  remove what these made
-#   make sanitize   op tests under ASan and UBSan                     make races  op tests under ThreadSanitizer
-#   make matrix     error budgets under several BLAS and instruction sets
-#   make fuzz   other cases every time, FUZZ times as many as make test (10)
-#   make gpu    on a machine with a GPU: build, check, sanitize, time (DRY=1: the same script without one)
-#   make compilers  aarch64 and clang (installed)
+# The commands of this repository; each creates the environment it needs. `make help` lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test gpu fuzz matrix sanitize races compilers lint clean
+.PHONY: help demo test gpu docs wheel fuzz matrix sanitize races compilers lint clean
+.DEFAULT_GOAL = help
+
+help: ## this list
+	@sed -n "s/^\([a-z]*\):.*## /\1\t/p" Makefile | expand -t 12
 
 # Installs are editable: a plain one would leave sadcl.kernels out when Python runs from this folder.
 $(VENV)/train.stamp: $(SOURCES)
@@ -22,34 +19,50 @@ $(VENV)/train.stamp: $(SOURCES)
 
 $(VENV)/test.stamp: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard,lint]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,test,emoji,export,tensorboard,lint,docs]'
 	touch $@
 
-demo: $(VENV)/train.stamp
+demo: $(VENV)/train.stamp ## train on composed scenes and draw what was learned
 	$(BIN)/sadcl fetch || { \
 		echo "training on drawings (emoji) instead of photos"; \
 		$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,emoji]'; }
 	$(BIN)/sadcl train
 
+# KaTeX for the formulas comes from npm and is copied into the site, whose pages ask nobody for anything.
+KATEX = 0.19.1
+$(VENV)/docs.stamp: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import matplotlib, mkdocs, mkdocstrings, material" 2>/dev/null || \
+		$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'
+	touch $@
+docs: $(VENV)/docs.stamp ## the site, in build/site
+	mkdir -p build
+	cd build && npm install --silent --no-save --no-audit --no-fund --prefix katex katex@$(KATEX)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/site/check.py build/site
+
+wheel: ## sdist and wheel in dist/, tested in a clean environment; TORCH=2.13.0 says on which
+	.ci/wheel "$(TORCH)" $(PYTHON)
+
 # Two processes of one thread each: what needs more threads sets them. make test PYTEST_ARGS="-n 0 tests/ops" for one.
-test: $(VENV)/test.stamp
+test: $(VENV)/test.stamp ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 FUZZ ?= 10
-fuzz: $(VENV)/test.stamp
+fuzz: $(VENV)/test.stamp ## other cases every time, FUZZ times as many as the tests (10)
 	SADCL_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/ops/test_fuzz.py $(PYTEST_ARGS)
 
 # With the Python that has torch and Triton there: no environment is made, nothing is fetched.
-gpu:
+gpu: ## on a machine with a GPU: build, check, sanitize, time (DRY=1: the script alone)
 	$(PYTHON) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(OPS),--ops $(OPS))
 
-matrix: $(VENV)/test.stamp
+matrix: $(VENV)/test.stamp ## error budgets under several BLAS and instruction sets
 	$(BIN)/python -m tests.matrix
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (g++; about ten minutes).
 # Python itself is not instrumented, so the runtime is preloaded; leaks are the interpreter's business.
 SANITIZED_TESTS ?= -m op tests/ops
-sanitize: $(VENV)/test.stamp
+sanitize: $(VENV)/test.stamp ## op tests under ASan and UBSan
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
 	SADCL_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	test -f build/sanitize/lib/sadcl/_C*.so
@@ -62,7 +75,7 @@ sanitize: $(VENV)/test.stamp
 # what is not instrumented: Python, torch and its libgomp. setarch -R: it wants addresses that randomisation may take.
 LLVM ?= 19
 RACED_TESTS ?= $(SANITIZED_TESTS)
-races: $(VENV)/test.stamp
+races: $(VENV)/test.stamp ## op tests under ThreadSanitizer
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
 	CC=clang-$(LLVM) CXX=clang++-$(LLVM) SADCL_SANITIZE=thread \
 		$(BIN)/python setup.py -q build --build-base build/races --build-lib build/races/lib
@@ -79,7 +92,7 @@ races: $(VENV)/test.stamp
 # The kernels by other compilers, warnings being errors: aarch64 (NEON) and clang. Compiled, not run.
 KERNELS = $(filter-out csrc/module.cpp,$(wildcard csrc/*.cpp))
 STRICT = -std=c++17 -O2 -c -o /dev/null -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -Werror
-compilers:
+compilers: ## the kernels by aarch64 gcc and clang (installed), compiled alone
 	for file in $(KERNELS); do \
 		aarch64-linux-gnu-g++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
 		clang++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
@@ -88,10 +101,10 @@ compilers:
 	clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 \
 		-Icsrc csrc/sscl.cpp
 
-lint: $(VENV)/test.stamp
+lint: $(VENV)/test.stamp ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
-clean:
+clean: ## remove what these made
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache sadcl.egg-info sadcl/_C*.so

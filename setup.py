@@ -167,7 +167,9 @@ class BuildExt(build_ext):
         return " ".join(os.path.basename(part) for part in self.compiler.compiler_cxx[:1])
 
     def _openmp_flags(self) -> list[str]:
-        """Flags for OpenMP, or none: the kernels are then single-threaded (Apple's clang without libomp)."""
+        """Flags for OpenMP, or none: kernels have one thread then (Apple's clang without libomp; SADCL_OPENMP=0)."""
+        if os.environ.get("SADCL_OPENMP") == "0":
+            return []
         code = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
         for flags in (["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]):
             if self._compiles(flags, code, link=True):

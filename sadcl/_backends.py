@@ -61,10 +61,21 @@ def _probe_cpp() -> BackendInfo:
         return BackendInfo(False, reason=str(error), misconfigured=True)
     except (ImportError, RuntimeError) as error:
         note = Path(__file__).with_name("_build_error.txt")
-        why = f"the C++ extension was not built: {note.read_text().strip()}" if note.is_file() else str(error)
+        if "libgomp" in str(error):
+            why = f"the C++ extension needs OpenMP's library ({error}); on Debian and Ubuntu: apt install libgomp1"
+        else:
+            why = f"the C++ extension was not built: {note.read_text().strip()}" if note.is_file() else str(error)
         return BackendInfo(False, reason=why)
     built = ", ".join(f"{key} {value}" for key, value in build.items())
-    return BackendInfo(True, detail=f"instruction set {isa} ({built})")
+    alone = "" if build["openmp"] else "; one thread, so backend=None takes torch where that has several"
+    return BackendInfo(True, detail=f"instruction set {isa} ({built}){alone}")
+
+
+def cpp_is_outnumbered() -> bool:
+    """Whether the extension was built without OpenMP, and so has one thread, while torch has several."""
+    if not _FOUND["cpp"].available or importlib.import_module("sadcl._C").build_info()["openmp"]:
+        return False
+    return torch.get_num_threads() > 1
 
 
 def _probe_triton() -> BackendInfo:
@@ -89,6 +100,8 @@ _FOUND = {
     "torch": BackendInfo(True, detail=f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
     "reference": BackendInfo(True, detail="eager float64 oracle, for checking"),
 }
+# When this module loads, like the probes. No size is asked for: a graph over any number of images must not compare it.
+_OUTNUMBERED = cpp_is_outnumbered()
 
 
 def triton_interprets() -> bool:
@@ -167,11 +180,11 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     asked = backend if backend is not None else os.environ.get("SADCL_BACKEND") or None
     kind = device.type
     if asked is None:
-        if kind == "cpu" and implemented[0] == "cpp" and _FOUND["cpp"].available:
+        if kind == "cpu" and implemented[0] == "cpp" and _FOUND["cpp"].available and not _OUTNUMBERED:
             return "cpp"
         for name in implemented:
             _refuse_misconfigured(name, kind)
-            if not _why_not(name, kind):
+            if not _why_not(name, kind) and not (name == "cpp" and _OUTNUMBERED):
                 return name
         raise AssertionError(f"op {op} has no portable implementation")
     source = "backend" if backend is not None else "SADCL_BACKEND"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backends import backends, makes_program
+from .._backends import backends, cpp_is_outnumbered, makes_program
 from .._checks import check_choice, check_devices, forward_mode
 from ..ops import linear as _linear
 from ..ops._native import extension
@@ -29,8 +29,8 @@ SWITCH = "SADCL_LINEAR"
 
 
 def _probe() -> bool:
-    """Whether this is an AMD processor whose AVX-512 our kernels use."""
-    if not backends()["cpp"].available or not extension().isa().startswith("avx512"):
+    """Whether this is an AMD processor whose AVX-512 our kernels use, by as many threads as torch."""
+    if not backends()["cpp"].available or cpp_is_outnumbered() or not extension().isa().startswith("avx512"):
         return False
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
