@@ -27,23 +27,28 @@ class Group(NamedTuple):
     world: int = 1
 
 
+# The two ways by which anything leaves this process; benchmarks/bench_group.py counts here. The operators' names are
+# the same in every torch since 2.6, those of their Python wrappers are not.
+def _gather(flat: Tensor, group: Group) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(flat, group.world, group.name))
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_to_all_single(x, receive, send, group.name))
+
+
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """``x`` of every rank, of one shape on all of them: ``[world, *x.shape]``."""
     if not group.name:
         return x[None]
-    ops = torch.ops._c10d_functional
-    flat = x.contiguous().reshape(-1)
-    out = ops.wait_tensor(ops.all_gather_into_tensor(flat, group.world, group.name))
-    return out.view(group.world, *x.shape)
+    return _gather(x.contiguous().reshape(-1), group).view(group.world, *x.shape)
 
 
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send ``x [sum(send), ...]`` in pieces, one a rank; what came, in rank order: ``[sum(receive), ...]``."""
-    if not group.name:
-        return x
-    ops = torch.ops._c10d_functional
-    out = ops.all_to_all_single(x.contiguous(), list(receive), list(send), group.name)
-    return ops.wait_tensor(out)
+    return _exchange(x.contiguous(), list(send), list(receive), group) if group.name else x
 
 
 def pass_on(x: Tensor, group: Group) -> Tensor:

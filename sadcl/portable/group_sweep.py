@@ -19,8 +19,8 @@ from .._dtypes import accumulation_dtype, norm_dtype
 from .group_pairs import Columns, Tags
 from .mlc import Labels, planes
 
-# A block of scores, and a block of vectors, hold at most this many elements.
-_BLOCK_ELEMENTS = 1 << 22
+# A block of scores, and a block of vectors, hold at most this many elements: 4 MB on a CPU; elsewhere launches cost.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
 _ALIGNED = 16  # bytes: a rank's vectors begin where every dtype may
 
 
@@ -209,7 +209,8 @@ class Sweep:
 
     def _step(self) -> int:
         """Items of a block."""
-        rows = min(_BLOCK_ELEMENTS // max(self.rows, 1), _BLOCK_ELEMENTS // max(self.d, 1))
+        most = _BLOCK_ELEMENTS.get(self.z.device.type, 1 << 24)
+        rows = min(most // max(self.rows, 1), most // max(self.d, 1))
         return max(1, rows // max(self.v, 1))
 
     def _of_ranks(self, vectors: bool) -> Iterator[Columns]:
