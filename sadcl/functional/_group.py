@@ -14,6 +14,7 @@ from .._backends import resolve
 from .._collectives import Group, refuse
 from .._groups import GroupLike, find_group
 from ..ops import group_rows as _rows
+from ..ops._transforms import watched
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ def features_of_all(features: Tensor) -> Tensor:
 
     A rank that comes without images may have made its features of nothing.
     """
-    if torch.is_grad_enabled() and not features.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not features.requires_grad and not watched(features):
         return features.detach().requires_grad_()
     return features
 

@@ -103,5 +103,6 @@ group_rows = Op(
         gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
         implementations={"torch": portable.backward},
         partial=True,
+        instead="the loss of one process, backend='reference'",
     ),
 )
