@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ._collectives import Group
@@ -68,7 +67,6 @@ def find_group(group: GroupLike) -> Group | None:
     return Group(*(_world() if isinstance(held, str) else _found(held.name, held.ranks)))  # type: ignore[union-attr]
 
 
-@torch.compiler.assume_constant_result
 def _world() -> tuple[str, int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -77,7 +75,6 @@ def _world() -> tuple[str, int, int]:
     return _described(dist.group.WORLD)
 
 
-@torch.compiler.assume_constant_result
 def _found(name: str, ranks: tuple[int, ...]) -> tuple[str, int, int]:
     """The group of this name, or else the first one of these ranks."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -88,6 +85,10 @@ def _found(name: str, ranks: tuple[int, ...]) -> tuple[str, int, int]:
         if tuple(dist.get_process_group_ranks(one)) == ranks:
             return _described(one)
     raise ValueError(f"group: this process has no group of the ranks {list(ranks)}; set the loss's group anew")
+
+
+# Constants to a compiler. torch.compiler.assume_constant_result says no more than this, but imports the compiler.
+_world._dynamo_marked_constant = _found._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _described(group: Any) -> tuple[str, int, int]:

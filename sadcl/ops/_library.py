@@ -92,8 +92,7 @@ class Op:
 
     Attributes:
         name: ``sadcl::<name>``; with a backward there is ``sadcl::<name>_backward`` too.
-        inputs: NamedTuple of what goes in: tensors, optional tensors, bools, ints (symbolic under a compiler), floats,
-            strings.
+        inputs: NamedTuple of what goes in: tensors, optional ones, bools, ints (symbolic when compiled), floats, strs.
         outputs: NamedTuple of tensors: the results first, then what only the backward needs.
         allocate: ``inputs -> outputs``, uninitialised: the fake, and what an :class:`Into` fills.
         implementations: one a backend: ``inputs -> outputs`` or a mapping of their fields, or an :class:`Into`.
