@@ -15,7 +15,7 @@ from ..ops.compact import Active
 from . import _arguments as arguments
 from . import pscl, sscl
 from ._arguments import FORMULATIONS
-from ._group import check_features, over_group, together
+from ._group import check_backend, check_capacity, check_features, check_ring, over_group, together
 from ._reduce import Weights
 from .compact import check_active
 
@@ -78,25 +78,30 @@ def dual_contrastive_loss(
     def checked() -> tuple[Tensor | None, Tensor, Tensor, Tensor, Weights, str]:
         return _check(
             embeddings, bank_embeddings, prototypes, labels, sample_temperature, prototype_temperature, formulation,
-            class_weight, backend, group,
+            class_weight, backend, group, ring, capacity,
         )  # fmt: skip
 
     bank_embeddings, prototypes, sample_temperature, prototype_temperature, weights, name = together(
         group, embeddings, checked
     )
-    if name not in _dual.dual.backends or over_group(group, embeddings.shape[0]) is not None:
-        same: dict[str, Any] = {
-            "formulation": formulation,
-            "class_weight": class_weight,
-            "active": together(group, embeddings, lambda: check_active(active, labels, name)),
-            "backend": None if group is not None else name,
-            "group": group,
-        }
+    over = over_group(group, embeddings.shape[0])
+    if over is not None or name not in _dual.dual.backends:
+        active = together(group, embeddings, lambda: check_active(active, labels, name))
+        same: dict[str, Any] = {"formulation": formulation, "class_weight": class_weight, "active": active}
         views = _dual.stacked(embeddings, bank_embeddings)
+        if over is not None:
+            sample = sscl.sample_contrastive_loss(
+                views, labels, temperature=sample_temperature, group=group, ring=ring, capacity=capacity, **same
+            )
+            checked_pscl = pscl.Checked(
+                arguments.in_range(embeddings), arguments.in_range(prototypes), prototype_temperature, weights, active,
+                resolve(None, "pscl", embeddings.device, pscl.BACKENDS),
+            )  # fmt: skip
+            released = formulation == "released"
+            return DualParts(sample, pscl.over_ranks(checked_pscl, over, released, "mean", after=sample))
+        same["backend"] = name
         return DualParts(
-            sscl.sample_contrastive_loss(
-                views, labels, temperature=sample_temperature, ring=ring, capacity=capacity, **same
-            ),
+            sscl.sample_contrastive_loss(views, labels, temperature=sample_temperature, **same),
             pscl.prototype_contrastive_loss(embeddings, prototypes, labels, temperature=prototype_temperature, **same),
         )
 
@@ -129,8 +134,15 @@ def _check(
     class_weight: Tensor | None,
     backend: str | None,
     group: GroupLike,
+    ring: bool,
+    capacity: int | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Weights, str]:
     check_features("embeddings", embeddings, (3,), "[B, C, D]", group)
+    if group is not None:
+        check_backend(backend, "dual", embeddings.device)
+        backend = None
+    check_ring(ring, group)
+    check_capacity(capacity, group)
     bank = None if bank_embeddings is None else _check_bank(bank_embeddings, embeddings)
     b, c, _ = embeddings.shape
     arguments.check_labels(labels, b, c, embeddings, other="embeddings")

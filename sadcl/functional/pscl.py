@@ -77,7 +77,7 @@ def prototype_contrastive_loss(
         RuntimeError: a backend asked for by name cannot run.
     """
 
-    def checked() -> _Checked:
+    def checked() -> Checked:
         return _check(
             features, prototypes, labels, temperature, formulation, reduction, class_weight, sample_weight, active,
             backend, group,
@@ -87,7 +87,7 @@ def prototype_contrastive_loss(
     released = formulation == "released"
     over = over_group(group, x.features.shape[0])
     if over is not None:
-        return _over_ranks(x, over, released, reduction)
+        return over_ranks(x, over, released, reduction)
     if x.backend == "reference":
         classes = reference.pscl(x.features, x.prototypes, x.active.target, x.tau, released).to(x.tau.dtype)
     else:
@@ -96,7 +96,7 @@ def prototype_contrastive_loss(
     return finish(classes, x.active, released, x.weights, reduction)
 
 
-class _Checked(NamedTuple):
+class Checked(NamedTuple):
     """Arguments that may go together."""
 
     features: Tensor
@@ -119,7 +119,7 @@ def _check(
     active: Active | None,
     backend: str | None,
     group: GroupLike,
-) -> _Checked:
+) -> Checked:
     check_features("features", features, (3,), "[B, C, D]", group)
     b, c, _ = features.shape
     prototypes = arguments.check_prototypes(prototypes, features)
@@ -132,16 +132,20 @@ def _check(
     active = check_active(active, labels, name)
     if group is not None and name == "reference":
         raise ValueError("backend: expected a backend that computes over a group, got 'reference'")
-    return _Checked(arguments.in_range(features), arguments.in_range(prototypes), tau, weights, active, name)
+    return Checked(arguments.in_range(features), arguments.in_range(prototypes), tau, weights, active, name)
 
 
-def _over_ranks(x: _Checked, group: Group, released: bool, reduction: str) -> Tensor:
-    """Own positives' shares of their classes' losses; classes without a positive are shared by all ranks."""
+def over_ranks(x: Checked, group: Group, released: bool, reduction: str, after: Tensor | None = None) -> Tensor:
+    """Own positives' shares of their classes' losses; classes without a positive are shared by all ranks.
+
+    ``after`` is a loss over the group in the same graph. A compiler orders what does not depend on each other by size,
+    which differs between ranks.
+    """
     c = x.features.shape[1]
     same = signature("prototype_contrastive_loss", x.features, C=c, released=released, reduction=reduction)
     inputs = _over.Inputs(
-        features_of_all(x.features), x.prototypes, x.active.target, x.tau, released, reads_values(x.features), same,
-        group.name, group.rank, group.world,
+        features_of_all(x.features), x.prototypes, x.active.target, x.tau, after, released, reads_values(x.features),
+        same, group.name, group.rank, group.world,
     )  # fmt: skip
     out = _over.group_pscl(inputs, x.backend)
     total = out.positives.sum()

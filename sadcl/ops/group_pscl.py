@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
     prototypes: Tensor  # [C, D], the same on all ranks
     target: Tensor  # int8 [B, C], see sadcl.ops.compact.Active
     temperature: Tensor  # [] in the accumulation dtype
+    after: Tensor | None  # the loss whose collectives come first, in forward and, the other way round, in backward
     released: bool  # add the released code's term for classes without a positive
     waits: bool  # the host hears whether the ranks agree
     signature: str  # what ranks must agree in
@@ -90,8 +91,8 @@ def _backward(backend: str) -> Callable[..., Any]:
         one = _own(x)._replace(released=True)
         assert pscl.derivative is not None
         own = OneOutputs(given, saved.score, saved.norm_x, saved.norm_p, saved.lse)
-        grads = pscl.derivative.grads(pscl.derivative.upstream(given), one, own, wanted, backend)
-        return grads._asdict()
+        grads = pscl.derivative.grads(pscl.derivative.upstream(given), one, own, wanted, backend)._asdict()
+        return grads if x.after is None else {**grads, "grad_after": torch.zeros_like(x.after)}
 
     return backward
 
@@ -103,7 +104,7 @@ group_pscl = Op(
     allocate,
     {name: _forward(name) for name in pscl.backends},
     Backward(
-        gradients=("features", "prototypes", "temperature"),
+        gradients=("features", "prototypes", "temperature", "after"),
         implementations={name: _backward(name) for name in pscl.backends},
         instead="the loss of one process, backend='reference'",
     ),

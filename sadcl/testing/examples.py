@@ -163,7 +163,9 @@ def _group_rows(make: Maker) -> Iterator[Any]:
 def _group_pscl(make: Maker) -> Iterator[Any]:
     for x in _pscl(make):
         waits = make.device == "cpu"
-        yield group_pscl.Inputs(x.features, x.prototypes, x.target, x.temperature, x.released, waits, "", "", 0, 1)
+        yield group_pscl.Inputs(
+            x.features, x.prototypes, x.target, x.temperature, None, x.released, waits, "", "", 0, 1
+        )
 
 
 def _zlpr(make: Maker) -> Iterator[Any]:
