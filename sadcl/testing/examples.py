@@ -163,9 +163,9 @@ def _group_rows(make: Maker) -> Iterator[Any]:
 def _group_pscl(make: Maker) -> Iterator[Any]:
     for x in _pscl(make):
         waits = make.device == "cpu"
-        yield group_pscl.Inputs(
-            x.features, x.prototypes, x.target, x.temperature, None, x.released, waits, "", "", 0, 1
-        )
+        after = make.number(0.5) if x.released else None
+        own = (x.features, x.prototypes, x.target, x.temperature)
+        yield group_pscl.Inputs(*own, after, x.released, waits, signature="", group="", rank=0, world=1)
 
 
 def _zlpr(make: Maker) -> Iterator[Any]:
