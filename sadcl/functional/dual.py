@@ -8,12 +8,15 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._backends import resolve
+from .._groups import GroupLike
 from ..ops import dual as _dual
 from ..ops import sscl as _sscl
 from ..ops.compact import Active
 from . import _arguments as arguments
 from . import pscl, sscl
 from ._arguments import FORMULATIONS
+from ._group import check_backend, check_capacity, check_features, check_ring, over_group, together
+from ._reduce import Weights
 from .compact import check_active
 
 BACKENDS = sscl.BACKENDS  # here, or as the two ops
@@ -38,6 +41,9 @@ def dual_contrastive_loss(
     class_weight: Tensor | None = None,
     active: Active | None = None,
     backend: str | None = None,
+    group: GroupLike = None,
+    ring: bool = False,
+    capacity: int | None = None,
 ) -> DualParts:
     """SSCL between the views and PSCL of the first view, with ``reduction="mean"``.
 
@@ -58,6 +64,7 @@ def dual_contrastive_loss(
         class_weight: ``[C]``, for both.
         active: :func:`compact_labels` of these labels.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        group, ring, capacity: over the ranks of a process group, for both, as :func:`sample_contrastive_loss` says.
 
     Returns:
         :class:`DualParts`, float32 (float64 for float64 embeddings).
@@ -67,28 +74,32 @@ def dual_contrastive_loss(
         ValueError: wrong ranks, sizes, devices, label values, temperatures or choices.
         RuntimeError: a backend asked for by name cannot run.
     """
-    check.check_tensor("embeddings", embeddings, (3,), "[B, C, D]")
-    check.check_floating("embeddings", embeddings)
-    check.check_nonempty("embeddings", embeddings)
-    if bank_embeddings is not None:
-        bank_embeddings = _check_bank(bank_embeddings, embeddings)
-    b, c, _ = embeddings.shape
-    arguments.check_labels(labels, b, c, embeddings, other="embeddings")
-    prototypes = arguments.check_prototypes(prototypes, embeddings, other="embeddings")
-    check.check_choice("formulation", formulation, FORMULATIONS)
-    sample_temperature = check.as_temperature(sample_temperature, embeddings, "sample_temperature")
-    prototype_temperature = check.as_temperature(prototype_temperature, embeddings, "prototype_temperature")
-    weights = arguments.check_weights(class_weight, None, b, c, embeddings)
-    name = resolve(backend, "dual", embeddings.device, BACKENDS)
 
-    if name not in _dual.dual.backends:
-        same: dict[str, Any] = {
-            "formulation": formulation,
-            "class_weight": class_weight,
-            "active": check_active(active, labels, name),
-            "backend": name,
-        }
+    def checked() -> tuple[Tensor | None, Tensor, Tensor, Tensor, Weights, str]:
+        return _check(
+            embeddings, bank_embeddings, prototypes, labels, sample_temperature, prototype_temperature, formulation,
+            class_weight, backend, group, ring, capacity,
+        )  # fmt: skip
+
+    bank_embeddings, prototypes, sample_temperature, prototype_temperature, weights, name = together(
+        group, embeddings, checked
+    )
+    over = over_group(group, embeddings.shape[0])
+    if over is not None or name not in _dual.dual.backends:
+        active = together(group, embeddings, lambda: check_active(active, labels, name))
+        same: dict[str, Any] = {"formulation": formulation, "class_weight": class_weight, "active": active}
         views = _dual.stacked(embeddings, bank_embeddings)
+        if over is not None:
+            sample = sscl.sample_contrastive_loss(
+                views, labels, temperature=sample_temperature, group=group, ring=ring, capacity=capacity, **same
+            )
+            checked_pscl = pscl.Checked(
+                arguments.in_range(embeddings), arguments.in_range(prototypes), prototype_temperature, weights, active,
+                resolve(None, "pscl", embeddings.device, pscl.BACKENDS),
+            )  # fmt: skip
+            released = formulation == "released"
+            return DualParts(sample, pscl.over_ranks(checked_pscl, over, released, "mean", after=sample))
+        same["backend"] = name
         return DualParts(
             sscl.sample_contrastive_loss(views, labels, temperature=sample_temperature, **same),
             pscl.prototype_contrastive_loss(embeddings, prototypes, labels, temperature=prototype_temperature, **same),
@@ -110,6 +121,37 @@ def dual_contrastive_loss(
         sscl.finish(out.row_loss, active, x.released, None, weights, "mean"),
         pscl.finish(out.class_loss, active, x.released, weights, "mean"),
     )
+
+
+def _check(
+    embeddings: Tensor,
+    bank_embeddings: Tensor | None,
+    prototypes: Tensor,
+    labels: Tensor,
+    sample_temperature: float | Tensor,
+    prototype_temperature: float | Tensor,
+    formulation: str,
+    class_weight: Tensor | None,
+    backend: str | None,
+    group: GroupLike,
+    ring: bool,
+    capacity: int | None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Weights, str]:
+    check_features("embeddings", embeddings, (3,), "[B, C, D]", group)
+    if group is not None:
+        check_backend(backend, "dual", embeddings.device)
+        backend = None
+    check_ring(ring, group)
+    check_capacity(capacity, group)
+    bank = None if bank_embeddings is None else _check_bank(bank_embeddings, embeddings)
+    b, c, _ = embeddings.shape
+    arguments.check_labels(labels, b, c, embeddings, other="embeddings")
+    prototypes = arguments.check_prototypes(prototypes, embeddings, other="embeddings")
+    check.check_choice("formulation", formulation, FORMULATIONS)
+    sample = check.as_temperature(sample_temperature, embeddings, "sample_temperature")
+    prototype = check.as_temperature(prototype_temperature, embeddings, "prototype_temperature")
+    weights = arguments.check_weights(class_weight, None, b, c, embeddings)
+    return bank, prototypes, sample, prototype, weights, resolve(backend, "dual", embeddings.device, BACKENDS)
 
 
 def _check_bank(bank: Tensor, embeddings: Tensor) -> Tensor:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
+from .._collectives import Group
+from .._groups import GroupLike
 from ..ops import mlc as _mlc
 from . import _arguments as arguments
-from ._reduce import REDUCTIONS
+from ._group import (
+    check_backend,
+    check_capacity,
+    check_features,
+    check_ring,
+    over_group,
+    reduce_part,
+    rows_of_ranks,
+    signature,
+    together,
+)
+from ._reduce import REDUCTIONS, Weights
 
 BACKENDS = _mlc.mlc.backends
 WEIGHTINGS = _mlc.WEIGHTINGS
@@ -39,6 +53,9 @@ def multilabel_supcon_loss(
     class_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
     backend: str | None = None,
+    group: GroupLike = None,
+    ring: bool = False,
+    capacity: int | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss of images with several labels, in every published weighting of the pairs.
 
@@ -83,6 +100,9 @@ def multilabel_supcon_loss(
         class_weight: ``[C]``, multiplies the terms of a class (``"mulsupcon"`` and ``"msc"`` alone).
         sample_weight: ``[B]``, multiplies the loss of an image's anchors.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        group, ring: the rows of all ranks of a process group are columns, as for :func:`sample_contrastive_loss`. Keys,
+            their labels and prototypes are the same on all ranks; ``weights`` are ``[B V, rows of all ranks + K]``.
+        capacity: with a group: the most images of a rank.
 
     Returns:
         float32 (float64 for float64 features): a 0-d tensor, or ``[B, V]``, or ``[B]``.
@@ -93,67 +113,172 @@ def multilabel_supcon_loss(
         RuntimeError: a backend asked for by name cannot run.
     """
     flat = isinstance(features, Tensor) and features.dim() == 2
-    check.check_tensor("features", features, (2, 3), "[B, V, D] or [B, D]")
-    check.check_floating("features", features)
-    check.check_nonempty("features", features)
-    x = features[:, None] if flat else features
+
+    def checked() -> _Checked:
+        return _check(
+            features, labels, keys, key_labels, prototypes, weights, class_weight, sample_weight, temperature,
+            base_temperature, weighting, reduction, (threshold, alpha, beta), per_image, normalize, include_batch,
+            backend, group, ring, capacity,
+        )  # fmt: skip
+
+    x = together(group, features, checked)
+    over = over_group(group, x.features.shape[0])
+    if over is not None:
+        numbers = {"threshold": float(threshold), "alpha": float(alpha), "beta": float(beta)}
+        same = {
+            "weighting": weighting, **numbers, "normalize": normalize, "include_batch": include_batch,
+            "per_image": per_image, "reduction": reduction, "base_temperature": base_temperature,
+        }  # fmt: skip
+        given = {"labels": labels, "key_labels": key_labels, "weights": weights}
+        more = {**numbers, "normalize": normalize, "include_batch": include_batch}
+        rows, size = _over_ranks(x, weighting, given, more, same, over, ring, capacity)
+    elif x.backend == "reference":
+        _check_values(labels, key_labels, weights)
+        rows = reference.mlc(
+            x.features, labels, x.tau, weighting, keys=x.keys, key_labels=key_labels, prototypes=x.prototypes,
+            weights=weights, class_weight=x.weights.of_class, threshold=threshold, alpha=alpha, beta=beta,
+            include_batch=include_batch, normalize=normalize,
+        ).to(x.tau.dtype)  # fmt: skip
+    else:
+        code = WEIGHTINGS.index(weighting) if weights is None else _mlc.DENSE
+        inputs = _mlc.Inputs(
+            x.features, labels, x.keys, key_labels, x.prototypes, weights, x.weights.of_class, x.tau, code,
+            float(threshold), float(alpha), float(beta), include_batch, normalize,
+        )  # fmt: skip
+        rows = _mlc.mlc(inputs, x.backend).row_loss
+
+    if x.scale is not None:
+        rows = rows * x.scale
+    if x.weights.of_sample is not None:
+        rows = rows * x.weights.of_sample[:, None]
+    used = weighting if weights is None else ""
+    if over is None:
+        return _reduce(rows, labels, used, per_image, reduction, flat)
+    own, by_labels = _own_factor(rows, labels, used, per_image)
+    own = own[:, 0] if flat and reduction == "none" else own
+    return reduce_part(own, size[1 if by_labels else 0], reduction, over)
+
+
+class _Checked(NamedTuple):
+    """Arguments that may go together."""
+
+    features: Tensor  # [B, V, D]
+    keys: Tensor | None
+    prototypes: Tensor | None
+    tau: Tensor
+    scale: Tensor | None
+    weights: Weights
+    backend: str
+
+
+def _check(
+    features: Tensor,
+    labels: Tensor | None,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    prototypes: Tensor | None,
+    weights: Tensor | None,
+    class_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    temperature: float | Tensor,
+    base_temperature: float | None,
+    weighting: str,
+    reduction: str,
+    numbers: tuple[float, float, float],
+    per_image: bool,
+    normalize: bool,
+    include_batch: bool,
+    backend: str | None,
+    group: GroupLike,
+    ring: bool,
+    capacity: int | None,
+) -> _Checked:
+    check_features("features", features, (2, 3), "[B, V, D] or [B, D]", group)
+    check_ring(ring, group)
+    check_capacity(capacity, group)
+    x = features[:, None] if features.dim() == 2 else features
     check.check_choice("reduction", reduction, REDUCTIONS)
     check.check_choice("weighting", weighting, WEIGHTINGS)
-    check_multilabel_numbers(threshold, alpha, beta)
+    check_multilabel_numbers(*numbers)
     _check_combination(weighting, labels, keys, key_labels, prototypes, weights, class_weight, include_batch, per_image)
     c = _check_labels(x, labels, keys, key_labels)
     keys, prototypes = _check_vectors(x, keys, prototypes, c)
+    over = over_group(group, x.shape[0])
     if weights is not None:
-        _check_dense(x, keys, weights, include_batch)
+        _check_dense(x, keys, weights, include_batch, over is not None)
     tau = check.as_temperature(temperature, x)
     scale = arguments.check_scale(tau, base_temperature, x)
     checked = arguments.check_weights(class_weight, sample_weight, x.shape[0], c, x)
-    name = resolve(backend, "mlc", x.device, BACKENDS)
+    if over is not None:
+        check_backend(backend, "mlc", x.device)
+        _check_values(labels, key_labels, weights)
+        name = "torch"
+    else:
+        name = resolve(backend, "mlc", x.device, BACKENDS)
     if normalize:
         x = arguments.in_range(x)
         keys = None if keys is None else arguments.in_range(keys)
         prototypes = None if prototypes is None else arguments.in_range(prototypes)
+    return _Checked(x, keys, prototypes, tau, scale, checked, name)
 
-    if name == "reference":
-        for what, given in (("labels", labels), ("key_labels", key_labels)):
-            if given is not None and check.reads_values(given):
-                check.check_label_values(given, what)
-        if weights is not None:
-            _mlc.check_weight_values(weights)
-        rows = reference.mlc(
-            x, labels, tau, weighting, keys=keys, key_labels=key_labels, prototypes=prototypes, weights=weights,
-            class_weight=checked.of_class, threshold=threshold, alpha=alpha, beta=beta, include_batch=include_batch,
-            normalize=normalize,
-        ).to(tau.dtype)  # fmt: skip
-    else:
-        code = WEIGHTINGS.index(weighting) if weights is None else _mlc.DENSE
-        inputs = _mlc.Inputs(
-            x, labels, keys, key_labels, prototypes, weights, checked.of_class, tau, code,
-            float(threshold), float(alpha), float(beta), include_batch, normalize,
-        )  # fmt: skip
-        rows = _mlc.mlc(inputs, name).row_loss
 
-    if scale is not None:
-        rows = rows * scale
-    if checked.of_sample is not None:
-        rows = rows * checked.of_sample[:, None]
-    return _reduce(rows, labels, weighting if weights is None else "", per_image, reduction, flat)
+def _check_values(labels: Tensor | None, key_labels: Tensor | None, weights: Tensor | None) -> None:
+    """Refuse labels and weights of no meaning, where values are read."""
+    for what, given in (("labels", labels), ("key_labels", key_labels)):
+        if given is not None and check.reads_values(given) and check.holds_values(given):
+            check.check_label_values(given, what)
+    if weights is not None and check.holds_values(weights):
+        _mlc.check_weight_values(weights)
+
+
+def _over_ranks(
+    x: _Checked,
+    weighting: str,
+    given: dict[str, Tensor | None],
+    more: dict[str, Any],
+    same: dict[str, Any],
+    group: Group,
+    ring: bool,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses of own rows ``[B, V]``, and how many rows and labels all ranks have."""
+    b, v, _ = x.features.shape
+    labels = given["labels"]
+    same = {
+        "V": v, "C": "none" if labels is None else labels.shape[1], "weights": given["weights"] is not None,
+        "K": "none" if x.keys is None else x.keys.shape[0], **same, "ring": ring, "capacity": capacity,
+    }  # fmt: skip
+    code = WEIGHTINGS.index(weighting) if given["weights"] is None else _mlc.DENSE
+    out = rows_of_ranks(
+        x.features[:, :, None], x.tau, code, signature("multilabel_supcon_loss", x.features, **same), group,
+        keys=x.keys, prototypes=x.prototypes, class_weight=x.weights.of_class, ring=ring, capacity=capacity, **given,
+        **more,
+    )  # fmt: skip
+    return out.row_loss[:, :, 0], out.size
 
 
 def _reduce(rows: Tensor, labels: Tensor | None, weighting: str, per_image: bool, reduction: str, flat: bool) -> Tensor:
     """``a_i`` and the reduction of ``rows [B, V]``."""
-    count: Tensor | int = rows.numel()
-    if weighting in _OF_CLASSES:
-        assert labels is not None
-        own = (labels == 1).sum(dim=1)
-        if weighting == "msc" or per_image:
-            rows = rows / own.clamp(min=1).to(rows.dtype)[:, None]
-        else:
-            count = (own.sum() * rows.shape[1]).clamp(min=1)
+    rows, by_labels = _own_factor(rows, labels, weighting, per_image)
     if reduction == "none":
         return rows[:, 0] if flat else rows
     total = rows.sum()
-    return total / count if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    if by_labels:
+        assert labels is not None
+        return total / ((labels == 1).sum() * rows.shape[1]).clamp(min=1)
+    return total / rows.numel()
+
+
+def _own_factor(rows: Tensor, labels: Tensor | None, weighting: str, per_image: bool) -> tuple[Tensor, bool]:
+    """``rows [B, V]`` times what ``a_i`` says of the image alone, and whether the mean is over labels, not rows."""
+    if weighting not in _OF_CLASSES:
+        return rows, False
+    assert labels is not None
+    if weighting == "msc" or per_image:
+        return rows / (labels == 1).sum(dim=1).clamp(min=1).to(rows.dtype)[:, None], False
+    return rows, True
 
 
 def check_multilabel_numbers(threshold: float, alpha: float, beta: float) -> None:
@@ -208,7 +333,8 @@ def _check_labels(x: Tensor, labels: Tensor | None, keys: Tensor | None, key_lab
     check.check_tensor("labels", labels, (2,), "[B, C]")
     check.check_real("labels", labels)
     arguments.check_labels(labels, x.shape[0], labels.shape[1], x)
-    check.check_nonempty("labels", labels)
+    if 0 in labels.shape[1:] or x.shape[0] > 0:
+        check.check_nonempty("labels", labels)
     if keys is not None and key_labels is not None:
         check.check_tensor("keys", keys, (2,), "[K, D]")
         check.check_tensor("key_labels", key_labels, (2,), "[K, C]")
@@ -236,11 +362,12 @@ def _check_vectors(
     return keys, prototypes
 
 
-def _check_dense(x: Tensor, keys: Tensor | None, weights: Tensor, include_batch: bool) -> None:
+def _check_dense(x: Tensor, keys: Tensor | None, weights: Tensor, include_batch: bool, over: bool) -> None:
     n = x.shape[0] * x.shape[1]
     columns = n * include_batch + (0 if keys is None else keys.shape[0])
     check.check_tensor("weights", weights, (2,), "[B V, columns]")
     check.check_floating("weights", weights)
     check.check_size("weights", weights, 0, n, "B V", "features")
-    check.check_size("weights", weights, 1, columns, "columns", "features and keys")
+    if not over:  # how many rows the other ranks have is not known yet
+        check.check_size("weights", weights, 1, columns, "columns", "features and keys")
     check.check_same_device("weights", weights, "features", x)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
+from .._checks import reads_values
+from .._collectives import Group
+from .._groups import GroupLike
+from ..ops import group_pscl as _over
 from ..ops import pscl as _pscl
 from ..ops.compact import Active
 from . import _arguments as arguments
 from ._arguments import FORMULATIONS
+from ._group import check_features, features_of_all, over_group, reduce_part, signature, together
 from ._reduce import REDUCTIONS, Weights, reduce
 from .compact import check_active
 
@@ -30,6 +37,7 @@ def prototype_contrastive_loss(
     sample_weight: Tensor | None = None,
     active: Active | None = None,
     backend: str | None = None,
+    group: GroupLike = None,
 ) -> Tensor:
     r"""Prototype-to-sample contrastive loss (PSCL) between label embeddings and category prototypes.
 
@@ -56,18 +64,63 @@ def prototype_contrastive_loss(
         sample_weight: ``[B]``, multiplies the shares of an image's positives.
         active: :func:`compact_labels` of these labels.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        group: over the images of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension, as for
+            :func:`sample_contrastive_loss`. The prototypes are the same on all ranks.
 
     Returns:
         float32 (float64 for float64 features): a 0-d tensor, or ``[B, C]``.
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: wrong ranks, sizes, devices, label values, temperature or choices.
+        ValueError: wrong ranks, sizes, devices, label values, temperature or choices; ranks of the group that disagree
+            in them (on every rank alike).
         RuntimeError: a backend asked for by name cannot run.
     """
-    check.check_tensor("features", features, (3,), "[B, C, D]")
-    check.check_floating("features", features)
-    check.check_nonempty("features", features)
+
+    def checked() -> Checked:
+        return _check(
+            features, prototypes, labels, temperature, formulation, reduction, class_weight, sample_weight, active,
+            backend, group,
+        )  # fmt: skip
+
+    x = together(group, features, checked)
+    released = formulation == "released"
+    over = over_group(group, x.features.shape[0])
+    if over is not None:
+        return over_ranks(x, over, released, reduction)
+    if x.backend == "reference":
+        classes = reference.pscl(x.features, x.prototypes, x.active.target, x.tau, released).to(x.tau.dtype)
+    else:
+        inputs = _pscl.Inputs(x.features, x.prototypes, x.active.target, x.tau, released)
+        classes = _pscl.pscl(inputs, x.backend).class_loss
+    return finish(classes, x.active, released, x.weights, reduction)
+
+
+class Checked(NamedTuple):
+    """Arguments that may go together."""
+
+    features: Tensor
+    prototypes: Tensor  # [C, D]
+    tau: Tensor
+    weights: Weights
+    active: Active
+    backend: str
+
+
+def _check(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    formulation: str,
+    reduction: str,
+    class_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    active: Active | None,
+    backend: str | None,
+    group: GroupLike,
+) -> Checked:
+    check_features("features", features, (3,), "[B, C, D]", group)
     b, c, _ = features.shape
     prototypes = arguments.check_prototypes(prototypes, features)
     arguments.check_labels(labels, b, c, features)
@@ -77,14 +130,32 @@ def prototype_contrastive_loss(
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
     name = resolve(backend, "pscl", features.device, BACKENDS)
     active = check_active(active, labels, name)
-    features, prototypes = arguments.in_range(features), arguments.in_range(prototypes)
-    released = formulation == "released"
+    if group is not None and name == "reference":
+        raise ValueError("backend: expected a backend that computes over a group, got 'reference'")
+    return Checked(arguments.in_range(features), arguments.in_range(prototypes), tau, weights, active, name)
 
-    if name == "reference":
-        classes = reference.pscl(features, prototypes, active.target, tau, released).to(tau.dtype)
-    else:
-        classes = _pscl.pscl(_pscl.Inputs(features, prototypes, active.target, tau, released), name).class_loss
-    return finish(classes, active, released, weights, reduction)
+
+def over_ranks(x: Checked, group: Group, released: bool, reduction: str, after: Tensor | None = None) -> Tensor:
+    """Own positives' shares of their classes' losses; classes without a positive are shared by all ranks.
+
+    ``after`` is a loss over the group in the same graph. A compiler orders what does not depend on each other by size,
+    which differs between ranks.
+    """
+    c = x.features.shape[1]
+    same = signature("prototype_contrastive_loss", x.features, C=c, released=released, reduction=reduction)
+    inputs = _over.Inputs(
+        features_of_all(x.features), x.prototypes, x.active.target, x.tau, after, released, reads_values(x.features),
+        same, group.name, group.rank, group.world,
+    )  # fmt: skip
+    out = _over.group_pscl(inputs, x.backend)
+    total = out.positives.sum()
+    classes = out.class_loss * (total > 0) if released else out.class_loss
+    share = (x.active.target == 1).to(classes.dtype) / out.positives.clamp(min=1)
+    rows = x.weights.apply(classes * share)
+    if reduction == "none":
+        return rows
+    absent = torch.where(out.positives == 0, x.weights.by_class(classes), 0.0) / group.world
+    return reduce_part(torch.cat([rows.flatten(), absent]), total, reduction, group)
 
 
 def finish(classes: Tensor, active: Active, released: bool, weights: Weights, reduction: str) -> Tensor:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
+from .._collectives import Group
+from .._groups import GroupLike
+from ..ops import group_rows as _rows
 from ..ops import sscl as _sscl
 from ..ops.compact import Active
 from . import _arguments as arguments
 from ._arguments import FORMULATIONS
+from ._group import (
+    check_backend,
+    check_capacity,
+    check_features,
+    check_ring,
+    over_group,
+    reduce_part,
+    rows_of_ranks,
+    signature,
+    together,
+)
 from ._reduce import REDUCTIONS, Weights, reduce
 from .compact import check_active
 
@@ -30,6 +46,9 @@ def sample_contrastive_loss(
     sample_weight: Tensor | None = None,
     active: Active | None = None,
     backend: str | None = None,
+    group: GroupLike = None,
+    ring: bool = False,
+    capacity: int | None = None,
 ) -> Tensor:
     r"""Sample-to-sample contrastive loss (SSCL) between label embeddings.
 
@@ -56,19 +75,76 @@ def sample_contrastive_loss(
         class_weight: ``[C]``, multiplies the loss of a class's anchors.
         sample_weight: ``[B]``, multiplies the loss of an image's anchors.
         active: :func:`compact_labels` of these labels, to compact once for several losses.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``; with a group
+            torch's operators compute.
+        group: contrast with the rows of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension,
+            which all call this with the same options; a rank may come without images (B = 0). The mean over ranks of
+            ``"mean"`` and of ``"sum"`` is what one process gets for the concatenated batch, of value and gradients
+            (each rank gets ``W`` times its own part); ``"none"`` gives the rank's own rows. docs/scaling.md.
+        ring: with a group: vectors travel round instead of being gathered, for memory of ``2 N / W`` of them.
+        capacity: with a group: the most active pairs of a rank; without it the host waits to hear how many there are.
 
     Returns:
         float32 (float64 for float64 features): a 0-d tensor, or ``[B, V, C]``.
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: wrong ranks, sizes, devices, label values, temperature or choices.
+        ValueError: wrong ranks, sizes, devices, label values, temperature or choices; ranks of the group that disagree
+            in them (on every rank alike).
         RuntimeError: a backend asked for by name cannot run.
     """
-    check.check_tensor("features", features, (3, 4), "[B, V, C, D] or [B, C, D]")
-    check.check_floating("features", features)
-    check.check_nonempty("features", features)
+
+    def checked() -> _Checked:
+        return _check(
+            features, labels, temperature, base_temperature, formulation, reduction, class_weight, sample_weight,
+            active, backend, group, ring, capacity,
+        )  # fmt: skip
+
+    x = together(group, features, checked)
+    over = over_group(group, x.features.shape[0])
+    if over is not None:
+        return _over_ranks(x, over, formulation, reduction, base_temperature, ring, capacity)
+    released = formulation == "released"
+    if x.backend == "reference":
+        rows = reference.sscl(x.features, x.active.target, x.tau, released).to(x.tau.dtype)
+    else:
+        keep = _sscl.scores_to_keep(x.features, x.active.pairs, x.active.class_ptr, x.tau, x.backend)
+        inputs = _sscl.Inputs(
+            x.features, x.active.pairs, x.active.class_ptr, x.tau, normalize=True, released=released, keep=keep
+        )
+        rows = _sscl.sscl(inputs, x.backend).row_loss
+    return finish(rows, x.active, released, x.scale, x.weights, reduction)
+
+
+class _Checked(NamedTuple):
+    """Arguments that may go together."""
+
+    features: Tensor  # [B, V, C, D]
+    tau: Tensor
+    scale: Tensor | None
+    weights: Weights
+    active: Active
+    backend: str
+
+
+def _check(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    base_temperature: float | None,
+    formulation: str,
+    reduction: str,
+    class_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    active: Active | None,
+    backend: str | None,
+    group: GroupLike,
+    ring: bool,
+    capacity: int | None,
+) -> _Checked:
+    check_features("features", features, (3, 4), "[B, V, C, D] or [B, C, D]", group)
+    check_ring(ring, group)
+    check_capacity(capacity, group)
     if features.dim() == 3:
         features = features.unsqueeze(1)
     b, v, c, _ = features.shape
@@ -78,18 +154,34 @@ def sample_contrastive_loss(
     tau = check.as_temperature(temperature, features)
     scale = arguments.check_scale(tau, base_temperature, features)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
+    if group is not None:
+        check_backend(backend, "sscl", features.device)
+        backend = None
     name = resolve(backend, "sscl", features.device, BACKENDS)
     active = check_active(active, labels, name)
-    features = arguments.in_range(features)
-    released = formulation == "released"
+    return _Checked(arguments.in_range(features), tau, scale, weights, active, name)
 
-    if name == "reference":
-        rows = reference.sscl(features, active.target, tau, released).to(tau.dtype)
-    else:
-        keep = _sscl.scores_to_keep(features, active.pairs, active.class_ptr, tau, name)
-        x = _sscl.Inputs(features, active.pairs, active.class_ptr, tau, normalize=True, released=released, keep=keep)
-        rows = _sscl.sscl(x, name).row_loss
-    return finish(rows, active, released, scale, weights, reduction)
+
+def _over_ranks(
+    x: _Checked,
+    group: Group,
+    formulation: str,
+    reduction: str,
+    base_temperature: float | None,
+    ring: bool,
+    capacity: int | None,
+) -> Tensor:
+    _, v, c, _ = x.features.shape
+    same = signature(
+        "sample_contrastive_loss", x.features, V=v, C=c, formulation=formulation, reduction=reduction,
+        base_temperature=base_temperature, ring=ring, capacity=capacity,
+    )  # fmt: skip
+    out = rows_of_ranks(
+        x.features, x.tau, _rows.IDS, same, group, pairs=x.active.pairs, class_ptr=x.active.class_ptr,
+        released=formulation == "released", ring=ring, capacity=capacity,
+    )  # fmt: skip
+    rows = out.row_loss if x.scale is None or formulation != "released" else out.row_loss * x.scale
+    return reduce_part(x.weights.apply(rows), out.size[0], reduction, group)
 
 
 def finish(

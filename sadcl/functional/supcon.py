@@ -8,10 +8,24 @@ from torch import Tensor
 from .. import _checks as check
 from .. import reference
 from .._backends import resolve
+from .._collectives import Group
 from .._dtypes import without_autocast
+from .._groups import GroupLike
+from ..ops import group_rows as _rows
 from ..ops import sscl as _sscl
 from . import _arguments as arguments
-from ._reduce import REDUCTIONS
+from ._group import (
+    check_backend,
+    check_capacity,
+    check_features,
+    check_ring,
+    over_group,
+    reduce_part,
+    rows_of_ranks,
+    signature,
+    together,
+)
+from ._reduce import REDUCTIONS, Weights
 
 BACKENDS = _sscl.sscl.backends
 
@@ -27,6 +41,9 @@ def supcon_loss(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     backend: str | None = None,
+    group: GroupLike = None,
+    ring: bool = False,
+    capacity: int | None = None,
 ) -> Tensor:
     r"""Single-label supervised contrastive loss (SupCon), and SimCLR's loss without labels.
 
@@ -47,6 +64,9 @@ def supcon_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, V]``, or ``[B, 1]`` for ``"one"``).
         sample_weight: ``[B]``, multiplies the loss of an image's anchors.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        group, ring: over the ranks of a process group, as for :func:`sample_contrastive_loss`. Labels mean the same on
+            all ranks; ``mask`` is ``[B, images of all ranks]`` then, in rank order, and gets no gradient.
+        capacity: with a group: the most images of a rank.
 
     Returns:
         float32 (float64 for float64 features): a 0-d tensor, or ``[B, V]``.
@@ -58,20 +78,24 @@ def supcon_loss(
     """
     if isinstance(features, Tensor) and features.dim() > 3:
         features = features.flatten(2)
-    check.check_tensor("features", features, (3,), "[B, V, D] or [B, V, ...]")
-    check.check_floating("features", features)
-    check.check_nonempty("features", features)
-    check.check_choice("contrast_mode", contrast_mode, ("all", "one"))
-    check.check_choice("reduction", reduction, REDUCTIONS)
-    if labels is not None and mask is not None:
-        raise ValueError("labels and mask: expected at most one of them, got both")
-    b, v, _ = features.shape
-    tau = check.as_temperature(temperature, features)
-    scale = arguments.check_scale(tau, base_temperature, features)
-    weights = arguments.check_weights(None, sample_weight, b, None, features)
 
-    if mask is not None:
-        arguments.check_mask(mask, b, features)
+    def checked() -> tuple[Tensor, Tensor | None, Weights]:
+        return _check(
+            features, labels, mask, temperature, contrast_mode, base_temperature, reduction, sample_weight, backend,
+            group, ring, capacity,
+        )  # fmt: skip
+
+    tau, scale, weights = together(group, features, checked)
+    b, v, _ = features.shape
+    over = over_group(group, b)
+    count: Tensor | None = None
+    if over is not None:
+        same = signature(
+            "supcon_loss", features, V=v, labels=_kind(labels), mask=mask is not None, contrast_mode=contrast_mode,
+            base_temperature=base_temperature, reduction=reduction, ring=ring, capacity=capacity,
+        )  # fmt: skip
+        rows, count = _over_ranks(features, labels, mask, tau, same, over, ring, capacity)
+    elif mask is not None:
         name = resolve(backend, "supcon with a mask", features.device, ("torch",))
         with without_autocast(features.device):
             run = reference.supcon if name == "reference" else _masked_supcon
@@ -93,7 +117,83 @@ def supcon_loss(
     if scale is not None:
         rows = rows * scale
     rows = weights.apply(rows)
+    if over is not None:
+        assert count is not None
+        return reduce_part(rows, count if contrast_mode == "all" else count // v, reduction, over)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def _check(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    contrast_mode: str,
+    base_temperature: float | None,
+    reduction: str,
+    sample_weight: Tensor | None,
+    backend: str | None,
+    group: GroupLike,
+    ring: bool,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor | None, Weights]:
+    """Temperature, scale and weights; refuses what does not go together."""
+    check_features("features", features, (3,), "[B, V, D] or [B, V, ...]", group)
+    check_ring(ring, group)
+    check_capacity(capacity, group)
+    check.check_choice("contrast_mode", contrast_mode, ("all", "one"))
+    check.check_choice("reduction", reduction, REDUCTIONS)
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask: expected at most one of them, got both")
+    b = features.shape[0]
+    if group is not None:
+        check_backend(backend, "supcon", features.device)
+    if mask is not None and over_group(group, b) is not None:
+        check.check_tensor("mask", mask, (2,), "[B, images of all ranks]")
+        check.check_real("mask", mask)
+        check.check_size("mask", mask, 0, b, "B", "features")
+        check.check_same_device("mask", mask, "features", features)
+        if mask.requires_grad:
+            raise ValueError("mask: expected one that needs no gradient with a group, got one that does")
+    elif mask is not None:
+        arguments.check_mask(mask, b, features)
+    else:
+        arguments.check_groups(labels, b, features)
+    tau = check.as_temperature(temperature, features)
+    scale = arguments.check_scale(tau, base_temperature, features)
+    return tau, scale, arguments.check_weights(None, sample_weight, b, None, features)
+
+
+def _kind(labels: Tensor | None) -> str:
+    return "none" if labels is None else "floating" if labels.is_floating_point() else "integers"
+
+
+def _over_ranks(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    tau: Tensor,
+    same: str,
+    group: Group,
+    ring: bool,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses of own rows ``[B, V]``, and how many rows all ranks have."""
+    b, v, _ = features.shape
+    ids = weights = None
+    if mask is not None:
+        weights = mask.to(tau.dtype).repeat_interleave(v, 0).repeat_interleave(v, 1)
+    elif labels is None:
+        ids = torch.arange(b, device=features.device) + (group.rank << 32)
+    else:
+        ids = arguments.check_groups(labels, b, features)
+        # Equal numbers have equal bits, but for the two zeros.
+        ids = (ids.double() + 0.0).view(torch.int64) if ids.is_floating_point() else ids.long()
+    out = rows_of_ranks(
+        features[:, :, None], tau, _rows.MASK if mask is not None else _rows.IDS, same, group, ids=ids, weights=weights,
+        normalize=False, ring=ring, capacity=capacity,
+    )  # fmt: skip
+    return out.row_loss[:, :, 0], out.size[0]
 
 
 def _group_rows(group: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .. import functional as F
 from ..functional import ContrastiveStats
+from ._grouped import GroupedLoss
 from ._weights import hold_class_weight
 
 
@@ -40,7 +41,7 @@ class _ClampedExp(torch.autograd.Function):
         return torch.where(outward, 0.0, grad * value), None, None
 
 
-class TemperedLoss(nn.Module):
+class TemperedLoss(GroupedLoss):
     """Temperature (fixed or learnable), class weights, reduction and backend."""
 
     def __init__(
@@ -87,7 +88,7 @@ class TemperedLoss(nn.Module):
             low, high = (math.exp(bound) for bound in self.log_bounds)
             temperature = f"learnable temperature in [{low:g}, {high:g}]"
         formulation = f"formulation={self.formulation!r}, " if hasattr(self, "formulation") else ""
-        return f"{temperature}, {formulation}reduction={self.reduction!r}"
+        return f"{temperature}, {formulation}reduction={self.reduction!r}{self.in_group()}"
 
 
 class ContrastiveLoss(TemperedLoss):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import functional as F
+from .._groups import GroupLike
 from .asl import AsymmetricLoss
 from .pscl import PrototypeContrastiveLoss
 from .sscl import SampleContrastiveLoss
@@ -39,6 +40,8 @@ class DualContrastiveLoss(nn.Module):
             (gamma_neg 4, gamma_pos 0, clip 0, eps 1e-5, detached weight, ``reduction="released"``).
         class_weight: ``[C]``, for the contrastive losses and the default ASL; one Parameter may serve all three.
         backend: see :func:`sadcl.backends`.
+        group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.
+        ring, capacity: with a group, see :func:`sadcl.functional.sample_contrastive_loss`.
     """
 
     def __init__(
@@ -55,6 +58,9 @@ class DualContrastiveLoss(nn.Module):
         classification: nn.Module | None = None,
         class_weight: Tensor | None = None,
         backend: str | None = None,
+        group: GroupLike = None,
+        ring: bool = False,
+        capacity: int | None = None,
     ) -> None:
         super().__init__()
         defaults = DEFAULT_WEIGHTS[check.check_choice("formulation", formulation, F.FORMULATIONS)]
@@ -67,6 +73,9 @@ class DualContrastiveLoss(nn.Module):
             class_weight=class_weight,
             learnable_temperature=sample_learnable_temperature,
             backend=backend,
+            group=group,
+            ring=ring,
+            capacity=capacity,
         )
         self.prototype = PrototypeContrastiveLoss(
             prototype_temperature,
@@ -74,6 +83,7 @@ class DualContrastiveLoss(nn.Module):
             class_weight=class_weight,
             learnable_temperature=prototype_learnable_temperature,
             backend=backend,
+            group=group,
         )
         self.classification = classification or AsymmetricLoss(
             4, 0, 0.0, 1e-5, True, "released", class_weight=class_weight, backend=backend
@@ -106,6 +116,9 @@ class DualContrastiveLoss(nn.Module):
             formulation=self.sample.formulation,
             class_weight=self.sample.class_weight,
             backend=self.sample.backend,
+            group=self.sample.group,
+            ring=self.sample.ring,
+            capacity=self.sample.capacity,
         )
         total = self.sample_weight * sample + self.prototype_weight * prototype
         classification = None

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import functional as F
+from .._groups import GroupLike
 from ._contrastive import TemperedLoss
 
 
@@ -25,6 +26,8 @@ class MultiLabelSupConLoss(TemperedLoss):
         class_weight: ``[C]``, for ``"mulsupcon"`` and ``"msc"``; a buffer, or trained if it is a Parameter.
         learnable_temperature: ``(init, min, max)``, see :class:`SampleContrastiveLoss`.
         backend: see :func:`sadcl.backends`.
+        group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.
+        ring, capacity: with a group, see :func:`sadcl.functional.sample_contrastive_loss`.
     """
 
     def __init__(
@@ -43,8 +46,12 @@ class MultiLabelSupConLoss(TemperedLoss):
         *,
         class_weight: Tensor | None = None,
         backend: str | None = None,
+        group: GroupLike = None,
+        ring: bool = False,
+        capacity: int | None = None,
     ) -> None:
         super().__init__(temperature, reduction, class_weight, learnable_temperature, backend)
+        self.over(group, ring, capacity)
         self.weighting = check.check_choice("weighting", weighting, F.WEIGHTINGS)
         if base_temperature is not None:
             check.positive_number("base_temperature", base_temperature)
@@ -85,6 +92,9 @@ class MultiLabelSupConLoss(TemperedLoss):
             class_weight=self.class_weight,
             sample_weight=sample_weight,
             backend=self.backend,
+            group=self.group,
+            ring=self.ring,
+            capacity=self.capacity,
         )
 
     def extra_repr(self) -> str:

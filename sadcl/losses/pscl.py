@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional as F
+from .._groups import GroupLike
 from ..functional import Active
 from ._contrastive import ContrastiveLoss
 
@@ -19,6 +20,7 @@ class PrototypeContrastiveLoss(ContrastiveLoss):
         class_weight: ``[C]``, multiplies the loss of a class; a buffer, or trained if it is a Parameter.
         learnable_temperature: ``(init, min, max)``, see :class:`SampleContrastiveLoss`.
         backend: see :func:`sadcl.backends`.
+        group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class PrototypeContrastiveLoss(ContrastiveLoss):
         class_weight: Tensor | None = None,
         learnable_temperature: tuple[float, float, float] | None = None,
         backend: str | None = None,
+        group: GroupLike = None,
     ) -> None:
         super().__init__(temperature, formulation, reduction, class_weight, learnable_temperature, backend)
+        self.over(group)
 
     def forward(
         self,
@@ -54,4 +58,5 @@ class PrototypeContrastiveLoss(ContrastiveLoss):
             sample_weight=sample_weight,
             active=active,
             backend=self.backend,
+            group=self.group,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional as F
+from .._groups import GroupLike
 from ..functional import Active
 from ._contrastive import ContrastiveLoss
 
@@ -21,6 +22,8 @@ class SampleContrastiveLoss(ContrastiveLoss):
         learnable_temperature: ``(init, min, max)`` makes the temperature a parameter (its logarithm) kept in bounds;
             ``temperature`` is then not used.
         backend: see :func:`sadcl.backends`.
+        group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.
+        ring, capacity: with a group, see :func:`sadcl.functional.sample_contrastive_loss`.
     """
 
     def __init__(
@@ -33,8 +36,12 @@ class SampleContrastiveLoss(ContrastiveLoss):
         class_weight: Tensor | None = None,
         learnable_temperature: tuple[float, float, float] | None = None,
         backend: str | None = None,
+        group: GroupLike = None,
+        ring: bool = False,
+        capacity: int | None = None,
     ) -> None:
         super().__init__(temperature, formulation, reduction, class_weight, learnable_temperature, backend)
+        self.over(group, ring, capacity)
         self.base_temperature = base_temperature
 
     def forward(
@@ -52,4 +59,7 @@ class SampleContrastiveLoss(ContrastiveLoss):
             sample_weight=sample_weight,
             active=active,
             backend=self.backend,
+            group=self.group,
+            ring=self.ring,
+            capacity=self.capacity,
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks as check
 from .. import functional as F
+from .._groups import GroupLike
+from ._grouped import GroupedLoss
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(GroupedLoss):
     """Single-label supervised contrastive loss, :func:`sadcl.functional.supcon_loss`; SimCLR's without labels.
 
     Args:
@@ -17,6 +19,8 @@ class SupConLoss(nn.Module):
         base_temperature: the loss is scaled by ``temperature / base_temperature``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: see :func:`sadcl.backends`.
+        group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.
+        ring, capacity: with a group, see :func:`sadcl.functional.sample_contrastive_loss`.
     """
 
     def __init__(
@@ -27,6 +31,9 @@ class SupConLoss(nn.Module):
         *,
         reduction: str = "mean",
         backend: str | None = None,
+        group: GroupLike = None,
+        ring: bool = False,
+        capacity: int | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -34,6 +41,7 @@ class SupConLoss(nn.Module):
         self.base_temperature = base_temperature
         self.reduction = check.check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.backend = backend
+        self.over(group, ring, capacity)
 
     def forward(
         self,
@@ -54,4 +62,7 @@ class SupConLoss(nn.Module):
             reduction=self.reduction,
             sample_weight=sample_weight,
             backend=self.backend,
+            group=self.group,
+            ring=self.ring,
+            capacity=self.capacity,
         )

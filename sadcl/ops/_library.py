@@ -30,7 +30,7 @@ LIBRARY = torch.library.Library("sadcl", "DEF")
 PREFERENCE = ("cpp", "triton", "torch")
 
 _TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells it)
-_SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float"}
+_SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float", str: "str"}
 _SCHEMA[Optional[int]] = "SymInt?"  # noqa: UP045
 
 _EAGER: dict[str, Callable[..., Any]] = {}
@@ -92,7 +92,7 @@ class Op:
 
     Attributes:
         name: ``sadcl::<name>``; with a backward there is ``sadcl::<name>_backward`` too.
-        inputs: NamedTuple of what goes in: tensors, optional tensors, bools, ints (symbolic under a compiler), floats.
+        inputs: NamedTuple of what goes in: tensors, optional ones, bools, ints (symbolic when compiled), floats, strs.
         outputs: NamedTuple of tensors: the results first, then what only the backward needs.
         allocate: ``inputs -> outputs``, uninitialised: the fake, and what an :class:`Into` fills.
         implementations: one a backend: ``inputs -> outputs`` or a mapping of their fields, or an :class:`Into`.

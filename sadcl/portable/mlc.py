@@ -23,14 +23,14 @@ DENSE = len(WEIGHTINGS)  # weights are given
 _BLOCK_ELEMENTS = 1 << 24
 
 
-class _Labels(NamedTuple):
+class Labels(NamedTuple):
     """Two planes of 0 and 1, ``[rows, C]`` in the accumulation dtype."""
 
     has: Tensor
     ignores: Tensor
 
-    def rows(self, block: slice) -> _Labels:
-        return _Labels(self.has[block], self.ignores[block])
+    def rows(self, block: slice) -> Labels:
+        return Labels(self.has[block], self.ignores[block])
 
 
 class _Problem(NamedTuple):
@@ -39,15 +39,15 @@ class _Problem(NamedTuple):
     anchors: Tensor  # unit vectors [N, D]
     columns: Tensor  # unit vectors [M, D]: rows, keys, prototypes
     norm: Tensor  # of rows, keys, prototypes
-    labels: _Labels | None  # of anchors
-    column_labels: _Labels | None  # of rows and keys
+    labels: Labels | None  # of anchors
+    column_labels: Labels | None  # of rows and keys
     log_factor: Tensor | None  # [M]: log b_j, None for b = 1
     share: Tensor | None  # mulsupcon: [N, C], what a partner in class c weighs, without class weights
 
 
-def _planes(labels: Tensor, acc: torch.dtype) -> _Labels:
+def planes(labels: Tensor, acc: torch.dtype) -> Labels:
     ignores = (labels == -1).to(acc) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=acc)
-    return _Labels((labels == 1).to(acc), ignores)
+    return Labels((labels == 1).to(acc), ignores)
 
 
 def _problem(x: Any) -> _Problem:
@@ -66,11 +66,11 @@ def _problem(x: Any) -> _Problem:
     columns = torch.cat(units if x.include_batch else [units[0][:0], *units[1:]])
     labels = column_labels = log_factor = share = None
     if x.labels is not None:
-        labels = _Labels(*(plane.repeat_interleave(v, 0) for plane in _planes(x.labels, acc)))
+        labels = Labels(*(plane.repeat_interleave(v, 0) for plane in planes(x.labels, acc)))
         column_labels = labels if x.include_batch else labels.rows(slice(0))
         if x.key_labels is not None:
-            pairs = zip(column_labels, _planes(x.key_labels, acc), strict=True)
-            column_labels = _Labels(*(torch.cat(pair) for pair in pairs))
+            pairs = zip(column_labels, planes(x.key_labels, acc), strict=True)
+            column_labels = Labels(*(torch.cat(pair) for pair in pairs))
     if x.prototypes is not None:
         log_factor = columns.new_full((columns.shape[0],), x.beta)
         log_factor[-x.prototypes.shape[0] :] = 1.0
@@ -95,10 +95,25 @@ def _no_self(x: Any, block: slice, pairs: Tensor, value: float) -> Tensor:
     return pairs
 
 
-def _pair_counts(one: _Labels, other: _Labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pair_counts(one: Labels, other: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``I, |y_i|, |y_j|`` and the known classes of each pair."""
     knows, other_knows = 1.0 - one.ignores, (1.0 - other.ignores).t()
     return one.has @ other.has.t(), one.has @ other_knows, knows @ other.has.t(), knows @ other_knows
+
+
+def pair_values(
+    weighting: int, threshold: float, both: Tensor, own: Tensor, theirs: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which pairs are positives in a weighting that counts them, and what one weighs before that."""
+    either = own + theirs - both
+    if weighting in (JACCARD, OVERLAP):
+        wide = norm_dtype(both.device)  # as the oracle compares with the threshold
+        value = both.to(wide) / either.clamp(min=1.0).to(wide)
+        positive = (either > 0) & (value >= threshold) if weighting == JACCARD else both > 0
+        return positive, value.to(both.dtype)
+    if weighting == SIMDIS:
+        return both > 0, both / own.clamp(min=1.0) / (1.0 + theirs - both)
+    return (both == either) & (known > 0) if weighting == ALL else both > 0, torch.ones_like(both)
 
 
 def _weights(p: _Problem, x: Any, block: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -107,7 +122,7 @@ def _weights(p: _Problem, x: Any, block: slice) -> tuple[Tensor, Tensor, Tensor 
         w = _no_self(x, block, x.weights[block].to(p.columns.dtype, copy=True), 0.0)
         return w, (w != 0).any(dim=1), None
     assert p.labels is not None and p.column_labels is not None
-    both, own, theirs, known = _pair_counts(p.labels.rows(block), p.column_labels)
+    both, own, theirs, known = pair_counts(p.labels.rows(block), p.column_labels)
     either = own + theirs - both
     if x.weighting == MSC:
         term = _no_self(x, block, x.alpha / either.clamp(min=1.0), 0.0)
@@ -116,15 +131,7 @@ def _weights(p: _Problem, x: Any, block: slice) -> tuple[Tensor, Tensor, Tensor 
         weighted = share if x.class_weight is None else share * x.class_weight
         w = torch.cat([term * (weighted @ p.column_labels.has.t()), weighted], dim=1)
         return w, has.any(dim=1), torch.cat([term, share], dim=1)
-    if x.weighting in (JACCARD, OVERLAP):
-        wide = norm_dtype(both.device)  # as the oracle compares with the threshold
-        value = both.to(wide) / either.clamp(min=1.0).to(wide)
-        positive = (either > 0) & (value >= x.threshold) if x.weighting == JACCARD else both > 0
-        value = value.to(both.dtype)
-    elif x.weighting == SIMDIS:
-        positive, value = both > 0, both / own.clamp(min=1.0) / (1.0 + theirs - both)
-    else:
-        positive, value = (both == either) & (known > 0) if x.weighting == ALL else both > 0, torch.ones_like(both)
+    positive, value = pair_values(x.weighting, x.threshold, both, own, theirs, known)
     positive = _no_self(x, block, positive, False)
     w = torch.where(positive, value, 0.0)
     count = (w if x.weighting == OVERLAP else positive).sum(dim=1, keepdim=True)

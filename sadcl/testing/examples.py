@@ -20,6 +20,8 @@ from ..ops import (
     compact,
     dual,
     group_classifier,
+    group_pscl,
+    group_rows,
     label_attention,
     label_attention_core,
     linear,
@@ -143,6 +145,29 @@ def _mlc(make: Maker) -> Iterator[Any]:
     yield x._replace(labels=None, keys=keys, key_labels=None, weights=weights, weighting=mlc.DENSE, normalize=False)
 
 
+def _group_rows(make: Maker) -> Iterator[Any]:
+    """One rank alone: SSCL in both formulations, with what came kept or not, then what mlc's examples have."""
+    s, active = make.size, make.active()
+    usual = group_rows.Inputs(
+        make.normal(s.b, s.v, s.c, s.d), active.pairs, active.class_ptr, None, None, None, None, None, None, None,
+        make.number(0.3), group_rows.IDS, 0.3, 0.7, 0.6, include_batch=True, normalize=True, released=False, ring=False,
+        capacity=0, keep=0, signature="", group="", rank=0, world=1,
+    )  # fmt: skip
+    yield usual
+    yield usual._replace(released=True, capacity=s.b * s.c, keep=s.b * s.c)
+    for x in _mlc(make):
+        given = {name: getattr(x, name) for name in x._fields if name not in ("features", "labels")}
+        yield usual._replace(features=x.features[:, :, None], labels=x.labels, pairs=None, class_ptr=None, **given)
+
+
+def _group_pscl(make: Maker) -> Iterator[Any]:
+    for x in _pscl(make):
+        waits = make.device == "cpu"
+        after = make.number(0.5) if x.released else None
+        own = (x.features, x.prototypes, x.target, x.temperature)
+        yield group_pscl.Inputs(*own, after, x.released, waits, signature="", group="", rank=0, world=1)
+
+
 def _zlpr(make: Maker) -> Iterator[Any]:
     yield zlpr.Inputs(make.normal(make.size.b, make.size.c), make.labels())
 
@@ -211,6 +236,8 @@ EXAMPLES: dict[str, Callable[[Maker], Iterator[Any]]] = {
     "compact": _compact,
     "dual": _dual,
     "group_classifier": _group_classifier,
+    "group_pscl": _group_pscl,
+    "group_rows": _group_rows,
     "label_attention": _label_attention,
     "label_attention_core": _label_attention_core,
     "linear": _linear,

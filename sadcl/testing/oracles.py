@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..functional.sscl import released_anchors
 from ..ops import mlc
 from ..reference.label_attention import label_attention as _attend
 
@@ -42,6 +43,14 @@ def _sscl(x: Any) -> Results:
 
 def _pscl(x: Any) -> Results:
     return (reference.pscl(x.features, x.prototypes, x.target, x.temperature, x.released),)
+
+
+def _group_rows(x: Any) -> Results:
+    if x.pairs is not None:
+        target = _target(x)
+        rows = reference.sscl(x.features, target, x.temperature, x.released)
+        return (rows * released_anchors(target, x.features.shape[1]) if x.released else rows,)
+    return tuple(loss[:, :, None] for loss in _mlc(x._replace(features=x.features[:, :, 0])))
 
 
 def _asl(x: Any) -> Results:
@@ -106,6 +115,8 @@ ORACLES: dict[str, Callable[[Any], Results]] = {
     "compact": _compact,
     "dual": _dual,
     "group_classifier": lambda x: (reference.group_classifier(*x),),
+    "group_pscl": _pscl,
+    "group_rows": _group_rows,
     "label_attention": _label_attention,
     "label_attention_core": _label_attention_core,
     "linear": _linear,

@@ -39,4 +39,5 @@ def make_loss(config: LossConfig) -> DualContrastiveLoss:
         prototype_temperature=config.prototype_temperature,
         formulation=config.formulation,
         classification=AsymmetricLoss(config.gamma_neg, config.gamma_pos, config.clip, 1e-5, True, "released"),
+        group="world" if config.batch == "global" else None,
     )

@@ -75,6 +75,7 @@ class LossConfig:
 
     Args:
         formulation: contrastive losses as in the paper's equations, or as the released code computes them.
+        batch: among several processes, contrast within each one's batch (as published), or within all of them together.
         sample_weight: weight of the sample-to-sample loss; default: the formulation's.
         prototype_weight: weight of the prototype-to-sample loss; default: the formulation's.
         classification_weight: weight of the classification loss; default: the formulation's.
@@ -86,6 +87,7 @@ class LossConfig:
     """
 
     formulation: Literal["paper", "released"] = "paper"
+    batch: Literal["local", "global"] = "local"
     sample_weight: float | None = None
     prototype_weight: float | None = None
     classification_weight: float | None = None

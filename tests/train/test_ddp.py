@@ -28,7 +28,7 @@ from sadcl.cli import main  # noqa: E402
 from sadcl.metrics import MultilabelAccumulator  # noqa: E402
 from sadcl.train import distributed, loop  # noqa: E402
 from sadcl.train.build import make_loss  # noqa: E402
-from sadcl.train.config import TrainConfig  # noqa: E402
+from sadcl.train.config import LossConfig, TrainConfig  # noqa: E402
 from sadcl.train.loop import Stage, evaluate, make_stage, train_epoch  # noqa: E402
 from sadcl.train.order import ShuffledBatches  # noqa: E402
 from sadcl.train.run import Run  # noqa: E402
@@ -143,31 +143,77 @@ def _one_step(folder: Path, pictures: Path) -> None:  # noqa: F811
         _step_of_this_process(folder, pictures)
 
 
-def _step_of_this_process(folder: Path, pictures: Path) -> None:  # noqa: F811
+def _step_of_this_process(folder: Path, pictures: Path, batch: str = "local") -> None:  # noqa: F811
     rank = distributed.rank()
     config = tiny(pictures, folder / "run", batch_size=12, model__dropout=0)
     config.step2.optimizer, config.step2.schedule, config.step2.learning_rate = "sgd", "constant", 0.1
     config.step2.weight_decay = config.step2.momentum = 0.0
+    config.loss.batch = batch  # type: ignore[assignment]
     run = Run(config, lambda line: None)
     run.model.head.init_contrastive(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), 12)
-    nn.init.constant_(run.model.head.projection.layers[0].weight, 0.01 * (rank + 1))  # made equal by DDP
+    if batch == "local":  # nearly parallel embeddings, whose differences float32 rounds away
+        nn.init.constant_(run.model.head.projection.layers[0].weight, 0.01 * (rank + 1))  # made equal by DDP
     stage = make_stage(run.model, run.train_set, config.step2, 12, 5, 0)
     forward = distributed.parallel(run.model.head, run.device)
     if rank == 0:
         torch.save({name: value.clone() for name, value in run.model.head.state_dict().items()}, folder / "start.pt")
-    # What this process's batch alone asks for.
-    loss = make_loss(config.loss)
-    indices = next(iter(ShuffledBatches(24, 12, 5, rank, 2)))
+    # What this process's batch alone asks for, or both in one process.
+    loss, bank = make_loss(config.loss), run.model.head.memory_bank
+    assert bank is not None
+    banks = [torch.randn(bank.slots.shape, generator=torch.Generator().manual_seed(7 + one)) for one in range(2)]
+    parts = [next(iter(ShuffledBatches(24, 12, 5, one, 2))) for one in range(2)]
+    indices = parts[rank] if batch == "local" else [*parts[0], *parts[1]]
+    bank.slots = banks[rank] if batch == "local" else torch.cat(banks)
     images, labels = (torch.stack(part) for part in zip(*[run.train_set[i] for i in indices], strict=True))
     output = run.model.head(images, contrastive=True)
-    total = loss(output.embeddings, output.bank_embeddings, output.prototype_embeddings, labels, output.logits).total
+    one_process = make_loss(LossConfig())
+    total = one_process(
+        output.embeddings, output.bank_embeddings, output.prototype_embeddings, labels, output.logits
+    ).total
     names, weights = zip(*run.model.head.named_parameters(), strict=True)
     alone = dict(zip(names, torch.autograd.grad(total, weights), strict=True))
+    bank.slots = banks[rank]
     train_epoch(run.model, forward, stage, loss, contrastive=True, device=run.device)
     after = dict(run.model.head.named_parameters())
     torch.save(
         {"alone": alone, "after": {name: value.detach() for name, value in after.items()}}, folder / f"{rank}.pt"
     )
+
+
+def test_gradient_of_the_global_batch_is_one_processs(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One step of SGD by two processes against that of one with both batches and both banks."""
+    assert processes.group(_one_global_step, tmp_path, pictures) == [0, 0]
+    start, mine, theirs = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("start", "0", "1"))
+    assert differences(mine["after"], theirs["after"]) == []
+    assert differences(mine["alone"], theirs["alone"]) == []
+    for name in mine["alone"]:
+        grad = mine["alone"][name]
+        off = (mine["after"][name] - start[name] + 0.1 * grad).abs().max()
+        assert off <= 1e-6 * (0.1 * grad.abs().max() + start[name].abs().max()), name
+
+
+def _one_global_step(folder: Path, pictures: Path) -> None:  # noqa: F811
+    with distributed.joined():
+        _step_of_this_process(folder, pictures, batch="global")
+
+
+GLOBAL = {
+    "loss__batch": "global", "batch_size": 5, "checkpoint_every": 1, "control": "false", "step1__epochs": 1,
+    "step2__epochs": 2, "model__dropout": 0.1,
+}  # fmt: skip
+
+
+def test_killed_and_resumed_with_the_global_batch(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+    whole, killed, local = (tiny(pictures, tmp_path / name, **GLOBAL) for name in ("whole", "killed", "local"))
+    local.loss.batch = "local"
+    assert processes.run(whole, processes=2) == [0, 0], both(whole)
+    moment = ("sadcl.train.loop:Stage.step", 6, "before")
+    assert processes.run(killed, processes=2, kill=moment) == [-9, -9], both(killed)
+    assert load_checkpoint(Path(killed.output) / "last.pt")["stage"] == "step2"
+    assert processes.run(killed, "--resume", processes=2) == [0, 0], both(killed)
+    assert differences(result(killed), result(whole)) == []
+    assert processes.run(local, processes=2) == [0, 0], both(local)
+    assert differences(result(local), result(whole)) != []
 
 
 def test_an_epoch_is_dealt_out_without_overlap() -> None:
