@@ -1,0 +1,119 @@
+"""Ops of ours on CPU tensors, every launch executed as compiled for sm_80."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from ptxemu import Kernel, Result
+from sadcl.kernels import _launch
+from torch import Tensor
+
+from benchmarks.launches import Job, job_of
+from sadcl import _backends
+
+ARCH = "sm_80"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """PTX and bytes of shared memory."""
+
+    ptx: str
+    shared: int
+
+
+def compile_job(job: Job) -> Compiled:
+    """As far as PTX: what ptxas makes of it is not executed, and takes longer than all else."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    target = GPUTarget("cuda", int(ARCH[3:]), 32)
+    backend = make_backend(target)
+    source = ASTSource(job.kernel, signature=job.signature, constexprs=job.constants, attrs=job.attributes)
+    asked = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": _launch.FP_FUSION}
+    options = backend.parse_options({**asked, **source.parse_options()})
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(),
+                            context)  # fmt: skip
+    metadata: dict[str, Any] = {"target": target, **options.__dict__}
+    for stage in ("ttir", "ttgir", "llir", "ptx"):
+        module = stages[stage](module, metadata)
+    if metadata["global_scratch_size"] or metadata["profile_scratch_size"]:
+        raise NotImplementedError(f"{job.name} needs scratch memory")
+    return Compiled(module, metadata["shared"])
+
+
+def arguments(launch: Any, job: Job) -> list[Any]:
+    """What is passed at run time: tuples flat, constants left out, then the two scratch pointers."""
+    found: list[Any] = []
+
+    def walk(value: Any, path: tuple[int, ...]) -> None:
+        if isinstance(value, tuple):
+            for index, part in enumerate(value):
+                walk(part, (*path, index))
+        elif path not in job.constants:
+            found.append(value)
+
+    for parameter, value in zip(launch.kernel.params, launch.args, strict=False):
+        walk(value, (parameter.num,))
+    return [*found, None, None]
+
+
+@dataclass
+class Executor:
+    """Executes launches as they are made.
+
+    Attributes:
+        options: of :func:`ptxemu.run`.
+        edit: what is done to the program of a kernel before it is executed; by default nothing.
+        results: what each launch did, with the kernel's name.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    edit: Callable[[str, Kernel], Kernel] = lambda name, kernel: kernel
+    results: list[tuple[str, Result]] = field(default_factory=list)
+
+    def append(self, launch: Any) -> None:
+        """Execute a launch: what the recorder of launches calls."""
+        job = job_of(launch, ARCH, "")
+        kernel, shared = kernel_of(job)
+        kernel = self.edit(launch.name, kernel)
+        result = kernel(launch.programs, arguments(launch, job), shared=shared, **self.options)
+        self.results.append((launch.name, result))
+
+
+_kernels: dict[tuple[object, ...], tuple[Kernel, int]] = {}
+
+
+def kernel_of(job: Job) -> tuple[Kernel, int]:
+    """The compiled kernel of a job and its shared memory; made once."""
+    key = (job.module, job.name, job.version())
+    if key not in _kernels:
+        compiled = compile_job(job)
+        _kernels[key] = Kernel(compiled.ptx), compiled.shared
+    return _kernels[key]
+
+
+@contextlib.contextmanager
+def executing(executor: Executor | None = None) -> Iterator[Executor]:
+    """Inside, the Triton backend takes CPU tensors, and its launches are executed."""
+    executor = executor or Executor()
+    recorder = _launch._Recorder(executor, _launch.PARTS[ARCH])  # type: ignore[arg-type]
+    with mock.patch.object(_backends, "triton_interprets", lambda: True):
+        _launch._recorders.append(recorder)
+        try:
+            yield executor
+        finally:
+            _launch._recorders.remove(recorder)

@@ -1,0 +1,76 @@
+// What Python calls: a program is made instruction by instruction, then launched.
+#include "machine.h"
+
+extern "C" {
+
+// Name, register letters and kind of every opcode, a line each.
+const char* ptx_opcodes() {
+    static const std::string text = [] {
+        std::string lines;
+        for (const Opcode& opcode : opcodes())
+            lines += std::string(opcode.name) + "\t" + opcode.registers + "\t" + std::to_string(opcode.kind) + "\n";
+        return lines;
+    }();
+    return text.c_str();
+}
+
+struct PlainInstruction {
+    s32 opcode, guard, negated, line, count, results;
+    s32 operand[16];
+    s64 number[4];
+};
+struct PlainRegion {
+    u64 base, size, allowed, known;
+};
+
+Machine* ptx_program(const PlainInstruction* code, u32 size, const u32* widths, u32 registers, const u32* constant_ids,
+                     const u64* constants, u32 constant_count, const s32* special, u32 threads) {
+    auto* m = new Machine;
+    m->width.assign(widths, widths + registers);
+    for (u32 bits : m->width) {
+        m->place.push_back(m->file_size);
+        m->file_size += bits == 1 ? 64 : LANES * bits / 8;
+    }
+    for (u32 i = 0; i < constant_count; ++i) m->constants.push_back({constant_ids[i], constants[i]});
+    std::copy(special, special + 12, m->special);
+    m->lane_register = special[12], m->warp_register = special[13];
+    m->threads = threads;
+    for (u32 n = 0; n < size; ++n) {
+        const PlainInstruction& given = code[n];
+        const Opcode& opcode = opcodes()[given.opcode];
+        Instruction i;
+        i.each = opcode.each, i.whole = opcode.whole, i.kind = opcode.kind;
+        i.negated = given.negated, i.guard = given.guard, i.line = u32(given.line);
+        if (i.guard >= 0) i.guard_at = m->place[i.guard];
+        i.count = u8(given.count), i.results = u8(given.results);
+        std::copy(given.number, given.number + 4, i.number);
+        for (int k = 0; k < given.count; ++k) i.operand[k] = {m->place[given.operand[k]], u32(given.operand[k])};
+        m->code.push_back(i);
+    }
+    return m;
+}
+void ptx_free(Machine* m) { delete m; }
+
+// Null, or "kind\nwhat" of the fault that stopped the launch.
+const char* ptx_launch(Machine* m, const u32* grid, const u8* parameters, u32 parameter_bytes, const PlainRegion* regions,
+                       u32 region_count, u32 shared, u64 order, u64 limit, f64 scale, u64 seed, s32 strict, u64* hits) {
+    static thread_local std::string message;
+    std::copy(grid, grid + 3, m->grid);
+    m->parameters.assign(parameters, parameters + parameter_bytes);
+    m->regions.clear();
+    for (u32 k = 0; k < region_count; ++k)
+        m->regions.push_back({regions[k].base, regions[k].size, reinterpret_cast<const u8*>(regions[k].allowed),
+                              reinterpret_cast<u8*>(regions[k].known), k, {}, {}, {}});
+    m->shared_size = shared, m->order = order, m->limit = limit, m->strict_warps = strict;
+    approximation = {scale, seed};
+    const char* answer = nullptr;
+    try {
+        m->launch();
+    } catch (const Fault& fault) {
+        message = fault.kind + "\n" + fault.what;
+        answer = message.c_str();
+    }
+    std::copy(m->hits.begin(), m->hits.end(), hits);
+    return answer;
+}
+}

@@ -1,0 +1,145 @@
+// A launch: blocks of warps over shared and global memory, and what is wrong with them.
+#pragma once
+#include <algorithm>
+#include <deque>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "values.h"
+
+constexpr int LANES = 32;
+constexpr u32 ALL = ~0u;
+
+// What a kernel did that it must not do; `kind` is a word, see README.md.
+struct Fault {
+    std::string kind, what;
+};
+
+enum Kind : u8 { EACH_LANE, SELECT, MEMORY, TOGETHER, BRANCH, BARRIER, EXIT };
+
+struct Operand {
+    u32 at, id;  // byte offset into a warp's registers; number of the register
+};
+struct Instruction;
+struct Warp;
+using EachLane = void (*)(u8* registers, const Instruction&, u32 mask);
+using WholeWarp = void (*)(Warp&, const Instruction&, u32 mask);
+struct Instruction {
+    EachLane each = nullptr;
+    WholeWarp whole = nullptr;
+    Kind kind = EACH_LANE;
+    bool negated = false;
+    u8 count = 0, results = 0;
+    s32 guard = -1;
+    u32 guard_at = 0, line = 0;
+    s64 number[4] = {};
+    Operand operand[16] = {};
+};
+
+enum Content : u8 { NOTHING, VALUE, UNDEFINED };
+// What is known of a byte of shared memory: who wrote and who read it since the last barrier.
+struct SharedByte {
+    u32 write_interval = 0, read_interval = 0;  // number of the interval between two barriers
+    u32 write_step = 0, read_step = 0;          // of the warp: intervals between two of its own barriers
+    u16 writer = 0, reader = 0;
+    u8 content = 0;  // NOTHING, VALUE, or UNDEFINED: what was stored there held no value
+    bool several_lanes = false, several_warps = false;
+    u8 pending = 0;  // copies that were started and not waited for
+};
+
+// An array in global memory: which of its bytes belong to a tensor, which hold a value, who wrote and read them.
+struct Region {
+    u64 base, size;
+    const u8* allowed;  // null: all
+    u8* known;          // null: all
+    u32 index;
+    std::vector<u32> writer, interval, reader;  // thread of the grid + 1, interval, block + 1 (ALL: several)
+};
+
+struct Copy {
+    u32 to, bytes, given, group;
+    u64 from;
+};
+
+struct Group {
+    u32 at, mask;
+    bool waiting;
+};
+
+struct Machine;
+struct Warp {
+    Machine* machine = nullptr;
+    u32 index = 0, step = 1;
+    std::vector<u8> registers;
+    std::vector<u32> known;  // lanes that hold a value, by register
+    std::vector<Group> groups;
+    std::vector<std::deque<Copy>> copies;  // of each lane, not delivered
+    std::vector<u32> committed;
+    u32 live = ALL;
+    s32 barrier = -1;  // that it waits at
+
+    template <class T>
+    T* lanes(const Operand& operand) {
+        return reinterpret_cast<T*>(registers.data() + operand.at);
+    }
+    u32 thread(int lane) const { return index * LANES + lane; }
+    void require_known(const Operand& operand, u32 mask, const char* as) const;
+    void set_known(const Operand& operand, u32 mask, u32 which) {
+        u32& bits = known[operand.id];
+        bits = (bits & ~mask) | (which & mask);
+    }
+    void run();  // up to the next barrier of the block, or the end
+
+   private:
+    void merge();
+    void execute(Group& group, u32 stop);
+};
+
+struct Machine {
+    // The program.
+    std::vector<Instruction> code;
+    std::vector<u32> width, place;  // of registers: bits; offset
+    std::vector<std::pair<u32, u64>> constants;
+    u32 file_size = 0;
+    s32 special[12];  // registers of %tid.x, .y, .z, %ntid.x ..., %ctaid.x ..., %nctaid.x ...; or -1
+    s32 lane_register = -1, warp_register = -1;
+    u32 threads = 0, grid[3] = {1, 1, 1};
+    // The launch.
+    std::vector<u8> parameters;
+    std::vector<Region> regions;
+    u32 shared_size = 0;
+    u64 order = 0;  // of warps and blocks: 0 ascending, 1 descending, else drawn
+    u64 steps = 0, limit = 0;
+    bool strict_warps = false;
+    // State.
+    u32 block = 0, interval = 0, line = 0;
+    std::vector<u8> shared;
+    std::vector<SharedByte> shadow;
+    std::vector<Warp> warps;
+    std::vector<u64> hits;  // lanes, by instruction
+    u64 random = 0;
+
+    void launch();
+    void run_block();
+    std::vector<u32> ordered(u32 count);
+    [[noreturn]] void fault(const char* kind, std::string what) const;
+    [[noreturn]] void fault(const char* kind, const Warp& warp, int lane, const std::string& what) const;
+
+    Region& region_of(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing);
+    // Reads answer whether all that was read held a value.
+    bool read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to, bool copying);
+    void write_global(Warp& warp, int lane, u64 address, u32 bytes, const void* from);
+    bool read_shared(Warp& warp, int lane, u64 address, u32 bytes, void* to);
+    void write_shared(Warp& warp, int lane, u64 address, u32 bytes, const void* from, bool known = true);
+    void check_shared(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing) const;
+};
+
+struct Opcode {
+    const char* name;
+    const char* registers;  // of result and operands: p predicate, h 16, w 32, d 64 bits; empty: it varies
+    Kind kind;
+    EachLane each;
+    WholeWarp whole;
+};
+const std::vector<Opcode>& opcodes();

@@ -1,0 +1,152 @@
+// Shared and global memory: bounds, alignment, bytes that hold no value, races.
+#include "machine.h"
+
+static std::string thread_of(u32 global, u32 threads) {
+    return "thread " + std::to_string(global % threads) + " of block " + std::to_string(global / threads);
+}
+
+Region& Machine::region_of(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing) {
+    if (address % bytes != 0)
+        fault("misaligned", warp, lane, std::string(doing) + " " + std::to_string(bytes) + " bytes at global address " +
+                                            std::to_string(address));
+    for (Region& region : regions) {
+        if (address < region.base || address + bytes > region.base + region.size) continue;
+        if (region.allowed) {
+            for (u32 i = 0; i < bytes; ++i)
+                if (!region.allowed[address - region.base + i])
+                    fault("bounds", warp, lane, std::string(doing) + " between the elements of array " +
+                                                    std::to_string(region.index) + ", byte " +
+                                                    std::to_string(address - region.base + i));
+        }
+        return region;
+    }
+    std::string nearest;
+    u64 least = ~0ull;
+    for (const Region& region : regions) {
+        const u64 below = region.base - address, beyond = address + bytes - (region.base + region.size);
+        const u64 gap = address < region.base ? below : beyond;
+        if (gap < least) {
+            least = gap;
+            nearest = ", " + std::to_string(gap) + " bytes " + (address < region.base ? "before" : "beyond") +
+                      " array " + std::to_string(region.index);
+        }
+    }
+    fault("bounds", warp, lane, std::string(doing) + " " + std::to_string(bytes) + " bytes outside of all arrays" + nearest);
+}
+
+bool Machine::read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to, bool copying) {
+    Region& region = region_of(warp, lane, address, bytes, copying ? "copies" : "reads");
+    const u64 at = address - region.base;
+    const u32 self = block * threads + warp.thread(lane) + 1;
+    for (u64 i = at; i < at + bytes; ++i) {
+        const u32 writer = region.writer[i];
+        if (writer != 0 && writer != self) {
+            const bool other_block = (writer - 1) / threads != block;
+            if (other_block || (region.interval[i] == interval && (writer - 1) % threads / LANES != warp.index))
+                fault("race", warp, lane, "reads byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
+                                              ", which " + thread_of(writer - 1, threads) + " wrote in the same launch" +
+                                              (other_block ? "" : " with no barrier between"));
+        }
+        u32& reader = region.reader[i];
+        reader = reader == 0 || reader == block + 1 ? block + 1 : ALL;
+    }
+    std::memcpy(to, reinterpret_cast<const void*>(address), bytes);
+    return !region.known || std::all_of(region.known + at, region.known + at + bytes, [](u8 known) { return known; });
+}
+
+void Machine::write_global(Warp& warp, int lane, u64 address, u32 bytes, const void* from) {
+    Region& region = region_of(warp, lane, address, bytes, "writes");
+    const u64 at = address - region.base;
+    const u32 self = block * threads + warp.thread(lane) + 1;
+    u8* memory = reinterpret_cast<u8*>(region.base);
+    for (u32 k = 0; k < bytes; ++k) {
+        const u64 i = at + k;
+        const u8 value = static_cast<const u8*>(from)[k];
+        const u32 writer = region.writer[i], reader = region.reader[i];
+        const bool same = memory[i] == value;
+        if (!same && writer != 0 && writer != self &&
+            ((writer - 1) / threads != block || region.interval[i] == interval))
+            fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
+                                          ", where " + thread_of(writer - 1, threads) +
+                                          " wrote something else in the same launch");
+        if (!same && reader != 0 && reader != block + 1)
+            fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
+                                          ", which another block read in the same launch");
+        region.writer[i] = self;
+        region.interval[i] = interval;
+        if (region.known) region.known[i] = 1;
+        memory[i] = value;
+    }
+}
+
+void Machine::check_shared(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing) const {
+    if (address % bytes != 0)
+        fault("misaligned", warp, lane,
+              std::string(doing) + " " + std::to_string(bytes) + " bytes at shared address " + std::to_string(address));
+    if (address + bytes > shared_size || address + bytes < address)
+        fault("bounds", warp, lane, std::string(doing) + " " + std::to_string(bytes) + " bytes at shared address " +
+                                        std::to_string(s64(address)) + " of " + std::to_string(shared_size));
+}
+
+bool Machine::read_shared(Warp& warp, int lane, u64 address, u32 bytes, void* to) {
+    bool known = true;
+    check_shared(warp, lane, address, bytes, "reads");
+    const u16 self = u16(warp.thread(lane));
+    for (u64 i = address; i < address + bytes; ++i) {
+        SharedByte& byte = shadow[i];
+        if (byte.pending)
+            fault("pending", warp, lane,
+                  "reads shared byte " + std::to_string(i) + ", into which an asynchronous copy was not waited for");
+        if (byte.write_interval == interval && byte.writer != self) {
+            const bool other = byte.writer / LANES != warp.index;
+            if (other || (strict_warps && byte.write_step == warp.step))
+                fault("race", warp, lane, "reads shared byte " + std::to_string(i) + ", which thread " +
+                                              std::to_string(byte.writer) + " wrote with no barrier between");
+        }
+        known &= byte.content == VALUE;
+        if (byte.content == NOTHING)
+            fault("uninitialised", warp, lane, "reads shared byte " + std::to_string(i) + ", which holds no value");
+        if (byte.read_interval != interval) {
+            byte.read_interval = interval;
+            byte.several_warps = byte.several_lanes = false;
+            byte.reader = self;
+        } else if (byte.reader != self) {
+            byte.several_warps |= byte.reader / LANES != warp.index;
+            byte.several_lanes = true;
+            byte.reader = self;
+        }
+        byte.read_step = warp.step;
+    }
+    std::memcpy(to, shared.data() + address, bytes);
+    return known;
+}
+
+void Machine::write_shared(Warp& warp, int lane, u64 address, u32 bytes, const void* from, bool known) {
+    check_shared(warp, lane, address, bytes, "writes");
+    const u16 self = u16(warp.thread(lane));
+    for (u32 k = 0; k < bytes; ++k) {
+        const u64 i = address + k;
+        SharedByte& byte = shadow[i];
+        const bool same = from && byte.content == VALUE && shared[i] == static_cast<const u8*>(from)[k];
+        if (!same && byte.write_interval == interval && byte.writer != self) {
+            const bool other = byte.writer / LANES != warp.index;
+            if (other || (strict_warps && byte.write_step == warp.step))
+                fault("race", warp, lane, "writes shared byte " + std::to_string(i) + ", where thread " +
+                                              std::to_string(byte.writer) + " wrote something else with no barrier between");
+        }
+        if (!same && byte.read_interval == interval) {
+            const bool other = byte.several_warps || byte.reader / LANES != warp.index;
+            const bool sibling = byte.several_lanes || byte.reader != self;
+            if (other || (strict_warps && sibling && byte.read_step == warp.step))
+                fault("race", warp, lane, "writes shared byte " + std::to_string(i) + ", which thread " +
+                                              std::to_string(byte.reader) + " read with no barrier between");
+        }
+        byte.write_interval = interval;
+        byte.write_step = warp.step;
+        byte.writer = self;
+        if (from) {
+            byte.content = known ? VALUE : UNDEFINED;
+            shared[i] = static_cast<const u8*>(from)[k];
+        }
+    }
+}
