@@ -22,7 +22,8 @@ from sadcl.ops._library import OPS
 
 # Triton reads the variable when it decorates a kernel, so these tests need a process of their own:
 # tests/ops/test_triton.py starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
-collect_ignore = [] if triton_interprets() else ["interpreted"]
+# Compiled for a GPU and executed by tests/ptx: ``SADCL_EXECUTE_PTX=1 pytest tests/interpreted``.
+collect_ignore = [] if triton_interprets() or os.environ.get("SADCL_EXECUTE_PTX") else ["interpreted"]
 
 
 # Files of tests/ops that are named after an op (``test_sscl.py``, ``test_cpp_sscl.py``) or one of these hold its tests.

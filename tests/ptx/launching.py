@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import torch
-from ptxemu import Kernel, Result
 from sadcl.kernels import _launch
-from torch import Tensor
 
 from benchmarks.launches import Job, job_of
 from sadcl import _backends
+
+from .ptxemu import Kernel, Result
 
 ARCH = "sm_80"
 

@@ -15,7 +15,10 @@ from .parse import Instruction, Program, UnknownOpcode, parse
 __all__ = ["Fault", "Kernel", "Result", "UnknownOpcode", "opcodes", "parse", "run"]
 
 _INSTRUCTION = np.dtype([("head", np.int32, 6), ("operand", np.int32, OPERANDS), ("number", np.int64, 4)])
-_REGION = np.dtype([("base", np.uint64), ("size", np.uint64), ("allowed", np.uint64), ("known", np.uint64)])
+_REGION = np.dtype([("base", np.uint64), ("size", np.uint64), ("known", np.uint64)])
+_DIMENSIONS = 8
+_VIEW = np.dtype([("region", np.uint64), ("base", np.uint64), ("item", np.uint64), ("dimensions", np.uint64),
+                  ("sizes", np.uint64, _DIMENSIONS), ("strides", np.uint64, _DIMENSIONS)])  # fmt: skip
 LIMIT = 10**9
 
 
@@ -94,11 +97,11 @@ class Kernel:
         parameters = np.zeros(size, np.uint8)
         for (offset, width), value in zip(self.program.parameters, args, strict=True):
             parameters[offset : offset + width] = memory.bits_of(value, width)
-        regions = memory.regions()
+        regions, views = memory.regions()
         hits = np.zeros(len(self.program.code), np.uint64)
         answer = self._library.ptx_launch(
-            self._machine, _at(dimensions), _at(parameters), len(parameters), _at(regions), len(regions), shared,
-            ctypes.c_uint64(order), ctypes.c_uint64(limit), ctypes.c_double(approximation), ctypes.c_uint64(seed),
+            self._machine, _at(dimensions), _at(parameters), len(parameters), _at(regions), len(regions), _at(views),
+            len(views), shared, ctypes.c_uint64(order), ctypes.c_uint64(limit), ctypes.c_double(approximation), ctypes.c_uint64(seed),
             int(strict_warps), _at(hits),
         )  # fmt: skip
         if answer is not None:
@@ -130,81 +133,80 @@ def run(ptx: str | Program, grid: int | Sequence[int], args: Sequence[Any], **op
 
 
 class _Memory:
-    """The arrays of a launch: spans that overlap are one region, with the bytes of any array allowed."""
+    """The arrays of a launch. Those that overlap are one region, in which the elements of any may be touched."""
 
     def __init__(self, uninitialised: list[Any]) -> None:
-        self.arrays: list[tuple[int, np.ndarray | None, Any]] = []
-        self.masks: dict[int, np.ndarray] = {}
-        self.fresh = {}
+        self.arrays: list[_Array] = []
+        self.fresh: list[tuple[_Array, np.ndarray]] = []
+        self.kept: list[np.ndarray] = []
         for item in uninitialised:
-            array, mask = item if isinstance(item, tuple) else (item, None)
-            base, size, _ = _span(array)
-            self.fresh[base, size] = np.zeros(size, np.uint8) if mask is None else mask
+            value, mask = item if isinstance(item, tuple) else (item, None)
+            array = _Array.of(value)
+            self.fresh.append((array, np.zeros(array.span, np.uint8) if mask is None else mask))
 
     def bits_of(self, value: Any, width: int) -> np.ndarray:
         """The bytes of a parameter."""
-        if value is None or isinstance(value, (int, np.integer, bool)):
+        if value is None or isinstance(value, (int, np.integer)):
             number = int(value or 0) & ((1 << 8 * width) - 1)
         elif isinstance(value, float):
             number = int.from_bytes(np.array(value, np.float32 if width == 4 else np.float64).tobytes(), "little")
         else:
-            number, size, allowed = _span(value)
-            self.arrays.append((number, allowed, value))
-            self.masks.setdefault(number, allowed if allowed is not None else np.ones(size, np.uint8))
+            self.arrays.append(_Array.of(value))
+            number = self.arrays[-1].base
         return np.frombuffer(number.to_bytes(width, "little"), np.uint8)
 
-    def regions(self) -> np.ndarray:
-        """Base, size, allowed bytes and known bytes of every region; kept alive by this object."""
-        merged: list[list[Any]] = []
-        for base, allowed, value in sorted(self.arrays, key=lambda item: item[0]):
-            size = _span(value)[1]
-            if size == 0:
+    def regions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Regions, and where the elements are in them."""
+        merged: list[list[int]] = []
+        views = []
+        for array in sorted(self.arrays, key=lambda array: array.base):
+            if array.span == 0:
                 continue
-            if merged and base < merged[-1][0] + merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], base + size - merged[-1][0])
-                merged[-1][2].append((base, size, allowed))
+            if merged and array.base < merged[-1][0] + merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], array.base + array.span - merged[-1][0])
             else:
-                merged.append([base, size, [(base, size, allowed)]])
-        rows = np.zeros(len(merged), _REGION)
-        self._kept: list[np.ndarray] = []
-        for row, (base, size, parts) in zip(rows, merged, strict=True):
-            mask = np.zeros(size, np.uint8)
-            for start, count, allowed in parts:
-                mask[start - base : start - base + count] |= 1 if allowed is None else allowed
-            known = self._known(base, size)
-            self._kept += [mask] if known is None else [mask, known]
-            row["base"], row["size"] = base, size
-            row["allowed"] = 0 if mask.all() else _at(mask).value
-            row["known"] = 0 if known is None else _at(known).value
-        return rows
+                merged.append([array.base, array.span])
+            padding = (0,) * (_DIMENSIONS - len(array.shape))
+            views.append((len(merged) - 1, array.base, array.item, len(array.shape), array.shape + padding,
+                          array.strides + padding))  # fmt: skip
+        rows = [(base, size, self._known(base, size)) for base, size in merged]
+        return np.array(rows, _REGION), np.array(views, _VIEW)
 
-    def _known(self, base: int, size: int) -> np.ndarray | None:
-        for (start, count), mask in self.fresh.items():
-            if start <= base and base + size <= start + count:
-                return mask[base - start : base - start + size]
-        return None
+    def _known(self, base: int, size: int) -> int:
+        """Where the mask of a region's bytes is, 0 where all of them hold values."""
+        inside = [(array, mask) for array, mask in self.fresh if array.base < base + size and base < array.base + array.span]
+        for array, mask in inside:
+            if array.base <= base and base + size <= array.base + array.span:
+                self.kept.append(mask)
+                return mask.ctypes.data + base - array.base
+        if not inside:
+            return 0
+        raise ValueError("uninitialised: expected arrays that hold all of the arguments which overlap them")
 
 
-def _span(value: Any) -> tuple[int, int, np.ndarray | None]:
-    """Address and size of an array's span, and which of its bytes are elements (None: all)."""
-    if isinstance(value, np.ndarray):
-        base, item, shape, strides = value.ctypes.data, value.itemsize, value.shape, value.strides
-    elif hasattr(value, "data_ptr"):
-        item, shape = value.element_size(), tuple(value.shape)
-        base, strides = value.data_ptr(), tuple(step * item for step in value.stride())
-    else:
-        raise TypeError(f"args: expected arrays, tensors, numbers or None, got {type(value).__name__}")
-    if 0 in shape:
-        return base, 0, None
-    if any(step < 0 for step in strides):
-        raise ValueError("args: arrays with negative strides are not supported")
-    size = item + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if size == item * int(np.prod(shape, dtype=np.int64)):
-        return base, size, None
-    mask = np.zeros(size, np.uint8)
-    view = np.lib.stride_tricks.as_strided(mask, (*shape, item), (*strides, 1))
-    view[...] = 1
-    return base, size, mask
+@dataclass(frozen=True)
+class _Array:
+    """Address, bytes of an element, shape and strides in bytes, bytes from the first element to the last."""
+
+    base: int
+    item: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    span: int
+
+    @classmethod
+    def of(cls, value: Any) -> _Array:
+        if isinstance(value, np.ndarray):
+            base, item, shape, strides = value.ctypes.data, value.itemsize, value.shape, value.strides
+        elif hasattr(value, "data_ptr"):
+            base, item, shape = value.data_ptr(), value.element_size(), tuple(value.shape)
+            strides = tuple(step * item for step in value.stride())
+        else:
+            raise TypeError(f"args: expected arrays, tensors, numbers or None, got {type(value).__name__}")
+        if any(step < 0 for step in strides) or len(shape) > _DIMENSIONS:
+            raise ValueError(f"args: expected at most {_DIMENSIONS} dimensions and no negative stride")
+        span = 0 if 0 in shape else item + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        return cls(base, item, shape, strides, span)
 
 
 def _at(array: np.ndarray) -> ctypes.c_void_p:

@@ -20,7 +20,11 @@ struct PlainInstruction {
     s64 number[4];
 };
 struct PlainRegion {
-    u64 base, size, allowed, known;
+    u64 base, size, known;
+};
+struct PlainView {
+    u64 region, base, item, dimensions;
+    u64 sizes[8], strides[8];
 };
 
 Machine* ptx_program(const PlainInstruction* code, u32 size, const u32* widths, u32 registers, const u32* constant_ids,
@@ -53,14 +57,28 @@ void ptx_free(Machine* m) { delete m; }
 
 // Null, or "kind\nwhat" of the fault that stopped the launch.
 const char* ptx_launch(Machine* m, const u32* grid, const u8* parameters, u32 parameter_bytes, const PlainRegion* regions,
-                       u32 region_count, u32 shared, u64 order, u64 limit, f64 scale, u64 seed, s32 strict, u64* hits) {
+                       u32 region_count, const PlainView* views, u32 view_count, u32 shared, u64 order, u64 limit, f64 scale, u64 seed, s32 strict, u64* hits) {
     static thread_local std::string message;
     std::copy(grid, grid + 3, m->grid);
     m->parameters.assign(parameters, parameters + parameter_bytes);
     m->regions.clear();
-    for (u32 k = 0; k < region_count; ++k)
-        m->regions.push_back({regions[k].base, regions[k].size, reinterpret_cast<const u8*>(regions[k].allowed),
-                              reinterpret_cast<u8*>(regions[k].known), k, {}, {}, {}});
+    for (u32 k = 0; k < region_count; ++k) {
+        const auto& [base, size, known] = regions[k];
+        m->regions.push_back({base, size, k, reinterpret_cast<u8*>(known), {}, {}});
+        m->regions.back().pages.resize(size / Page::SIZE + 1);
+    }
+    for (u32 k = 0; k < view_count; ++k) {
+        const PlainView& given = views[k];
+        View view{given.base, given.item, {}, false};
+        u64 elements = 1;
+        for (u64 d = 0; d < given.dimensions; ++d) {
+            elements *= given.sizes[d];
+            if (given.sizes[d] > 1 && given.strides[d] > 0) view.dimensions.push_back({given.sizes[d], given.strides[d]});
+        }
+        std::sort(view.dimensions.begin(), view.dimensions.end(), [](auto a, auto b) { return a.second > b.second; });
+        view.dense = view.span() == elements * view.item;
+        m->regions[given.region].views.push_back(view);
+    }
     m->shared_size = shared, m->order = order, m->limit = limit, m->strict_warps = strict;
     approximation = {scale, seed};
     const char* answer = nullptr;
@@ -70,6 +88,7 @@ const char* ptx_launch(Machine* m, const u32* grid, const u8* parameters, u32 pa
         message = fault.kind + "\n" + fault.what;
         answer = message.c_str();
     }
+    m->regions.clear();
     std::copy(m->hits.begin(), m->hits.end(), hits);
     return answer;
 }

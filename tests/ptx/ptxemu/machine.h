@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <deque>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -48,13 +49,32 @@ struct SharedByte {
     u8 pending = 0;  // copies that were started and not waited for
 };
 
-// An array in global memory: which of its bytes belong to a tensor, which hold a value, who wrote and read them.
+// One array: where its elements are.
+struct View {
+    u64 base, item;
+    std::vector<std::pair<u64, u64>> dimensions;  // (size, stride) with sizes above 1, largest stride first
+    bool dense;                                   // no gaps between the elements
+    u64 span() const;
+    bool holds(u64 address) const;  // an element that starts there, or its parts
+};
+// A stretch of global memory that arrays share: which of its bytes hold a value, who wrote and read them. Pages of the
+// shadow are made when they are touched: a stretch may be larger than memory.
+struct Page {
+    static constexpr u64 SIZE = 1024;
+    u32 writer[SIZE] = {}, interval[SIZE] = {}, reader[SIZE] = {};  // thread of the grid + 1; block + 1 (ALL: several)
+};
 struct Region {
     u64 base, size;
-    const u8* allowed;  // null: all
-    u8* known;          // null: all
     u32 index;
-    std::vector<u32> writer, interval, reader;  // thread of the grid + 1, interval, block + 1 (ALL: several)
+    u8* known;  // null: all
+    std::vector<View> views;
+    std::vector<std::unique_ptr<Page>> pages;
+    bool dense() const { return views.size() == 1 && views[0].dense; }
+    Page& page(u64 at) {
+        auto& page = pages[at / Page::SIZE];
+        if (!page) page = std::make_unique<Page>();
+        return *page;
+    }
 };
 
 struct Copy {

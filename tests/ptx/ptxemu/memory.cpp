@@ -5,18 +5,44 @@ static std::string thread_of(u32 global, u32 threads) {
     return "thread " + std::to_string(global % threads) + " of block " + std::to_string(global / threads);
 }
 
+u64 View::span() const {
+    u64 size = item;
+    for (auto [count, stride] : dimensions) size += (count - 1) * stride;
+    return size;
+}
+
+// Whether `rest` is a sum of indices times strides, and less than an element.
+static bool reached(const View& view, size_t dimension, u64 rest) {
+    if (dimension == view.dimensions.size()) return rest < view.item;
+    u64 beyond = view.item - 1;
+    for (size_t d = dimension + 1; d < view.dimensions.size(); ++d)
+        beyond += (view.dimensions[d].first - 1) * view.dimensions[d].second;
+    const auto [count, stride] = view.dimensions[dimension];
+    for (u64 index = std::min(rest / stride, count - 1);; --index) {
+        if (rest - index * stride > beyond) return false;
+        if (reached(view, dimension + 1, rest - index * stride)) return true;
+        if (index == 0) return false;
+    }
+}
+bool View::holds(u64 address) const {
+    return address >= base && address < base + span() && (dense || reached(*this, 0, address - base));
+}
+
 Region& Machine::region_of(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing) {
     if (address % bytes != 0)
         fault("misaligned", warp, lane, std::string(doing) + " " + std::to_string(bytes) + " bytes at global address " +
                                             std::to_string(address));
     for (Region& region : regions) {
         if (address < region.base || address + bytes > region.base + region.size) continue;
-        if (region.allowed) {
-            for (u32 i = 0; i < bytes; ++i)
-                if (!region.allowed[address - region.base + i])
-                    fault("bounds", warp, lane, std::string(doing) + " between the elements of array " +
-                                                    std::to_string(region.index) + ", byte " +
-                                                    std::to_string(address - region.base + i));
+        for (u64 at = address; !region.dense() && at < address + bytes;) {
+            const View* found = nullptr;
+            for (const View& view : region.views)
+                if (view.holds(at)) found = &view;
+            if (!found)
+                fault("bounds", warp, lane, std::string(doing) + " between the elements of array " +
+                                                std::to_string(region.index) + ", byte " +
+                                                std::to_string(at - region.base));
+            at += std::max<u64>(1, std::min<u64>(found->item, bytes));
         }
         return region;
     }
@@ -39,15 +65,17 @@ bool Machine::read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to
     const u64 at = address - region.base;
     const u32 self = block * threads + warp.thread(lane) + 1;
     for (u64 i = at; i < at + bytes; ++i) {
-        const u32 writer = region.writer[i];
+        Page& page = region.page(i);
+        const u64 k = i % Page::SIZE;
+        const u32 writer = page.writer[k];
         if (writer != 0 && writer != self) {
             const bool other_block = (writer - 1) / threads != block;
-            if (other_block || (region.interval[i] == interval && (writer - 1) % threads / LANES != warp.index))
+            if (other_block || (page.interval[k] == interval && (writer - 1) % threads / LANES != warp.index))
                 fault("race", warp, lane, "reads byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
                                               ", which " + thread_of(writer - 1, threads) + " wrote in the same launch" +
                                               (other_block ? "" : " with no barrier between"));
         }
-        u32& reader = region.reader[i];
+        u32& reader = page.reader[k];
         reader = reader == 0 || reader == block + 1 ? block + 1 : ALL;
     }
     std::memcpy(to, reinterpret_cast<const void*>(address), bytes);
@@ -62,18 +90,20 @@ void Machine::write_global(Warp& warp, int lane, u64 address, u32 bytes, const v
     for (u32 k = 0; k < bytes; ++k) {
         const u64 i = at + k;
         const u8 value = static_cast<const u8*>(from)[k];
-        const u32 writer = region.writer[i], reader = region.reader[i];
+        Page& page = region.page(i);
+        u32 &writer = page.writer[i % Page::SIZE], &since = page.interval[i % Page::SIZE];
+        const u32 reader = page.reader[i % Page::SIZE];
         const bool same = memory[i] == value;
         if (!same && writer != 0 && writer != self &&
-            ((writer - 1) / threads != block || region.interval[i] == interval))
+            ((writer - 1) / threads != block || since == interval))
             fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
                                           ", where " + thread_of(writer - 1, threads) +
                                           " wrote something else in the same launch");
         if (!same && reader != 0 && reader != block + 1)
             fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
                                           ", which another block read in the same launch");
-        region.writer[i] = self;
-        region.interval[i] = interval;
+        writer = self;
+        since = interval;
         if (region.known) region.known[i] = 1;
         memory[i] = value;
     }

@@ -215,11 +215,6 @@ void Machine::run_block() {
 }
 
 void Machine::launch() {
-    for (Region& region : regions) {
-        region.writer.assign(region.size, 0);
-        region.interval.assign(region.size, 0);
-        region.reader.assign(region.size, 0);
-    }
     hits.assign(code.size(), 0);
     shared.assign(shared_size, 0);
     shadow.assign(shared_size, {});
