@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import torch
 from sadcl.kernels import _launch
+from torch import Tensor
 
 from benchmarks.launches import Job, job_of
 from sadcl import _backends
@@ -17,6 +21,7 @@ from sadcl import _backends
 from .ptxemu import Kernel, Result
 
 ARCH = "sm_80"
+CACHE = Path(os.environ.get("PTXEMU_CACHE") or Path(__file__).parent / "__pycache__") / "ptx"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,19 @@ class Compiled:
 
     ptx: str
     shared: int
+
+
+def compiled(job: Job) -> Compiled:
+    """Made once: kept in a folder that git ignores."""
+    kept = CACHE / f"{job.fingerprint()}.ptx"
+    if not kept.exists():
+        made = compile_job(job)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        scratch = kept.with_suffix(f".{os.getpid()}")
+        scratch.write_text(f"// {made.shared} bytes of shared memory\n{made.ptx}")
+        scratch.replace(kept)
+    head, ptx = kept.read_text().split("\n", 1)
+    return Compiled(ptx, int(head.split()[1]))
 
 
 def compile_job(job: Job) -> Compiled:
@@ -83,14 +101,40 @@ class Executor:
     options: dict[str, Any] = field(default_factory=dict)
     edit: Callable[[str, Kernel], Kernel] = lambda name, kernel: kernel
     results: list[tuple[str, Result]] = field(default_factory=list)
+    fresh: list[tuple[Tensor, np.ndarray, int]] = field(default_factory=list)
 
     def append(self, launch: Any) -> None:
         """Execute a launch: what the recorder of launches calls."""
         job = job_of(launch, ARCH, "")
         kernel, shared = kernel_of(job)
         kernel = self.edit(launch.name, kernel)
-        result = kernel(launch.programs, arguments(launch, job), shared=shared, **self.options)
+        for tensor, known, version in self.fresh:
+            if tensor._version != version:  # torch wrote into it
+                known[:] = 1
+        result = kernel(
+            launch.programs, arguments(launch, job), shared=shared,
+            uninitialised=[(tensor, known) for tensor, known, _ in self.fresh], **self.options,
+        )  # fmt: skip
         self.results.append((launch.name, result))
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, what torch allocates without filling it holds no value until a launch, or torch, writes into it."""
+
+        def watched(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(*args: Any, **kwargs: Any) -> Tensor:
+                made = allocate(*args, **kwargs)
+                if made.device.type == "cpu" and made.numel() > 0 and made.is_contiguous():
+                    known = np.zeros(made.numel() * made.element_size(), np.uint8)
+                    self.fresh.append((made.detach(), known, made._version))
+                return made
+
+            return run
+
+        with contextlib.ExitStack() as stack:
+            for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+                stack.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name))))
+            yield
 
 
 _kernels: dict[tuple[object, ...], tuple[Kernel, int]] = {}
@@ -100,8 +144,8 @@ def kernel_of(job: Job) -> tuple[Kernel, int]:
     """The compiled kernel of a job and its shared memory; made once."""
     key = (job.module, job.name, job.version())
     if key not in _kernels:
-        compiled = compile_job(job)
-        _kernels[key] = Kernel(compiled.ptx), compiled.shared
+        made = compiled(job)
+        _kernels[key] = Kernel(made.ptx), made.shared
     return _kernels[key]
 
 
@@ -110,7 +154,7 @@ def executing(executor: Executor | None = None) -> Iterator[Executor]:
     """Inside, the Triton backend takes CPU tensors, and its launches are executed."""
     executor = executor or Executor()
     recorder = _launch._Recorder(executor, _launch.PARTS[ARCH])  # type: ignore[arg-type]
-    with mock.patch.object(_backends, "triton_interprets", lambda: True):
+    with mock.patch.object(_backends, "triton_interprets", lambda: True), executor.watching():
         _launch._recorders.append(recorder)
         try:
             yield executor

@@ -73,11 +73,8 @@ def test_a_planted_race_is_found_in_every_order_of_the_warps(order: int) -> None
     result = out()
     run(text(safe), 1, [result], shared=256, order=order)
     assert result.tolist() == [t ^ 32 for t in range(64)]
-    fault = expect("uninitialised" if order == 0 else "race", racing, out(), shared=256, order=order) if order == -1 else None
-    assert fault is None
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(Fault, match="race|uninitialised"):  # the latter where the reader comes first
         run(text(racing), 1, [out()], shared=256, order=order)
-    assert caught.value.kind in ("race", "uninitialised")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -238,7 +235,7 @@ def test_unknown_opcodes_are_named() -> None:
         parse(text("add.s32 %r0, %a0, 1;\nret;"))
 
 
-@pytest.mark.parametrize("clamp, how", itertools.product([31, 0x1C1F, 0x101F], ["bfly", "idx", "up", "down"]))
+@pytest.mark.parametrize("clamp, how", list(itertools.product([31, 0x1C1F, 0x101F], ["bfly", "idx", "up", "down"])))
 def test_shuffles(how: str, clamp: int) -> None:
     """Beside the definition by segments: within each, lanes are counted from its first."""
     size = {31: 32, 0x1C1F: 4, 0x101F: 16}[clamp]
@@ -263,7 +260,7 @@ def test_reductions(op: str, of: object) -> None:
     assert result.tolist() == [want[0]] * 32 + [want[1]] * 32
 
 
-@pytest.mark.parametrize("count, transposed", itertools.product([1, 2, 4], [False, True]))
+@pytest.mark.parametrize("count, transposed", list(itertools.product([1, 2, 4], [False, True])))
 def test_ldmatrix(count: int, transposed: bool) -> None:
     """Rows of 8 numbers of 16 bits, in a shared memory filled with their own places."""
     values = ", ".join(f"%r{20 + k}" for k in range(count))

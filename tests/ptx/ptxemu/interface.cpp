@@ -87,6 +87,9 @@ const char* ptx_launch(Machine* m, const u32* grid, const u8* parameters, u32 pa
     } catch (const Fault& fault) {
         message = fault.kind + "\n" + fault.what;
         answer = message.c_str();
+    } catch (const std::exception& error) {
+        message = std::string("limit\n") + error.what();
+        answer = message.c_str();
     }
     m->regions.clear();
     std::copy(m->hits.begin(), m->hits.end(), hits);
