@@ -1,0 +1,215 @@
+"""Every op with a Triton kernel at every edge of its tiles, beside the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from sadcl.kernels import _launch, _tiles
+from torch import Tensor
+
+from sadcl.ops._library import OPS
+from sadcl.ops import compact
+from sadcl.testing import assert_within_budget, error_budgets, make_features
+from sadcl.testing.examples import EXAMPLES, Maker, Size
+from sadcl.testing.oracles import ORACLES
+from tests.ptx.launching import ARCH, Executor, executing
+
+TRITON = sorted(name for name, op in OPS.items() if "triton" in op.backends and name in EXAMPLES and name in ORACLES)
+KINDS = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "fp64": (torch.float64, "ieee"),
+}
+PRODUCTS = ("sscl", "label_attention_core")  # ops with matrix products, which tf32 and the tables concern
+# What is rounded on the way. Forward losses of 16-bit operands are sums in float32; weights of a product are stored in
+# the operands' dtype. tf32 rounds operands to 11 bits, as float16 does.
+FLOAT32_FORWARD = ("asl", "group_classifier", "pscl", "sscl")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op's inputs, and how they are multiplied; ``rest`` the number of the tile in the table (0 the default)."""
+
+    op: str
+    kind: str
+    size: Size
+    number: int
+    tile: int = 0
+
+    def __str__(self) -> str:
+        s = self.size
+        shape = "-".join(map(str, (s.b, s.v, s.c, s.d, s.e, s.length, s.heads)))
+        return f"{self.op}-{self.kind}-{shape}-{self.number}" + (f"-tile{self.tile}" if self.tile else "")
+
+    def inputs(self) -> Any:
+        """The example; dropout is left to the tests that know its mask, unnormalised rows to SupCon's."""
+        x = list(EXAMPLES[self.op](Maker(self.size, KINDS[self.kind][0])))[self.number]
+        if self.op == "sscl":  # as many active rows as there are images, at places drawn among three times as many
+            places = torch.randperm(3 * self.size.b, generator=torch.Generator().manual_seed(2))[: self.size.b]
+            labels = torch.zeros(3 * self.size.b).index_fill_(0, places, 1.0).view(self.size.b, 3)
+            pairs, class_ptr, _ = compact.compact(labels, None, "torch")
+            x = x._replace(features=make_features(self.size.b, 1, 3, self.size.d, dtype=x.features.dtype),
+                           pairs=pairs, class_ptr=class_ptr)  # fmt: skip
+        return x._replace(dropout=0.0, seed=None) if "dropout" in x._fields else x
+
+
+def examples_of(op: str) -> int:
+    """How many examples an op has that the oracle knows."""
+    size = Size(b=1, v=1, c=1, d=1, e=2, length=1, heads=1)
+    found = list(EXAMPLES[op](Maker(size, torch.float32)))
+    return len([x for x in found if getattr(x, "normalize", True) or op != "sscl"])
+
+
+def _widened(x: Any) -> Any:
+    wide = {n: v.double() for n, v in x._asdict().items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return x._replace(**{name: value.detach() for name, value in wide.items()})
+
+
+def differentiable(op: str, x: Any) -> tuple[str, ...]:
+    """The inputs of an op that have a gradient here."""
+    derivative = OPS[op].backward
+    names = derivative.gradients if derivative else ()
+    return tuple(name for name in names if getattr(x, name) is not None and getattr(x, name).is_floating_point())
+
+
+def truth(op: str, x: Any, upstream: list[Tensor]) -> list[Tensor]:
+    """Results and gradients by the oracle."""
+    x, derivative = _widened(x), OPS[op].backward
+    names = differentiable(op, x)
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+    results = ORACLES[op](x._replace(**leaves))[: OPS[op].results if derivative else None]
+    if not names:
+        return [result.detach() for result in results]
+    pairs = [(r, u) for r, u in zip(results, upstream, strict=True) if r.requires_grad and r.numel() > 0]
+    grads = torch.autograd.grad([r for r, _ in pairs], list(leaves.values()), [u for _, u in pairs], allow_unused=True)
+    zeros = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves.values(), grads, strict=True)]
+    return [*(result.detach() for result in results), *zeros]
+
+
+def ours(op: str, x: Any) -> tuple[list[Tensor], list[str], list[Tensor]]:
+    """Results and gradients of the kernels, their names, and the upstream gradients."""
+    declared = OPS[op]
+    x = x._replace(**{name: value.clone() for name, value in x._asdict().items() if isinstance(value, Tensor)})
+    out = declared.run(x, "triton")
+    if declared.mutates:
+        return [getattr(x, declared.mutates)], [declared.mutates], []
+    if declared.derivative is None:
+        return list(out), list(declared.outputs._fields), []
+    generator = torch.Generator().manual_seed(7)
+    results = list(out[: declared.results])
+    upstream = [(torch.rand(y.shape, generator=generator, dtype=torch.float64) + 0.5).to(y.dtype) for y in results]
+    derivative = declared.derivative
+    assert derivative is not None
+    wanted = differentiable(op, x)
+    saved = derivative.saved_of(derivative.tensors_of(x, out))
+    grads: Any = derivative.grads(derivative.upstream(*upstream), x, saved, wanted, "triton")
+    spread = declared.backward.spread  # type: ignore[union-attr]
+    by_name = spread(grads, x) if spread else grads._asdict()
+    found = [by_name[f"grad_{name}"] for name in wanted]
+    names = [*declared.outputs._fields[: declared.results], *(f"grad_{name}" for name in wanted)]
+    return [*results, *found], names, upstream
+
+
+def check(case: Case, executor: Executor | None = None) -> Executor:
+    """Execute a case and hold results and gradients against the oracle."""
+    dtype, precision = KINDS[case.kind]
+    x = case.inputs()
+    with precise(case), executing(executor) as done:
+        got, names, upstream = ours(case.op, x)
+    hold(case, got, names, budgets_of(case, x, upstream, dtype, precision))
+    return done
+
+
+_budgets: dict[Case, Any] = {}
+
+
+def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, precision: str) -> Any:
+    """Made once a case: mutants share them."""
+    key = replace(case, tile=0)
+    if key not in _budgets:
+        wide = [u.double() for u in upstream]
+        function = lambda: truth(case.op, x, wide)  # noqa: E731
+        if OPS[case.op].derivative is None:
+            _budgets[key] = function()
+        else:
+            narrow = {"tf32": torch.float16}.get(precision, dtype)
+            forward = dtype if case.op in FLOAT32_FORWARD and dtype.itemsize == 2 else narrow
+            first = torch.float32 if forward in (torch.bfloat16, torch.float16) and precision == "ieee" else forward
+            first = first if case.op in FLOAT32_FORWARD else narrow
+            loose = error_budgets(function, narrow, draws=8)
+            tight = loose if first == narrow else error_budgets(function, first, draws=8)
+            results = OPS[case.op].results
+            _budgets[key] = [*tight[:results], *loose[results:]]
+    return _budgets[key]
+
+
+def hold(case: Case, got: list[Tensor], names: list[str], budgets: Any) -> None:
+    """Raise an AssertionError that names what is off."""
+    for name, value, want in zip(names, got, budgets, strict=False):
+        if value.numel() == 0:
+            continue
+        if isinstance(want, Tensor):
+            assert value.shape == want.shape, name
+            assert torch.equal(value.double(), want.double()), f"{name} differs"
+        else:
+            assert_within_budget(name, value, want)
+
+
+def precise(case: Case) -> Any:
+    """Context with the case's precision and tile."""
+    stack = mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": KINDS[case.kind][1]})
+    if case.tile == 0:
+        return stack
+    original = _tiles.candidates
+
+    def picked(op: str, part: Any, kind: str) -> tuple[Any, ...]:
+        rows = original(op, part, kind)
+        return rows[min(case.tile, len(rows) - 1) :]
+
+    class Both:
+        def __enter__(self) -> None:
+            stack.__enter__()
+            self.tiles = mock.patch.object(_tiles, "candidates", picked)
+            self.tiles.__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            self.tiles.__exit__(*error)
+            stack.__exit__(*error)
+
+    return Both()
+
+
+def edges(op: str, kind: str) -> Iterator[Size]:
+    """Sizes one below, at and one above the edges of a tile."""
+    dtype, precision = KINDS[kind]
+    of = _tiles.kind_of(dtype, precision)
+    small = Size(b=4, v=2, c=3, d=20, e=24, length=7, heads=2)
+    if op in ("sscl", "label_attention_core"):
+        tile = _tiles.candidates(op, _launch.PARTS[ARCH], of)[0]
+        for more in (-1, 0, 1):
+            rows, width = tile.block_m + more, tile.block_d + more
+            if op == "sscl":  # every row active
+                yield replace(small, b=rows, v=1, d=width)
+                yield replace(small, b=(tile.block_n + more), v=1, d=2 * tile.block_d + more)
+            else:
+                heads, c, length = 1, max(1, tile.block_m + more), tile.block_n + more
+                yield replace(small, b=1, c=c, length=length, e=heads * (32 + 16 * more), heads=heads)
+        return
+    if op == "asl":
+        for c in (15, 16, 17, 1023, 1024, 1025):
+            yield replace(small, b=2, c=c)
+        return
+    if op == "compact":
+        for b, c in ((1, 2), (31, 33), (32, 32), (33, 31), (127, 9), (128, 8), (129, 8), (600, 5)):
+            yield replace(small, b=b, c=c)
+        return
+    for more in (-1, 0, 1):
+        yield replace(small, b=32 + more, c=16 + more, d=64 + more, e=64 + more, length=16 + more, heads=1)
+    yield replace(small, b=3, c=2, d=257, e=258)
