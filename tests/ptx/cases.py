@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sadcl.ops._library import OPS
 from sadcl.ops import compact
-from sadcl.testing import assert_within_budget, error_budgets, make_features
+from sadcl.testing import Budget, assert_within_budget, error_budgets, make_features
 from sadcl.testing.examples import EXAMPLES, Maker, Size
 from sadcl.testing.oracles import ORACLES
 from tests.ptx.launching import ARCH, Executor, executing
@@ -79,12 +79,15 @@ def differentiable(op: str, x: Any) -> tuple[str, ...]:
     return tuple(name for name in names if getattr(x, name) is not None and getattr(x, name).is_floating_point())
 
 
-def truth(op: str, x: Any, upstream: list[Tensor]) -> list[Tensor]:
-    """Results and gradients by the oracle."""
+def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False) -> list[Tensor]:
+    """Results and gradients by the oracle; ``rounds_operands`` makes what goes in a result too, which is rounded."""
     x, derivative = _widened(x), OPS[op].backward
     names = differentiable(op, x)
     leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
-    results = ORACLES[op](x._replace(**leaves))[: OPS[op].results if derivative else None]
+    if rounds_operands:
+        upstream = [u * 1.0 for u in upstream]
+    operands = {name: leaf * 1.0 if rounds_operands else leaf for name, leaf in leaves.items()}
+    results = ORACLES[op](x._replace(**operands))[: OPS[op].results if derivative else None]
     if not names:
         return [result.detach() for result in results]
     pairs = [(r, u) for r, u in zip(results, upstream, strict=True) if r.requires_grad and r.numel() > 0]
@@ -135,19 +138,24 @@ def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, p
     key = replace(case, tile=0)
     if key not in _budgets:
         wide = [u.double() for u in upstream]
-        function = lambda: truth(case.op, x, wide)  # noqa: E731
+        function = lambda: truth(case.op, x, wide, precision == "tf32")  # noqa: E731
         if OPS[case.op].derivative is None:
             _budgets[key] = function()
         else:
-            narrow = {"tf32": torch.float16}.get(precision, dtype)
-            forward = dtype if case.op in FLOAT32_FORWARD and dtype.itemsize == 2 else narrow
-            first = torch.float32 if forward in (torch.bfloat16, torch.float16) and precision == "ieee" else forward
-            first = first if case.op in FLOAT32_FORWARD else narrow
-            loose = error_budgets(function, narrow, draws=8)
-            tight = loose if first == narrow else error_budgets(function, first, draws=8)
+            narrow = torch.float16 if precision == "tf32" else dtype
+            exact_products = case.op in FLOAT32_FORWARD and dtype.itemsize == 2
+            loose = error_budgets(function, narrow) if dtype != torch.float64 else _of_float64(function)
+            tight = error_budgets(function, torch.float32) if exact_products else loose
             results = OPS[case.op].results
             _budgets[key] = [*tight[:results], *loose[results:]]
     return _budgets[key]
+
+
+def _of_float64(function: Any) -> tuple[Budget, ...]:
+    """In float64 nothing smaller than its own rounding can be drawn: float32's errors, in proportion."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    drawn = error_budgets(function, torch.float32)
+    return tuple(Budget(budget.truth, budget.spread * ratio, torch.float64) for budget in drawn)
 
 
 def hold(case: Case, got: list[Tensor], names: list[str], budgets: Any) -> None:

@@ -27,7 +27,10 @@ class UnknownOpcode(NotImplementedError):
 
 @dataclass
 class Instruction:
-    """One instruction: table index, guard, operands (register numbers, results first), numbers, line of the text."""
+    """One instruction: table index, line of the text, guard, operands (register numbers, results first), numbers.
+
+    ``source`` is the line of the source that it was compiled from, as ``file.py:12``, where the text says so.
+    """
 
     name: str
     opcode: int
@@ -38,6 +41,7 @@ class Instruction:
     results: int = 1
     numbers: tuple[int, ...] = ()
     target: str | None = None
+    source: str = ""
 
 
 @dataclass
@@ -76,6 +80,8 @@ class _Parser:
         self.shared: set[str] = set()
         self.scopes: list[dict[str, int]] = []
         self.line = 0
+        self.source = ""
+        self.files = {number: path.rsplit("/", 1)[-1] for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)}
         header, body, first = self._split(ptx)
         self.offsets: dict[str, int] = {}
         parameters = self._parameters(header)
@@ -120,15 +126,17 @@ class _Parser:
         pending = ""
         for number, text in enumerate(lines, first):
             text = text.split("//")[0].strip()
+            if text.startswith(".loc"):
+                _, file, line, *_ = text.replace(",", " ").split()
+                self.source = f"{self.files.get(file, file)}:{line}"
+                continue
             if not pending:
                 self.line = number
-                if not text or text.startswith((".loc", ".file", ".pragma")):
+                if not text or text.startswith((".file", ".pragma")):
                     continue
                 if found := re.fullmatch(r"([$\w]+):", text):
                     self.labels[found[1]] = len(self.code)
                     continue
-            elif text.startswith(".loc"):
-                continue
             pending = f"{pending} {text}".strip()
             while pending:
                 if pending[0] in "{}":
@@ -161,6 +169,7 @@ class _Parser:
         instruction = self._instruction(name, _operands(rest))
         if guard is not None:
             instruction.guard, instruction.negated = self._lookup(guard), negated == "!"
+        instruction.source = self.source
         self.code.append(instruction)
 
     def _register(self, width: int) -> int:

@@ -1,0 +1,244 @@
+"""Faults planted into compiled kernels, one instruction at a time, and whether the tests see them.
+
+``python -m tests.ptx.mutants`` plants a sample in every kernel and writes docs/gpu_executed.md's table of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, budgets_of, edges, examples_of, hold, ours, precise
+from tests.ptx.launching import Executor, executing
+from tests.ptx.ptxemu import Fault, Kernel, opcodes
+from tests.ptx.ptxemu.parse import Instruction, Program
+
+LIMIT = 3_000_000  # of a launch; what is not mutated needs a tenth
+# An opcode's first words -> what stands instead.
+ARITHMETIC = {
+    "add.": ("sub.",), "sub.": ("add.",), "mul.lo.": ("add.",), "mul.f": ("add.f",), "mul.rn.f": ("add.rn.f",),
+    "min.": ("max.",), "max.": ("min.",), "and.": ("or.",), "or.": ("and.",), "xor.": ("or.",), "shl.b": ("shr.b",),
+    "shr.u": ("shl.b",), "shr.s": ("shl.b",), "neg.": ("mov.",), "abs.": ("mov.",), "div.": ("add.",), "bfe.": (),
+}  # fmt: skip
+COMPARISONS = {"lt": ("le", "ge"), "le": ("lt", "gt"), "gt": ("ge", "le"), "ge": ("gt", "lt"), "eq": ("ne",),
+               "ne": ("eq",), "geu": ("gtu", "lt"), "gtu": ("geu", "le"), "ltu": ("leu", "ge"), "leu": ("ltu", "gt"),
+               "neu": ("eq",), "equ": ("ne",), "num": ("nan",), "nan": ("num",)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One instruction of a kernel that is another."""
+
+    what: str
+    place: int
+    instruction: Instruction
+    program: Program
+
+    def kernel(self) -> Kernel:
+        """The kernel with the fault."""
+        code = [*self.program.code]
+        code[self.place] = self.instruction
+        return Kernel(replace(self.program, code=code))
+
+
+def mutants_of(program: Program) -> Iterator[Mutant]:
+    """Every fault that is planted into a kernel."""
+    program = copy.copy(program)
+    program.widths, program.constants = [*program.widths], dict(program.constants)
+
+    def constant(bits: int, width: int) -> int:
+        program.widths.append(width)
+        program.constants[len(program.widths) - 1] = bits
+        return len(program.widths) - 1
+
+    never, zeros = constant(0, 1), {width: constant(0, width) for width in (16, 32, 64)}
+    steps = {by: constant(by, 32) for by in (1, 2, 8)}
+    for place, instruction in enumerate(program.code):
+        for what, changed in _changes(instruction, program, never, zeros, steps):
+            yield Mutant(what, place, changed, program)
+
+
+def _changes(
+    i: Instruction, program: Program, never: int, zeros: dict[int, int], steps: dict[int, int]
+) -> Iterator[tuple[str, Instruction]]:
+    def to(what: str, **changed: Any) -> tuple[str, Instruction]:
+        return what, replace(i, **changed)
+
+    removed = {"guard": never, "negated": False}
+    o = [*i.operands]
+    if i.name.startswith("mma."):
+        a = i.results
+        depth = {"m16n8k16": (4, 2), "m16n8k8": (2, 1), "m8n8k4": (1, 1)}[i.name.split(".")[3]]
+        if ".tf32" in i.name:
+            depth = (4, 2)
+        yield to("mma dropped", operands=[*o[:a], *[zeros[program.widths[r]] for r in o[a : a + depth[0]]],
+                                          *o[a + depth[0] :]])  # fmt: skip
+        yield to("mma operands swapped", operands=[*o[:a], o[a + depth[0]], *o[a + 1 : a + depth[0]], o[a],
+                                                   *o[a + depth[0] + 1 :]])  # fmt: skip
+        if depth[0] > 1:
+            yield to("mma operands swapped", operands=[*o[:a], o[a + 1], o[a], *o[a + 2 :]])
+    elif i.name.startswith("ldmatrix"):
+        yield to("ldmatrix transposed", numbers=(i.numbers[0], 1 - i.numbers[1], i.numbers[2]))
+        yield to("address off by one", numbers=(*i.numbers[:2], i.numbers[2] + 16))
+    elif i.name == "bar.sync":
+        yield to("barrier removed", **removed)
+    elif i.name == "cp.async.wait_group":
+        yield to("wait removed", **removed)
+    elif i.name.startswith("shfl."):
+        by = program.constants.get(o[2])
+        yield to("shuffle's lane", operands=[*o[:2], steps[2 if by == 1 else 8 if by == 16 else 1], *o[3:]])
+    elif i.name.startswith(("ld.global", "ld.shared", "st.global", "st.shared", "cp.async.c")) and len(i.numbers) > 2:
+        bytes_ = i.numbers[0] * max(i.numbers[1], 1)
+        yield to("address off by one", numbers=(*i.numbers[:2], i.numbers[2] + bytes_, *i.numbers[3:]))
+        if i.name.startswith("st."):
+            yield to("store removed", **removed)
+        if i.guard >= 0:
+            yield to("guard turned round", negated=not i.negated)
+    elif i.name == "bra" and i.guard >= 0:
+        yield to("guard turned round", negated=not i.negated)
+    elif i.name.startswith("setp."):
+        _, how, *rest = i.name.split(".")
+        for other in COMPARISONS.get(how, ()):
+            yield from _renamed(i, ".".join(("setp", other, *rest)), "comparison")
+    elif i.name.startswith("selp."):
+        yield to("selection turned round", operands=[o[0], o[2], o[1], o[3]])
+    elif i.name.startswith("fma.rn"):
+        yield to("addend dropped", operands=[*o[:3], zeros[program.widths[o[3]]]])
+    else:
+        for start, others in ARITHMETIC.items():
+            if i.name.startswith(start):
+                for other in others:
+                    name = other + i.name[len(start) :]
+                    if start.startswith("shr."):
+                        name = "shl.b" + i.name.rsplit(".", 1)[1][1:]
+                    yield from _renamed(i, name, "arithmetic")
+                break
+
+
+def _renamed(i: Instruction, name: str, what: str) -> Iterator[tuple[str, Instruction]]:
+    known = opcodes()
+    name = next((n for n in (name, name.replace(".rn", ""), name.replace(".full", ""), name.replace(".ftz", ""),
+                             name.replace("add.u", "add.s")) if n in known), "")  # fmt: skip
+    if name and known[name].registers == known[i.name].registers:
+        yield f"{what}: {i.name} -> {name}", replace(i, name=name, opcode=known[name].index)
+
+
+@dataclass
+class Target:
+    """A compiled kernel with the cases in which it runs."""
+
+    name: str
+    kernel: Kernel
+    hits: Any = None
+    cases: list[Case] = field(default_factory=list)
+
+
+def cases_of(op: str, kind: str) -> list[Case]:
+    """An op's cases, those that share compiled kernels included."""
+    return [Case(op, kind, size, number) for size in edges(op, kind) for number in range(examples_of(op))]
+
+
+class Bench:
+    """The cases of an op and a kind of operand, and what comes of them without a fault."""
+
+    def __init__(self, op: str, kind: str) -> None:
+        self.targets: dict[int, Target] = {}
+        self.inputs: dict[Case, Any] = {}
+        self.results: dict[Case, list[torch.Tensor]] = {}
+        self.budgets: dict[Case, Any] = {}
+        dtype, precision = KINDS[kind]
+        for case in cases_of(op, kind):
+            used: list[tuple[str, Kernel]] = []
+
+            def note(name: str, kernel: Kernel, used: list[tuple[str, Kernel]] = used) -> Kernel:
+                used.append((name, kernel))
+                return kernel
+
+            self.inputs[case] = x = case.inputs()
+            executor = Executor(edit=note)
+            with precise(case), executing(executor):
+                results, names, upstream = ours(op, x)
+            self.results[case] = results
+            self.budgets[case] = names, budgets_of(case, x, upstream, dtype, precision)
+            hold(case, results, *self.budgets[case])
+            for (name, kernel), (_, result) in zip(used, executor.results, strict=True):
+                target = self.targets.setdefault(id(kernel), Target(name, kernel))
+                target.hits = result.hits if target.hits is None else target.hits + result.hits
+                if case not in target.cases:
+                    target.cases.append(case)
+
+    def verdict(self, target: Target, mutant: Mutant) -> str:
+        """How the fault was seen: the kind of a report, ``result``; or ``unseen``, ``no effect``."""
+        faulty, effect = mutant.kernel(), False
+        edit: Callable[[str, Kernel], Kernel] = lambda _, kernel: faulty if kernel is target.kernel else kernel  # noqa: E731
+        for case in target.cases:
+            try:
+                with precise(case), executing(Executor({"limit": LIMIT}, edit)):
+                    results, _, _ = ours(case.op, self.inputs[case])
+                hold(case, results, *self.budgets[case])
+            except Fault as fault:
+                return fault.kind
+            except (AssertionError, ValueError, RuntimeError, IndexError):
+                return "result"
+            effect |= any(not torch.equal(a, b) for a, b in zip(results, self.results[case], strict=True))
+        return "unseen" if effect else "no effect"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant."""
+
+    op: str
+    kind: str
+    kernel: str
+    what: str
+    source: str
+    verdict: str
+
+
+def sampled(op: str, kind: str, per_class: int, seed: int = 0) -> Iterator[Outcome]:
+    """Outcomes of ``per_class`` faults of every class in every kernel of an op."""
+    bench, generator = Bench(op, kind), random.Random(f"{seed} {op} {kind}")
+    largest: dict[str, Target] = {}
+    for target in bench.targets.values():  # of a kernel's compiled versions, the one that most cases run
+        if target.name not in largest or len(target.cases) > len(largest[target.name].cases):
+            largest[target.name] = target
+    for target in largest.values():
+        classes: dict[str, list[Mutant]] = defaultdict(list)
+        for mutant in mutants_of(target.kernel.program):
+            if target.hits[mutant.place] > 0:
+                classes[mutant.what.split(":")[0]].append(mutant)
+        for mutants in classes.values():
+            for mutant in generator.sample(mutants, min(per_class, len(mutants))):
+                source = target.kernel.program.code[mutant.place].source
+                yield Outcome(op, kind, target.name, mutant.what, source, bench.verdict(target, mutant))
+
+
+def all_sampled(per_class: int, kinds: tuple[str, ...] = ("bf16", "fp32", "fp64", "tf32")) -> Iterator[Outcome]:
+    """The same of every op."""
+    for op in TRITON:
+        for kind in kinds:
+            if not kind.startswith("tf32") or op in PRODUCTS:
+                yield from sampled(op, kind, per_class)
+
+
+def summary(outcomes: list[Outcome]) -> Counter[str]:
+    """How many of each verdict."""
+    return Counter(outcome.verdict for outcome in outcomes)
+
+
+if __name__ == "__main__":
+    import sys
+
+    found = []
+    for outcome in all_sampled(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
+        found.append(outcome)
+        if outcome.verdict in ("unseen", "no effect"):
+            print(outcome, flush=True)
+    print(summary(found))
