@@ -184,6 +184,14 @@ class Rounded(TorchDispatchMode):
         elif name in ("add", "sub"):
             self.terms[out] = terms
 
+    def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float:
+        """How many unit roundoffs a sum may be off: a subclass knows the order of its arithmetic."""
+        return 1.0
+
+    def steps_of_each(self, func: Any) -> float:
+        """The same of an operator that works on every element alone."""
+        return 1.0
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -198,10 +206,11 @@ class Rounded(TorchDispatchMode):
         if kind == "exact" or not any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(out)):
             return out
         if kind == "sum":
-            self.terms[out] = terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
+            terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
+            self.terms[out] = terms = terms * self.steps_of_sum(func, args, kwargs)
             size = self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs()
         elif kind == "each" and isinstance(out, Tensor):
-            size = self._each(out)
+            size = self._each(out) * self.steps_of_each(func)
         else:
             raise NotImplementedError(f"{func}: how it rounds is not known here")
         return out.add_(self._drawn(size))
@@ -217,7 +226,10 @@ class Budget:
 
 
 def error_budgets(
-    function: Callable[[], Sequence[Tensor]], arithmetic: torch.dtype = torch.float32, draws: int = 16
+    function: Callable[[], Sequence[Tensor]],
+    arithmetic: torch.dtype = torch.float32,
+    draws: int = 16,
+    rounding: type[Rounded] = Rounded,
 ) -> tuple[Budget, ...]:
     """How far rounding may move the results of ``function``: what :func:`assert_within_budget` holds a kernel against.
 
@@ -226,11 +238,12 @@ def error_budgets(
         arithmetic: the dtype that intermediate results are rounded to. Sums of bfloat16 and float16 products are taken
             to be made in float32.
         draws: how often the rounding errors are drawn. With 16 the spread of a single number is its own to a third.
+        rounding: draws them.
     """
     truth = [x.detach() for x in function()]
     spread = [torch.zeros_like(x) for x in truth]
     for seed in range(draws):
-        with Rounded(arithmetic, seed):
+        with rounding(arithmetic, seed):
             drawn = function()
         for total, x, want in zip(spread, drawn, truth, strict=True):
             total.hypot_((x.detach() - want).nan_to_num() / draws**0.5)  # squares would underflow

@@ -10,10 +10,11 @@ from unittest import mock
 import torch
 from sadcl.kernels import _launch, _tiles
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from sadcl.ops._library import OPS
 from sadcl.ops import compact
-from sadcl.testing import Budget, assert_within_budget, error_budgets, make_features
+from sadcl.testing import Budget, Rounded, assert_within_budget, error_budgets, make_features
 from sadcl.testing.examples import EXAMPLES, Maker, Size
 from sadcl.testing.oracles import ORACLES
 from tests.ptx.launching import ARCH, Executor, executing
@@ -35,18 +36,24 @@ FLOAT32_FORWARD = ("asl", "group_classifier", "pscl", "sscl")
 
 @dataclass(frozen=True)
 class Case:
-    """An op's inputs, and how they are multiplied; ``rest`` the number of the tile in the table (0 the default)."""
+    """An op's example ``number``, how its operands are multiplied, and on which part.
+
+    ``tile`` is the number of the tile in the table, 0 the default; ``processors`` of the part, if not as many as it has.
+    """
 
     op: str
     kind: str
     size: Size
     number: int
     tile: int = 0
+    processors: int | None = None
 
     def __str__(self) -> str:
         s = self.size
         shape = "-".join(map(str, (s.b, s.v, s.c, s.d, s.e, s.length, s.heads)))
-        return f"{self.op}-{self.kind}-{shape}-{self.number}" + (f"-tile{self.tile}" if self.tile else "")
+        return f"{self.op}-{self.kind}-{shape}-{self.number}" + (f"-tile{self.tile}" if self.tile else "") + (
+            f"-on{self.processors}" if self.processors else ""
+        )
 
     def inputs(self) -> Any:
         """The example; dropout is left to the tests that know its mask, unnormalised rows to SupCon's."""
@@ -55,7 +62,7 @@ class Case:
             places = torch.randperm(3 * self.size.b, generator=torch.Generator().manual_seed(2))[: self.size.b]
             labels = torch.zeros(3 * self.size.b).index_fill_(0, places, 1.0).view(self.size.b, 3)
             pairs, class_ptr, _ = compact.compact(labels, None, "torch")
-            x = x._replace(features=make_features(self.size.b, 1, 3, self.size.d, dtype=x.features.dtype),
+            x = x._replace(features=make_features(self.size.b, self.size.v, 3, self.size.d, dtype=x.features.dtype),
                            pairs=pairs, class_ptr=class_ptr)  # fmt: skip
         return x._replace(dropout=0.0, seed=None) if "dropout" in x._fields else x
 
@@ -87,6 +94,9 @@ def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False
     if rounds_operands:
         upstream = [u * 1.0 for u in upstream]
     operands = {name: leaf * 1.0 if rounds_operands else leaf for name, leaf in leaves.items()}
+    for name in {"query", "temperature"} & {*operands}:
+        # scale log2 e, log2 e / temperature: rounded once, and then off by as much in every score.
+        operands[name] = operands[name] * (torch.ones((), dtype=torch.float64) * 1.0)
     results = ORACLES[op](x._replace(**operands))[: OPS[op].results if derivative else None]
     if not names:
         return [result.detach() for result in results]
@@ -124,10 +134,23 @@ def check(case: Case, executor: Executor | None = None) -> Executor:
     """Execute a case and hold results and gradients against the oracle."""
     dtype, precision = KINDS[case.kind]
     x = case.inputs()
-    with precise(case), executing(executor) as done:
+    with precise(case), executing(executor, case.processors) as done:
         got, names, upstream = ours(case.op, x)
     hold(case, got, names, budgets_of(case, x, upstream, dtype, precision))
     return done
+
+
+class OnGpu(Rounded):
+    """The arithmetic of a thread: sums are chains, of n terms off by the root of n; exponentials by two ulp."""
+
+    def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The number of terms is the same sum over ones."""
+        return func(*tree_map_only(Tensor, torch.ones_like, args), **kwargs).clamp(min=1.0).sqrt()
+
+    def steps_of_each(self, func: Any) -> float:
+        """As PTX documents ex2.approx, lg2.approx and div.full."""
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        return 4.0 if name in ("exp", "log", "div", "reciprocal") else 1.0
 
 
 _budgets: dict[Case, Any] = {}
@@ -135,7 +158,7 @@ _budgets: dict[Case, Any] = {}
 
 def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, precision: str) -> Any:
     """Made once a case: mutants share them."""
-    key = replace(case, tile=0)
+    key = replace(case, tile=0, processors=None)
     if key not in _budgets:
         wide = [u.double() for u in upstream]
         function = lambda: truth(case.op, x, wide, precision == "tf32")  # noqa: E731
@@ -144,8 +167,8 @@ def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, p
         else:
             narrow = torch.float16 if precision == "tf32" else dtype
             exact_products = case.op in FLOAT32_FORWARD and dtype.itemsize == 2
-            loose = error_budgets(function, narrow) if dtype != torch.float64 else _of_float64(function)
-            tight = error_budgets(function, torch.float32) if exact_products else loose
+            loose = error_budgets(function, narrow, rounding=OnGpu) if dtype != torch.float64 else _of_float64(function)
+            tight = error_budgets(function, torch.float32, rounding=OnGpu) if exact_products else loose
             results = OPS[case.op].results
             _budgets[key] = [*tight[:results], *loose[results:]]
     return _budgets[key]
@@ -154,7 +177,7 @@ def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, p
 def _of_float64(function: Any) -> tuple[Budget, ...]:
     """In float64 nothing smaller than its own rounding can be drawn: float32's errors, in proportion."""
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    drawn = error_budgets(function, torch.float32)
+    drawn = error_budgets(function, torch.float32, rounding=OnGpu)
     return tuple(Budget(budget.truth, budget.spread * ratio, torch.float64) for budget in drawn)
 
 
@@ -194,21 +217,38 @@ def precise(case: Case) -> Any:
     return Both()
 
 
-def edges(op: str, kind: str) -> Iterator[Size]:
+def cases_of(op: str, kind: str, tile: int = 0) -> Iterator[Case]:
+    """All cases of an op: at the edges of its tiles, and one of many tiles on a part of one processor."""
+    for number in range(examples_of(op)):
+        for size in edges(op, kind, tile):
+            yield Case(op, kind, size, number, tile)
+        yield Case(op, kind, LARGE[op] if op in LARGE else LARGE[""], number, tile, processors=1)
+
+
+# Several tiles in every direction, none of them full.
+LARGE = {
+    "": Size(b=70, v=1, c=9, d=140, e=140, length=7, heads=1),
+    "sscl": Size(b=150, v=2, c=3, d=100, e=24, length=7, heads=1),
+    "label_attention_core": Size(b=3, v=1, c=70, d=20, e=80, length=130, heads=2),
+    "compact": Size(b=3000, v=1, c=5, d=20, e=24, length=7, heads=1),
+}
+
+
+def edges(op: str, kind: str, tile: int = 0) -> Iterator[Size]:
     """Sizes one below, at and one above the edges of a tile."""
     dtype, precision = KINDS[kind]
     of = _tiles.kind_of(dtype, precision)
     small = Size(b=4, v=2, c=3, d=20, e=24, length=7, heads=2)
     if op in ("sscl", "label_attention_core"):
-        tile = _tiles.candidates(op, _launch.PARTS[ARCH], of)[0]
+        rows_of_table = _tiles.candidates(op, _launch.PARTS[ARCH], of)
+        choice = rows_of_table[min(tile, len(rows_of_table) - 1)]
         for more in (-1, 0, 1):
-            rows, width = tile.block_m + more, tile.block_d + more
+            rows, width = choice.block_m + more, choice.block_d + more
             if op == "sscl":  # every row active
                 yield replace(small, b=rows, v=1, d=width)
-                yield replace(small, b=(tile.block_n + more), v=1, d=2 * tile.block_d + more)
+                yield replace(small, b=choice.block_n + more, v=1, d=2 * choice.block_d + more)
             else:
-                heads, c, length = 1, max(1, tile.block_m + more), tile.block_n + more
-                yield replace(small, b=1, c=c, length=length, e=heads * (32 + 16 * more), heads=heads)
+                yield replace(small, b=1, c=rows, length=choice.block_n + more, e=32 + 16 * more, heads=1)
         return
     if op == "asl":
         for c in (15, 16, 17, 1023, 1024, 1025):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -150,10 +150,15 @@ def kernel_of(job: Job) -> tuple[Kernel, int]:
 
 
 @contextlib.contextmanager
-def executing(executor: Executor | None = None) -> Iterator[Executor]:
-    """Inside, the Triton backend takes CPU tensors, and its launches are executed."""
+def executing(executor: Executor | None = None, processors: int | None = None) -> Iterator[Executor]:
+    """Inside, the Triton backend takes CPU tensors, and its launches are executed.
+
+    ``processors`` makes the part smaller than it is, so that few programs share much work.
+    """
     executor = executor or Executor()
-    recorder = _launch._Recorder(executor, _launch.PARTS[ARCH])  # type: ignore[arg-type]
+    part = _launch.PARTS[ARCH]
+    part = part if processors is None else replace(part, processors=processors)
+    recorder = _launch._Recorder(executor, part)  # type: ignore[arg-type]
     with mock.patch.object(_backends, "triton_interprets", lambda: True), executor.watching():
         _launch._recorders.append(recorder)
         try:

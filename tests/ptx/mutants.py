@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, budgets_of, edges, examples_of, hold, ours, precise
+from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, budgets_of, cases_of, hold, ours, precise
 from tests.ptx.launching import Executor, executing
 from tests.ptx.ptxemu import Fault, Kernel, opcodes
 from tests.ptx.ptxemu.parse import Instruction, Program
@@ -139,11 +139,6 @@ class Target:
     cases: list[Case] = field(default_factory=list)
 
 
-def cases_of(op: str, kind: str) -> list[Case]:
-    """An op's cases, those that share compiled kernels included."""
-    return [Case(op, kind, size, number) for size in edges(op, kind) for number in range(examples_of(op))]
-
-
 class Bench:
     """The cases of an op and a kind of operand, and what comes of them without a fault."""
 
@@ -162,7 +157,7 @@ class Bench:
 
             self.inputs[case] = x = case.inputs()
             executor = Executor(edit=note)
-            with precise(case), executing(executor):
+            with precise(case), executing(executor, case.processors):
                 results, names, upstream = ours(op, x)
             self.results[case] = results
             self.budgets[case] = names, budgets_of(case, x, upstream, dtype, precision)
@@ -179,7 +174,7 @@ class Bench:
         edit: Callable[[str, Kernel], Kernel] = lambda _, kernel: faulty if kernel is target.kernel else kernel  # noqa: E731
         for case in target.cases:
             try:
-                with precise(case), executing(Executor({"limit": LIMIT}, edit)):
+                with precise(case), executing(Executor({"limit": LIMIT}, edit), case.processors):
                     results, _, _ = ours(case.op, self.inputs[case])
                 hold(case, results, *self.budgets[case])
             except Fault as fault:

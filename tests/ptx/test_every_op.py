@@ -10,18 +10,34 @@ import pytest
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are not compiled here", allow_module_level=True)
 
-from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, check, edges, examples_of
+from sadcl.kernels import _launch, _tiles
 
-CASES = [
-    Case(op, kind, size, number)
-    for op in TRITON
-    for kind in KINDS
-    if not kind.startswith("tf32") or op in PRODUCTS
-    for size in edges(op, kind)
-    for number in range(examples_of(op))
-]
+from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, cases_of, check
+from tests.ptx.launching import ARCH
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def kinds_of(op: str) -> list[str]:
+    """Kinds of operands that an op tells apart."""
+    return [kind for kind in KINDS if not kind.startswith("tf32") or op in PRODUCTS]
+
+
+def other_tiles() -> list[Case]:
+    """Cases of the tiles that are not taken by default."""
+    found = []
+    for op, kind in ((op, kind) for op in PRODUCTS for kind in KINDS):
+        of = _tiles.kind_of(KINDS[kind][0], KINDS[kind][1])
+        tables = [name for name in _tiles.TABLES if name.startswith(op)]
+        most = max(len(_tiles.candidates(name, _launch.PARTS[ARCH], of)) for name in tables)
+        found += [case for tile in range(1, most) for case in cases_of(op, kind, tile)]
+    return found
+
+
+@pytest.mark.parametrize("case", [c for op in TRITON for kind in kinds_of(op) for c in cases_of(op, kind)], ids=str)
 def test_at_the_edges_of_its_tiles(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", other_tiles(), ids=str)
+def test_with_every_tile_of_the_table(case: Case) -> None:
     check(case)
