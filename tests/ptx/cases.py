@@ -106,14 +106,18 @@ def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False
     return [*(result.detach() for result in results), *zeros]
 
 
-def ours(op: str, x: Any) -> tuple[list[Tensor], list[str], list[Tensor]]:
-    """Results and gradients of the kernels, their names, and the upstream gradients."""
+def ours(op: str, x: Any, executor: Executor) -> tuple[list[Tensor], list[str], list[Tensor]]:
+    """Results and gradients of the kernels, their names, and the upstream gradients.
+
+    Everything that is given out must have been written, what only the backward reads included.
+    """
     declared = OPS[op]
     x = x._replace(**{name: value.clone() for name, value in x._asdict().items() if isinstance(value, Tensor)})
     out = declared.run(x, "triton")
     if declared.mutates:
         return [getattr(x, declared.mutates)], [declared.mutates], []
     if declared.derivative is None:
+        executor.require_written(out)
         return list(out), list(declared.outputs._fields), []
     generator = torch.Generator().manual_seed(7)
     results = list(out[: declared.results])
@@ -126,6 +130,7 @@ def ours(op: str, x: Any) -> tuple[list[Tensor], list[str], list[Tensor]]:
     spread = declared.backward.spread  # type: ignore[union-attr]
     by_name = spread(grads, x) if spread else grads._asdict()
     found = [by_name[f"grad_{name}"] for name in wanted]
+    executor.require_written([*out, *(grad for grad in grads if grad is not None)])
     names = [*declared.outputs._fields[: declared.results], *(f"grad_{name}" for name in wanted)]
     return [*results, *found], names, upstream
 
@@ -135,7 +140,7 @@ def check(case: Case, executor: Executor | None = None) -> Executor:
     dtype, precision = KINDS[case.kind]
     x = case.inputs()
     with precise(case), executing(executor, case.processors) as done:
-        got, names, upstream = ours(case.op, x)
+        got, names, upstream = ours(case.op, x, done)
     hold(case, got, names, budgets_of(case, x, upstream, dtype, precision))
     return done
 
@@ -222,15 +227,24 @@ def cases_of(op: str, kind: str, tile: int = 0) -> Iterator[Case]:
     for number in range(examples_of(op)):
         for size in edges(op, kind, tile):
             yield Case(op, kind, size, number, tile)
-        yield Case(op, kind, LARGE[op] if op in LARGE else LARGE[""], number, tile, processors=1)
+        for size in LARGE.get(op, LARGE[""]):
+            yield Case(op, kind, size, number, tile, processors=1)
 
 
-# Several tiles in every direction, none of them full.
+# Several tiles in every direction, none of them full; then the loops that only long rows, or many of them, go round.
 LARGE = {
-    "": Size(b=70, v=1, c=9, d=140, e=140, length=7, heads=1),
-    "sscl": Size(b=150, v=2, c=3, d=100, e=24, length=7, heads=1),
-    "label_attention_core": Size(b=3, v=1, c=70, d=20, e=80, length=130, heads=2),
-    "compact": Size(b=3000, v=1, c=5, d=20, e=24, length=7, heads=1),
+    "": (
+        Size(b=70, v=1, c=9, d=140, e=140, length=7, heads=1),
+        Size(b=3, v=1, c=2, d=1100, e=1100, length=7, heads=1),
+        Size(b=1100, v=1, c=2, d=5, e=6, length=7, heads=1),
+    ),
+    "asl": (Size(b=70, v=1, c=9, d=5, e=6, length=7, heads=1), Size(b=3, v=1, c=2100, d=5, e=6, length=7, heads=1)),
+    "compact": (Size(b=3000, v=1, c=5, d=5, e=6, length=7, heads=1),),
+    "label_attention_core": (Size(b=3, v=1, c=70, d=20, e=80, length=130, heads=2),),
+    "sscl": (
+        Size(b=150, v=2, c=3, d=100, e=24, length=7, heads=1),
+        Size(b=5, v=2, c=3, d=1100, e=24, length=7, heads=1),
+    ),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,14 @@ class Executor:
             uninitialised=[(tensor, known) for tensor, known, _ in self.fresh], **self.options,
         )  # fmt: skip
         self.results.append((launch.name, result))
+
+    def require_written(self, tensors: Iterable[Tensor]) -> None:
+        """Raise an AssertionError where a tensor that was allocated here has bytes that nobody wrote."""
+        known = {tensor.data_ptr(): (mask, tensor._version == version) for tensor, mask, version in self.fresh}
+        for number, tensor in enumerate(tensors):
+            mask, by_launches = known.get(tensor.data_ptr(), (None, False))
+            if by_launches and mask is not None:
+                assert mask[: tensor.numel() * tensor.element_size()].all(), f"tensor {number} is not written in full"
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -1,15 +1,17 @@
 """Faults planted into compiled kernels, one instruction at a time, and whether the tests see them.
 
-``python -m tests.ptx.mutants`` plants a sample in every kernel and writes docs/gpu_executed.md's table of them.
+``python -m tests.ptx.mutants FILE`` plants a sample in every kernel; docs/gpu_executed.md has what came of it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from tests.ptx.launching import Executor, executing
 from tests.ptx.ptxemu import Fault, Kernel, opcodes
 from tests.ptx.ptxemu.parse import Instruction, Program
 
-LIMIT = 3_000_000  # of a launch; what is not mutated needs a tenth
+LIMIT = 10_000_000  # of a launch; what is not mutated needs a tenth
 # An opcode's first words -> what stands instead.
 ARITHMETIC = {
     "add.": ("sub.",), "sub.": ("add.",), "mul.lo.": ("add.",), "mul.f": ("add.f",), "mul.rn.f": ("add.rn.f",),
@@ -174,8 +176,8 @@ class Bench:
         edit: Callable[[str, Kernel], Kernel] = lambda _, kernel: faulty if kernel is target.kernel else kernel  # noqa: E731
         for case in target.cases:
             try:
-                with precise(case), executing(Executor({"limit": LIMIT}, edit), case.processors):
-                    results, _, _ = ours(case.op, self.inputs[case])
+                with precise(case), executing(Executor({"limit": LIMIT}, edit), case.processors) as executor:
+                    results, _, _ = ours(case.op, self.inputs[case], executor)
                 hold(case, results, *self.budgets[case])
             except Fault as fault:
                 return fault.kind
@@ -215,7 +217,7 @@ def sampled(op: str, kind: str, per_class: int, seed: int = 0) -> Iterator[Outco
                 yield Outcome(op, kind, target.name, mutant.what, source, bench.verdict(target, mutant))
 
 
-def all_sampled(per_class: int, kinds: tuple[str, ...] = ("bf16", "fp32", "fp64", "tf32")) -> Iterator[Outcome]:
+def all_sampled(per_class: int, kinds: tuple[str, ...] = ("fp32", "bf16", "fp64", "tf32")) -> Iterator[Outcome]:
     """The same of every op."""
     for op in TRITON:
         for kind in kinds:
@@ -228,12 +230,13 @@ def summary(outcomes: list[Outcome]) -> Counter[str]:
     return Counter(outcome.verdict for outcome in outcomes)
 
 
-if __name__ == "__main__":
-    import sys
+def main() -> None:
+    """``python -m tests.ptx.mutants FILE [PER_CLASS]``: outcomes as JSON lines, appended as they come."""
+    with open(sys.argv[1], "a") as file:
+        for outcome in all_sampled(int(sys.argv[2]) if len(sys.argv) > 2 else 3):
+            file.write(json.dumps(asdict(outcome)) + "\n")
+            file.flush()
 
-    found = []
-    for outcome in all_sampled(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
-        found.append(outcome)
-        if outcome.verdict in ("unseen", "no effect"):
-            print(outcome, flush=True)
-    print(summary(found))
+
+if __name__ == "__main__":
+    main()
