@@ -12,8 +12,8 @@ from sadcl.kernels import _launch, _tiles
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from sadcl.ops._library import OPS
 from sadcl.ops import compact
+from sadcl.ops._library import OPS
 from sadcl.testing import Budget, Rounded, assert_within_budget, error_budgets, make_features
 from sadcl.testing.examples import EXAMPLES, Maker, Size
 from sadcl.testing.oracles import ORACLES
@@ -38,7 +38,7 @@ FLOAT32_FORWARD = ("asl", "group_classifier", "pscl", "sscl")
 class Case:
     """An op's example ``number``, how its operands are multiplied, and on which part.
 
-    ``tile`` is the number of the tile in the table, 0 the default; ``processors`` of the part, if not as many as it has.
+    ``tile`` is the number of the tile in the table, 0 the default; ``processors`` of the part, if not all of them.
     """
 
     op: str
@@ -51,8 +51,10 @@ class Case:
     def __str__(self) -> str:
         s = self.size
         shape = "-".join(map(str, (s.b, s.v, s.c, s.d, s.e, s.length, s.heads)))
-        return f"{self.op}-{self.kind}-{shape}-{self.number}" + (f"-tile{self.tile}" if self.tile else "") + (
-            f"-on{self.processors}" if self.processors else ""
+        return (
+            f"{self.op}-{self.kind}-{shape}-{self.number}"
+            + (f"-tile{self.tile}" if self.tile else "")
+            + (f"-on{self.processors}" if self.processors else "")
         )
 
     def inputs(self) -> Any:

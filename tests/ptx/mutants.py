@@ -160,7 +160,7 @@ class Bench:
             self.inputs[case] = x = case.inputs()
             executor = Executor(edit=note)
             with precise(case), executing(executor, case.processors):
-                results, names, upstream = ours(op, x)
+                results, names, upstream = ours(op, x, executor)
             self.results[case] = results
             self.budgets[case] = names, budgets_of(case, x, upstream, dtype, precision)
             hold(case, results, *self.budgets[case])

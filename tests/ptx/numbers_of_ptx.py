@@ -230,8 +230,9 @@ def _of_integers(op: str, kind: str, x: list[int]) -> int:
 def _of_floats(op: str, form: Float, x: list[float]) -> float:
     a, b, c = (*x, 0.0, 0.0)[:3]
     return {
-        "add": lambda: _sum(form, (a,), (b,)), "sub": lambda: _sum(form, (a,), (-b,)), "mul": lambda: _sum(form, (a, b)),
-        "fma": lambda: _sum(form, (a, b), (c,)), "div": lambda: _divide(form, a, b), "rcp": lambda: _divide(form, 1.0, a),
+        "add": lambda: _sum(form, (a,), (b,)), "sub": lambda: _sum(form, (a,), (-b,)),
+        "mul": lambda: _sum(form, (a, b)), "fma": lambda: _sum(form, (a, b), (c,)),
+        "div": lambda: _divide(form, a, b), "rcp": lambda: _divide(form, 1.0, a),
         "sqrt": lambda: _root(form, a), "neg": lambda: -a, "abs": lambda: abs(a), "min": lambda: _least(a, b, 1),
         "max": lambda: _least(a, b, -1), "copysign": lambda: math.copysign(b, a),
         "min.NaN": lambda: math.nan if a != a or b != b else _least(a, b, 1),
@@ -326,4 +327,3 @@ def _convert(parts: list[str], kinds: list[str], x: list[Number]) -> Number:
     if source in FLOATS:
         return _to_integer(ROUNDINGS[parts[1]](a), target)
     return a
-

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
-
-if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels are not compiled here", allow_module_level=True)
-
 from sadcl.kernels import _launch, _tiles
 
 from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, cases_of, check
 from tests.ptx.launching import ARCH
+
+OFTEN = ("bf16", "fp32", "fp64", "tf32")
 
 
 def kinds_of(op: str) -> list[str]:
@@ -32,7 +27,15 @@ def other_tiles() -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("case", [c for op in TRITON for kind in kinds_of(op) for c in cases_of(op, kind)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if kind in OFTEN else pytest.mark.slow, id=str(case))
+        for op in TRITON
+        for kind in kinds_of(op)
+        for case in cases_of(op, kind)
+    ],
+)
 def test_at_the_edges_of_its_tiles(case: Case) -> None:
     check(case)
 

@@ -177,7 +177,9 @@ def test_bounds_are_those_of_the_elements() -> None:
     expect("bounds", lanes(at="%a0").replace("[%a0]", "[%a0+-4]"), out())
     expect("bounds", "mov.b32 %r0, smem;\nld.shared.b32 %r1, [%r0+252];\nret;", out(), shared=252)
     wrong = text(lanes())
-    with pytest.raises(Fault, match=r"line \d+: thread 63 of block 0 writes 4 bytes outside of all arrays, 4 bytes beyond"):
+    with pytest.raises(
+        Fault, match=r"line \d+: thread 63 of block 0 writes 4 bytes outside of all arrays, 4 bytes beyond"
+    ):
         run(wrong, 1, [out(63)])
 
 
@@ -201,7 +203,9 @@ def test_what_holds_no_value_may_be_moved_but_not_used() -> None:
     expect("uninitialised", "setp.eq.s32 %p0, %r9, 1;\n@%p0 bra L;\nL:\nret;", out())
     expect("uninitialised", "mov.b32 %r0, smem;\nld.shared.b32 %r1, [%r0];\nret;", out(), shared=4)
     expect("uninitialised", "add.s32 %r1, %r9, 1;\ncvt.u64.u32 %a1, %r1;\nst.global.b32 [%a1], %t;\nret;", out())
-    run(text("add.s32 %r1, %r9, 1;\nsetp.eq.s32 %p0, %t, %t;\nselp.b32 %r2, %t, %r1, %p0;\n" + lanes("%r2")), 1, [out()])
+    run(
+        text("add.s32 %r1, %r9, 1;\nsetp.eq.s32 %p0, %t, %t;\nselp.b32 %r2, %t, %r1, %p0;\n" + lanes("%r2")), 1, [out()]
+    )
     fresh = out()
     body = "mad.wide.u32 %a1, %t, 4, %a1;\nld.global.b32 %r1, [%a1];\n" + lanes("%r1")
     run(text(body, 2), 1, [out(), fresh])

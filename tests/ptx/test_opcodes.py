@@ -67,7 +67,9 @@ def patterns(kind: str, generator: random.Random) -> list[int]:
 def operands(name: str) -> list[list[int]]:
     """Patterns for each operand, shuffled against each other."""
     generator = random.Random(name)
-    rows = [patterns("u32" if kind == "b32" and name.startswith("prmt") else kind, generator) for kind in kinds_of(name)[1:]]
+    rows = [
+        patterns("u32" if kind == "b32" and name.startswith("prmt") else kind, generator) for kind in kinds_of(name)[1:]
+    ]
     for row in rows[1:]:
         generator.shuffle(row)
     if name.startswith(("shl", "shr", "bfe")):  # positions and lengths, most of them inside

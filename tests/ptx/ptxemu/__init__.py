@@ -66,8 +66,17 @@ class Kernel:
         special = np.array(program.special, np.int32)
         self._library = library()
         self._machine = ctypes.c_void_p(
-            self._library.ptx_program(_at(code), len(code), _at(widths), len(widths), _at(ids), _at(values), len(ids),
-                                      _at(special), program.threads)  # fmt: skip
+            self._library.ptx_program(
+                _at(code),
+                len(code),
+                _at(widths),
+                len(widths),
+                _at(ids),
+                _at(values),
+                len(ids),
+                _at(special),
+                program.threads,
+            )
         )
 
     def __del__(self) -> None:
@@ -101,8 +110,8 @@ class Kernel:
         hits = np.zeros(len(self.program.code), np.uint64)
         answer = self._library.ptx_launch(
             self._machine, _at(dimensions), _at(parameters), len(parameters), _at(regions), len(regions), _at(views),
-            len(views), shared, ctypes.c_uint64(order), ctypes.c_uint64(limit), ctypes.c_double(approximation), ctypes.c_uint64(seed),
-            int(strict_warps), _at(hits),
+            len(views), shared, ctypes.c_uint64(order), ctypes.c_uint64(limit), ctypes.c_double(approximation),
+            ctypes.c_uint64(seed), int(strict_warps), _at(hits),
         )  # fmt: skip
         if answer is not None:
             raise Fault(*answer.decode().split("\n", 1))
@@ -174,7 +183,9 @@ class _Memory:
 
     def _known(self, base: int, size: int) -> int:
         """Where the mask of a region's bytes is, 0 where all of them hold values."""
-        inside = [(array, mask) for array, mask in self.fresh if array.base < base + size and base < array.base + array.span]
+        inside = [
+            (array, mask) for array, mask in self.fresh if array.base < base + size and base < array.base + array.span
+        ]
         for array, mask in inside:
             if array.base <= base and base + size <= array.base + array.span:
                 self.kept.append(mask)

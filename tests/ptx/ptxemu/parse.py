@@ -81,7 +81,9 @@ class _Parser:
         self.scopes: list[dict[str, int]] = []
         self.line = 0
         self.source = ""
-        self.files = {number: path.rsplit("/", 1)[-1] for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)}
+        self.files = {
+            number: path.rsplit("/", 1)[-1] for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)
+        }
         header, body, first = self._split(ptx)
         self.offsets: dict[str, int] = {}
         parameters = self._parameters(header)

@@ -1,0 +1,15 @@
+"""The executor is built by a C++ compiler; kernels are compiled and executed where that is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from sadcl._backends import triton_interprets
+from tests.ptx.ptxemu.native import compiler
+
+_KERNELS = ["test_every_op.py", "test_mutants.py"]  # minutes: ``SADCL_EXECUTE_PTX=1 pytest tests/ptx``
+collect_ignore: list[str] = []
+if not os.environ.get("SADCL_EXECUTE_PTX") or triton_interprets() or importlib.util.find_spec("triton") is None:
+    collect_ignore = _KERNELS
+collect_ignore_glob = ["test_*.py"] if compiler() is None else []
