@@ -241,7 +241,10 @@ LARGE = {
         Size(b=1100, v=1, c=2, d=5, e=6, length=7, heads=1),
     ),
     "asl": (Size(b=70, v=1, c=9, d=5, e=6, length=7, heads=1), Size(b=3, v=1, c=2100, d=5, e=6, length=7, heads=1)),
-    "compact": (Size(b=3000, v=1, c=5, d=5, e=6, length=7, heads=1),),
+    "compact": (
+        Size(b=3000, v=1, c=5, d=5, e=6, length=7, heads=1),
+        Size(b=20000, v=1, c=3, d=5, e=6, length=7, heads=1),
+    ),
     "label_attention_core": (Size(b=3, v=1, c=70, d=20, e=80, length=130, heads=2),),
     "sscl": (
         Size(b=150, v=2, c=3, d=100, e=24, length=7, heads=1),

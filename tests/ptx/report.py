@@ -123,8 +123,8 @@ def main() -> None:
     """Write the page."""
     import triton
 
-    outcomes = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     rows, cases = executed()
+    outcomes = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     parts = [HEAD.format(triton=triton.__version__, cases=cases) + "\n".join(rows), *planted(outcomes)]
     PAGE.write_text("\n".join(parts) + "\n")
 
