@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from sadcl.kernels import _launch, _tiles
 
-from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, cases_of, check
-from tests.ptx.launching import ARCH
+from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, cases_of, check, ours, precise
+from tests.ptx.launching import ARCH, Executor, executing
 
 OFTEN = ("bf16", "fp32", "fp64", "tf32")
 
@@ -38,6 +39,23 @@ def other_tiles() -> list[Case]:
 )
 def test_at_the_edges_of_its_tiles(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("op", TRITON)
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_bits_do_not_depend_on_the_order_of_warps_and_blocks(op: str, kind: str) -> None:
+    """Nor on which lane of a warp is first, where no barrier of the warp stands between two of them.
+
+    But for MLC's radial sums: Triton fuses a product into the first step of a reduction, so that two lanes that store
+    the same sum differ in its last bit, and PTX does not say which of them stays.
+    """
+    orders = [{}, {"order": 1}, {"order": 5}, *([] if op == "mlc" else [{"strict_warps": True}])]
+    for case in (case for case in cases_of(op, kind) if case.processors):
+        x, found = case.inputs(), list[list[torch.Tensor]]()
+        for options in orders:
+            with precise(case), executing(Executor(options), case.processors) as executor:
+                found.append(ours(op, x, executor)[0])
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 @pytest.mark.slow
