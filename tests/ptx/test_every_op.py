@@ -6,10 +6,8 @@ import pytest
 import torch
 from sadcl.kernels import _launch, _tiles
 
-from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, cases_of, check, ours, precise
+from tests.ptx.cases import KINDS, OFTEN, PRODUCTS, TRITON, Case, cases_of, check, ours, precise
 from tests.ptx.launching import ARCH, Executor, executing
-
-OFTEN = ("bf16", "fp32", "fp64", "tf32")
 
 
 def kinds_of(op: str) -> list[str]:
@@ -31,7 +29,7 @@ def other_tiles() -> list[Case]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if kind in OFTEN else pytest.mark.slow, id=str(case))
+        pytest.param(case, marks=() if kind in OFTEN[: 1 if op == "mlc" else 4] else pytest.mark.slow, id=str(case))
         for op in TRITON
         for kind in kinds_of(op)
         for case in cases_of(op, kind)
