@@ -229,7 +229,7 @@ def cases_of(op: str, kind: str, tile: int = 0) -> Iterator[Case]:
     """All cases of an op: at the edges of its tiles, and one of many tiles on a part of one processor."""
     count = examples_of(op)
     for number in range(count):
-        # MLC's weightings share their kernels, and the oracle of some walks over pairs of images: edges for two of them.
+        # MLC's weightings share their kernels, and the oracle of some walks over pairs: edges for two of them.
         for size in edges(op, kind, tile) if op != "mlc" or number in (0, count - 1) else ():
             yield Case(op, kind, size, number, tile)
         for size in LARGE.get(op, LARGE[""]):

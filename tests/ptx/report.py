@@ -73,7 +73,7 @@ def executed() -> tuple[list[str], int]:
     versions: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
     launches: Counter[tuple[str, str, str]] = Counter()
     cases = 0
-    for op, kind in ((op, kind) for op in TRITON for kind in OFTEN[: 1 if op == "mlc" else 4]):
+    for op, kind in [(name, kind) for name in TRITON for kind in OFTEN[: 1 if name == "mlc" else 4]]:
         if kind.startswith("tf32") and op not in PRODUCTS:
             continue
         for case in cases_of(op, kind):

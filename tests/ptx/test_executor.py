@@ -128,6 +128,16 @@ def test_deadlocks_are_reported() -> None:
     expect("limit", "L:\nbra L;", out(), limit=1000)
 
 
+def test_a_guard_skips_a_barrier_for_all_or_parts_the_warp() -> None:
+    body = "setp.{0}.s32 %p0, %t, {1};\n@%p0 bar.sync 0;\n@%p0 shfl.sync.bfly.b32 %r1, %t, 1, 31, -1;\nret;"
+    run(text(body.format("lt", 0)), 1, [out()])
+    run(text(body.format("ge", 0)), 1, [out()])
+    expect("divergence", body.format("lt", 3), out())
+    skipped = EXCHANGE.format(barrier="setp.lt.s32 %p0, %t, 0;\n@%p0 bar.sync 0;", other=128) + lanes("%r4")
+    with pytest.raises(Fault, match="race|uninitialised"):
+        run(text(skipped), 1, [out()], shared=256)
+
+
 COPY = """
 mov.b32 %r0, smem;
 shl.b32 %r1, %t, 2;

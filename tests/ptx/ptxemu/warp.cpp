@@ -98,9 +98,9 @@ void Warp::execute(Group& group, u32 stop) {
                 if (mask != 0) i.whole(*this, i, mask);
                 break;
             case TOGETHER:
+                if (mask == 0) break;
                 if (mask != ALL) {
-                    if (i.guard >= 0 && mask != all) m.fault("divergence", "lanes of a warp skip an instruction for all");
-                    if (mask == 0) break;
+                    if (mask != all) m.fault("divergence", "lanes of a warp skip an instruction for all");
                     group.at = at;
                     group.waiting = true;
                     return;
@@ -108,9 +108,9 @@ void Warp::execute(Group& group, u32 stop) {
                 i.whole(*this, i, mask);
                 break;
             case BARRIER:
+                if (mask == 0) break;
                 if (mask != ALL) {
-                    if (i.guard >= 0 && mask != all) m.fault("divergence", "lanes of a warp skip a barrier");
-                    if (mask == 0) break;
+                    if (mask != all) m.fault("divergence", "lanes of a warp skip a barrier");
                     group.at = at;
                     group.waiting = true;
                     return;
