@@ -46,22 +46,23 @@ FAULTS = """
 One instruction of the compiled kernel is another: a product without its operand, or with two registers of operands
 swapped; a transposed `ldmatrix`; `sub` for `add`, `le` for `lt`, and so on; an addend, a store, a wait or a barrier
 left out; another lane of a shuffle; an address one access further; a guard or a selection turned round. {total} were
-drawn from the instructions that are executed (seed 0, {per_class} of a class in a kernel); each is held against the
-cases that run its compiled version.
+drawn from the instructions that are executed (seed 0, {per_class} of a class in a kernel of
+{ops}); each is held against the cases that run its compiled version.
 
 | class | planted | seen | no bit of any result changes | changed, within the budget |
 |---|---|---|---|---|
 """
-AFTER = """{share} of those that change any bit of any result are seen, by: {by}.
+AFTER = """
+{share} of those that change any bit of any result are seen, by: {by}.
 
 ### What was not seen
 
 "No effect": not a bit of results or gradients changes in any case, nor does any report come. Most are equivalent:
 bounds of loops that come out alike (`lt` for `le` beyond the last tile), guards that let lanes store what another
-lane stores too, barriers that stand between accesses that never meet, first additions to zero, halves of shuffles
-over lanes that hold the same number, pivots of an exponential. Some are not, and no case tells: loops over more rows
-than the cases have. "Within the budget": low words of float64 sums (norms, the temperature's gradient) and single
-products of many that 16-bit operands already blur.
+lane stores too, barriers that Triton puts between accesses that do not meet, first additions to zero, halves of
+shuffles over lanes that hold the same number, pivots of an exponential. Some are not, and no case tells: loops over
+more rows than the cases have. "Within the budget": low words of float64 sums (norms, the temperature's gradient)
+and single products of many that 16-bit operands already blur.
 
 | kernel | operands | fault | source | verdict |
 |---|---|---|---|---|
@@ -115,8 +116,9 @@ def planted(outcomes: list[dict[str, str]]) -> list[str]:
         for o in outcomes
         if o["verdict"] in ("no effect", "unseen")
     ]
-    return [FAULTS.format(total=total, per_class=per_class) + "\n".join(rows), AFTER.format(share=share, by=by) +
-            "\n".join(survivors)]  # fmt: skip
+    ops = ", ".join(sorted({outcome["op"] for outcome in outcomes}))
+    faults = FAULTS.format(total=total, per_class=per_class, ops=ops) + "\n".join(rows) + "\n"
+    return [faults, AFTER.format(share=share, by=by) + "\n".join(survivors)]
 
 
 def main() -> None:
