@@ -17,7 +17,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu_executed.md"
 HEAD = """# Triton kernels, compiled for sm_80 and executed
 
 Executed on a CPU, not on a GPU, and timed nowhere: Triton compiles each launch to PTX for sm_80 with the tiles that
-ship, and [tests/ptx](../tests/ptx/README.md) executes that text instruction by instruction on the very tensors of the
+ship, and `tests/ptx` (README.md there) executes that text instruction by instruction on the very tensors of the
 op. What `ptxas` makes of the PTX is not executed. Made with Triton {triton} by
 
     python -m tests.ptx.mutants outcomes.jsonl 2 && python -m tests.ptx.report outcomes.jsonl
