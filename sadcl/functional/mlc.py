@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -127,9 +128,12 @@ def multilabel_supcon_loss(
         ).to(tau.dtype)  # fmt: skip
     else:
         code = WEIGHTINGS.index(weighting) if weights is None else _mlc.DENSE
+        leaves = (x, keys, prototypes, weights, checked.of_class, tau)
+        needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        keep = _mlc.numbers_to_keep(x, keys, include_batch, needs_grad, name)
         inputs = _mlc.Inputs(
             x, labels, keys, key_labels, prototypes, weights, checked.of_class, tau, code,
-            float(threshold), float(alpha), float(beta), include_batch, normalize,
+            float(threshold), float(alpha), float(beta), include_batch, normalize, keep,
         )  # fmt: skip
         rows = _mlc.mlc(inputs, name).row_loss
 
