@@ -82,6 +82,8 @@ compilers:
 	done
 	clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 \
 		-Icsrc csrc/sscl.cpp
+	clang++ $(STRICT) -DSADCL_ISA=avx512_popcnt -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq \
+		-mavx512vpopcntdq -Icsrc csrc/mlc.cpp
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
