@@ -173,14 +173,14 @@ class Pairs {
     const Counts c = counts(i, j);
     const vec<T> either = c.own + c.theirs - c.both, zero = {}, one = splat(T(1));
     if (kind_ == kAll) {
-      out.ij = (c.both == either) & (c.known > T(0)) ? one : zero;
+      out.ij = ((c.both == either) & (c.known > T(0))) ? one : zero;
     } else if (kind_ == kAny) {
       out.ij = c.both > T(0) ? one : zero;
     } else if (kind_ == kJaccard || kind_ == kOverlap) {
       const vec<T> value = c.both / at_least_one(either);
       // A positive whose overlap is 0 (threshold 0) counts, too: it weighs next to nothing.
       if (kind_ == kOverlap) out.ij = value;
-      else out.ij = (either > T(0)) & (value >= T(in_.threshold)) ? vmax<T>(value, splat(kLeast)) : zero;
+      else out.ij = ((either > T(0)) & (value >= T(in_.threshold))) ? vmax<T>(value, splat(kLeast)) : zero;
     } else if (kind_ == kSimDis) {
       out.ij = c.both / (at_least_one(c.own) * (T(1) + c.theirs - c.both));
       out.ji = c.both / (at_least_one(c.theirs) * (T(1) + c.own - c.both));
