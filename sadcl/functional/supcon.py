@@ -10,6 +10,7 @@ from .. import reference
 from .._backends import resolve
 from ..ops import mlc as _mlc
 from ..ops import sscl as _sscl
+from ..ops._transforms import watched
 from . import _arguments as arguments
 from ._reduce import REDUCTIONS
 
@@ -72,7 +73,8 @@ def supcon_loss(
 
     if mask is not None:
         arguments.check_mask(mask, b, features)
-        _mlc.check_weight_values(mask, "mask")
+        if not watched(mask):  # there the op speaks of weights
+            _mlc.check_weight_values(mask, "mask")
         name = resolve(backend, "supcon with a mask", features.device, _mlc.mlc.backends)
         if name == "reference":
             rows = reference.supcon(features, mask, tau)
