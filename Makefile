@@ -100,6 +100,8 @@ compilers: ## the kernels by aarch64 gcc and clang (installed), compiled alone
 	done
 	clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 \
 		-Icsrc csrc/sscl.cpp
+	clang++ $(STRICT) -DSADCL_ISA=avx512_popcnt -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq \
+		-mavx512vpopcntdq -Icsrc csrc/mlc.cpp
 
 lint: $(VENV)/test.stamp ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

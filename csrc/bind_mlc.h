@@ -71,6 +71,8 @@ bool bind_mlc_forward(const py::args& parts, const py::kwargs& others) {
   a.row_loss = given.buffer("row_loss", accumulation(a.in.features), N);
   a.lse = given.buffer<double>("lse", kF64, N);
   a.norm = given.buffer<double>("norm", kF64, vectors(a.in));
+  a.kept_size = given.integer("keep");
+  a.kept = given.buffer("kept", accumulation(a.in.features), a.kept_size);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   return table.mlc_forward(a);
@@ -93,6 +95,8 @@ void bind_mlc_backward(const py::args& parts, const py::kwargs& others) {
   check_dtype("grad_row_loss", a.grad_rows, accumulation(x));
   a.lse = given.buffer<const double>("lse", kF64, N);
   a.norm = given.buffer<const double>("norm", kF64, vectors(a.in));
+  a.kept_size = given.integer("keep");
+  a.kept = given.buffer<const void>("kept", accumulation(x), a.kept_size);
   a.grad_features = gradient_of(given, "grad_features", x);
   a.grad_keys = gradient_of(given, "grad_keys", a.in.keys);
   a.grad_prototypes = gradient_of(given, "grad_prototypes", a.in.prototypes);
@@ -108,6 +112,8 @@ void bind_mlc_backward(const py::args& parts, const py::kwargs& others) {
 }  // namespace
 
 void bind_mlc(py::module_& m) {
+  m.def("mlc_keep", &mlc_keep, py::arg("n"), py::arg("width"),
+        "Numbers that mlc_forward keeps of n anchors and columns");
   m.def("mlc_forward", &bind_mlc_forward,
         "The fields of sadcl.ops.mlc.Inputs and Outputs; False if a label is not allowed");
   m.def("mlc_backward", &bind_mlc_backward,

@@ -25,9 +25,20 @@ SADCL_KERNELS(SADCL_DECLARE)
 SADCL_TABLE(avx512)
 }  // namespace avx512
 #endif
+#if defined(SADCL_HAS_AVX512_POPCNT)  // a copy of the losses that count labels alone
+namespace avx512_popcnt {
+using namespace avx512;
+SADCL_MLC_KERNELS(SADCL_DECLARE)
+SADCL_TABLE(avx512_popcnt)
+}  // namespace avx512_popcnt
+#endif
 #if defined(SADCL_HAS_AVX512_BF16)  // a copy of SSCL alone: elsewhere nobody multiplies bfloat16 by bfloat16
 namespace avx512_bf16 {
 using namespace avx512;
+#if defined(SADCL_HAS_AVX512_POPCNT)
+using avx512_popcnt::mlc_backward;
+using avx512_popcnt::mlc_forward;
+#endif
 SADCL_SSCL_KERNELS(SADCL_DECLARE)
 SADCL_TABLE(avx512_bf16)
 }  // namespace avx512_bf16
@@ -45,11 +56,15 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
+bool has_popcnt() { return has_avx512() && __builtin_cpu_supports("avx512vpopcntdq"); }
 #endif
 
 const Candidate kCandidates[] = {
 #if defined(SADCL_HAS_AVX512_BF16)
-    {avx512_bf16::table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {avx512_bf16::table, [] { return has_popcnt() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+#if defined(SADCL_HAS_AVX512_POPCNT)
+    {avx512_popcnt::table, has_popcnt},
 #endif
 #if defined(SADCL_HAS_AVX512)
     {avx512::table, has_avx512},

@@ -1,6 +1,6 @@
 // Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h,
 // sscl_blocks.h, sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h
-// (weights of pairs).
+// (weights of pairs), mlc_weights.h (blocks of them), mlc_stream.h (keys that pass by once).
 //
 // Forward: one sweep for lse and T_i = sum_j W_ij s_ij. Backward: one sweep; with m the upstream gradients,
 //
@@ -8,34 +8,15 @@
 //
 // moves anchor i by sum_j G_ij z_j / tau and column j by sum_i G_ij z_i / tau. Between anchors a block serves both
 // sides.
-#include "mlc_pairs.h"
+#include "mlc_stream.h"
 
 SADCL_KERNELS_BEGIN
 namespace {
-
-// Two more blocks: f_ij and f_ji.
-template <class T>
-struct Weights {
-  alignas(64) T forth[Workspace<T>::kSquare];
-  alignas(64) T back[Workspace<T>::kSquare];
-};
 
 template <class T>
 void add_to_block(const Block<T>& block, T value) {
   const int64_t count = int64_t(block.m) * block.panels * Block<T>::P;
   for (int64_t k = 0; k < count; ++k) block.w[k] += value;
-}
-
-// What is no column, or no anchor: -inf.
-template <class T>
-void mask(const Vectors<T>& v, const Block<T>& block, int segment) {
-  constexpr int P = Block<T>::P;
-  const Segment& s = v.segments[segment];
-  const int64_t columns = s.first * P + s.rows, j1 = block.j0 + int64_t(block.panels) * P;
-  for (int64_t i = block.i0; i < block.i0 + block.m; ++i)
-    for (int64_t j = i < v.anchors().rows ? (columns > block.j0 ? columns : block.j0) : block.j0; j < j1; ++j)
-      block.score(i, j) = T(-HUGE_VAL);
-  if (segment == kAnchors) block.set_diagonal(T(-HUGE_VAL));
 }
 
 // tau log b_j, in units of z_i.z_j.
@@ -47,45 +28,44 @@ T factor_of(const MlcInputs& in, int segment) {
 template <class T>
 bool forward(const MlcForward& args) {
   const MlcInputs& in = args.in;
+  if (streams(in, args.kept_size)) {
+    const bool done = forward_in_one_sweep<T>(args);
+    if (!done || static_cast<T*>(args.kept)[0] == T(1)) return done;
+  }
   Vectors<T> v(in);
   v.gather(args.norm, nullptr);
-  const Pairs<T> pairs(v);
+  Pairs<T> pairs(v);
   if (!pairs.valid) return false;
-  const double scale_of = kLog2E / in.temperature;
-  const Scale<T> scale(scale_of);
+  const bool room = in.include_batch && args.kept_size >= 2 * v.anchors().rows;
+  T* kept = static_cast<T*>(args.kept);
+  if (!room && args.kept_size > 0) memset(kept, 0, size_t(args.kept_size) * sizeof(T));
+  const Scale<T> scale(kLog2E / in.temperature);
   Statistics<T> stats(v.padded());
   stats.fixed = v.bound <= kFixedBound;
+  Tally tally(v.padded());
   Scratch<Workspace<T>> workspaces(v.threads);
   Scratch<Weights<T>> tiles(v.threads);
-  sweep(v, workspaces, [&](Block<T> block, int segment, Workspace<T>& ws) {
-    Weights<T>& weights = tiles[thread_index()];
-    const bool square = segment == kAnchors, twice = square && !block.diagonal();
-    if (square) block.set_diagonal(0);
-    pairs.fill(block, segment, weights.forth, weights.back);
-    Block<T> one_way = block;  // only its rows are anchors: as if it lay on the diagonal
-    if (!square) one_way.j0 = block.i0;
-    const auto products = [&](const T* f) {
-      sums(block, 0, block.panels, 0, block.m, ws.lanes, ws.row_sums, ws.col_sums, [&](vec<T> s, int i, int jp, int q) {
-        return s * load(f + (int64_t(jp) * block.m + i) * Block<T>::P + q * Block<T>::L);
-      });
-    };
-    products(weights.forth);
-    for (int i = 0; i < block.m; ++i) stats.positive[block.i0 + i] += ws.row_sums[i];
-    if (twice) {
-      if (!pairs.symmetric()) products(weights.back);
-      for (int j = 0; j < block.panels * Block<T>::P; ++j) stats.positive[block.j0 + j] += ws.col_sums[j];
-    }
-    const T factor = factor_of<T>(in, segment);
-    if (factor != 0) add_to_block(block, factor);
-    mask(v, block, segment);
-    stats.fixed ? add_exponentials(one_way, scale, ws, stats) : add_exponentials_online(one_way, scale, ws, stats);
-  });
-  for (int64_t i = 0; i < v.anchors().rows; ++i) {
+  const int64_t N = v.anchors().rows;
+  sweep(v, workspaces, {true, kept + (room ? 2 * N : 0), room ? args.kept_size - 2 * N : 0, true},
+        [&](Block<T> block, int segment, Workspace<T>& ws) {
+          const bool square = segment == kAnchors;
+          if (square) block.set_diagonal(0);
+          const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
+          add_terms(block, square, weights, ws, stats.positive, [](vec<T> s, vec<T> f) { return s * f; });
+          add_sums_of_weights(pairs, block, square, weights, ws, tally);
+          const T factor = factor_of<T>(in, segment);
+          if (factor != 0) add_to_block(block, factor);
+          set_strangers(v, block, segment, T(-HUGE_VAL));
+          Block<T> one_way = block;  // only its rows are anchors: as if it lay on the diagonal
+          if (!square) one_way.j0 = block.i0;
+          stats.fixed ? add_exponentials(one_way, scale, ws, stats)
+                      : add_exponentials_online(one_way, scale, ws, stats);
+        });
+  for (int64_t i = 0; i < N; ++i) {
+    if (pairs.sums_wanted()) pairs.settle(i, tally.total[i], tally.count[i]);
     const double peak = stats.fixed || stats.peak[i] == T(-HUGE_VAL) ? 0 : double(stats.peak[i]) / in.temperature;
-    const double lse = peak + ::log(stats.sum[i]);
-    args.lse[i] = pairs.active[i] ? lse : HUGE_VAL;
-    const double pull = double(pairs.share[i]) * stats.positive[i] / in.temperature;
-    static_cast<T*>(args.row_loss)[i] = pairs.active[i] ? T(pairs.lam[i] * lse - pull) : T(0);
+    write_anchor(args, pairs, i, peak + ::log(stats.sum[i]), stats.positive[i]);
+    if (room) kept[i] = T(pairs.lam[i]), kept[N + i] = pairs.share[i];
   }
   return true;
 }
@@ -114,10 +94,10 @@ struct Moves {
 
 // z_i.z_j to G_ij (+ G_ji between anchors), in place; returns the sum of G_ij z_i.z_j.
 template <class T>
-double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>& weights, bool symmetric,
-                T factor, Scale<T> scale) {
+double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>& weights, T factor,
+                Scale<T> scale) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
-  const T* back = symmetric ? weights.forth : weights.back;
+  const T* back = weights.other();
   double total = 0;
   for (int jp = 0; jp < block.panels; ++jp)
     for (int q = 0; q < 3; ++q) {
@@ -176,15 +156,38 @@ void scatter(Vectors<T>& v, const MlcBackward& args, int segment, const Array& o
   }
 }
 
+// lam and share of the forward: as kept, or by another sweep over the labels.
+template <class T>
+void restore(Vectors<T>& v, Pairs<T>& pairs, const MlcBackward& args) {
+  if (!pairs.sums_wanted()) return;
+  const int64_t N = v.anchors().rows;
+  if (args.in.include_batch && args.kept_size >= 2 * N) {
+    const T* kept = static_cast<const T*>(args.kept);
+    for (int64_t i = 0; i < N; ++i) pairs.lam[i] = double(kept[i]), pairs.share[i] = kept[N + i];
+    return;
+  }
+  Tally tally(v.padded());
+  Scratch<Workspace<T>> workspaces(v.threads);
+  Scratch<Weights<T>> tiles(v.threads);
+  sweep(v, workspaces, Scores<T>{false}, [&](const Block<T>& block, int segment, Workspace<T>& ws) {
+    const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
+    add_sums_of_weights(pairs, block, segment == kAnchors, weights, ws, tally);
+  });
+  for (int64_t i = 0; i < N; ++i) pairs.settle(i, tally.total[i], tally.count[i]);
+}
+
 template <class T>
 double backward(const MlcBackward& args) {
   constexpr int P = Vectors<T>::P;
   const MlcInputs& in = args.in;
+  const Array* outs[kSegments] = {&args.grad_features, &args.grad_keys, &args.grad_prototypes};
+  if (streams(in, args.kept_size) && static_cast<const T*>(args.kept)[0] == T(1) && outs[kKeys]->dims == 0)
+    return backward_of_one_sweep<T>(args);
   Vectors<T> v(in);
   v.gather(const_cast<double*>(args.norm), args.lse);
-  const Pairs<T> pairs(v);
+  Pairs<T> pairs(v);
+  restore(v, pairs, args);
   const Moves<T> moves(v, pairs, args);
-  const Array* outs[kSegments] = {&args.grad_features, &args.grad_keys, &args.grad_prototypes};
   if (!moves.someone) {
     for (int s = 0; s < kSegments; ++s) {
       const int64_t bytes = v.segments[s].rows * v.D * element_size(outs[s]->dtype);
@@ -195,6 +198,7 @@ double backward(const MlcBackward& args) {
   int64_t last = 0;  // panels of gradients up to the last segment that is wanted
   for (int s = 0; s < kSegments; ++s)
     if (outs[s]->dims) last = v.segments[s].first + v.segments[s].panels;
+  const int64_t N = v.anchors().rows;
   Scratch<T> gradients(last * v.depth * P + 1);
   memset(gradients.get(), 0, size_t(last * v.depth * P) * sizeof(T));
   Scratch<Workspace<T>> workspaces(v.threads);
@@ -202,24 +206,26 @@ double backward(const MlcBackward& args) {
   Scratch<double> radial(v.anchors().panels + 1);  // by a block's first panel: no two tasks of a round share it
   for (int64_t p = 0; p < v.anchors().panels; ++p) radial[p] = 0;
   const Scale<T> scale(kLog2E / in.temperature);
-  sweep(v, workspaces, [&](const Block<T>& block, int segment, Workspace<T>& ws) {
-    Weights<T>& weights = tiles[thread_index()];
-    const bool square = segment == kAnchors;
-    if (square) block.set_diagonal(0);
-    pairs.fill(block, segment, weights.forth, weights.back);
-    const double moved = to_moves(block, square, moves, weights, pairs.symmetric(), factor_of<T>(in, segment), scale);
-    radial[block.i0 / P] += square && block.diagonal() ? moved / 2 : moved;
-    if (square) block.set_diagonal(0);
-    T* to_i = gradients.get() + block.i0 * v.depth;
-    T* to_j = gradients.get() + block.j0 * v.depth;
-    const T *z_i = v.panel(block.i0 / P), *z_j = v.panel(block.j0 / P);
-    if (outs[kAnchors]->dims) {
-      transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
-      mix_panels(ws.w_transposed, block.m / P, z_j, block.panels, v.depth, to_i);
-    }
-    if (outs[segment]->dims && !(square && block.diagonal()))
-      mix_panels(ws.w, block.panels, z_i, block.m / P, v.depth, to_j);
-  });
+  const bool room = in.include_batch && args.kept_size >= 2 * N;
+  T* kept = const_cast<T*>(static_cast<const T*>(args.kept)) + (room ? 2 * N : 0);
+  sweep(v, workspaces, {true, kept, room ? args.kept_size - 2 * N : 0, false},
+        [&](const Block<T>& block, int segment, Workspace<T>& ws) {
+          const bool square = segment == kAnchors;
+          if (square) block.set_diagonal(0);
+          const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
+          const double moved = to_moves(block, square, moves, weights, factor_of<T>(in, segment), scale);
+          radial[block.i0 / P] += square && block.diagonal() ? moved / 2 : moved;
+          if (square) block.set_diagonal(0);
+          T* to_i = gradients.get() + block.i0 * v.depth;
+          T* to_j = gradients.get() + block.j0 * v.depth;
+          const T *z_i = v.panel(block.i0 / P), *z_j = v.panel(block.j0 / P);
+          if (outs[kAnchors]->dims) {
+            transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
+            mix_panels(ws.w_transposed, block.m / P, z_j, block.panels, v.depth, to_i);
+          }
+          if (outs[segment]->dims && !(square && block.diagonal()))
+            mix_panels(ws.w, block.panels, z_i, block.m / P, v.depth, to_j);
+        });
   for (int s = 0; s < kSegments; ++s)
     if (outs[s]->dims && v.D > 0) scatter(v, args, s, *outs[s], gradients.get());
   double total = 0;

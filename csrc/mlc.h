@@ -1,6 +1,7 @@
 // Arguments of the image-level multi-label losses, forward and backward.
 #pragma once
 #include "array.h"
+#include "sscl.h"
 
 namespace sadcl {
 
@@ -19,17 +20,31 @@ struct MlcInputs {
   int threads;
 };
 
+// What the forward keeps for the backward, T [kept_size]. With the batch among the columns [lam (N), share (N), scores
+// of anchors against anchors as in sscl.h]. Without it, where keys want no gradient, [1 if what follows is there, the
+// gradient of N anchors by D]: one sweep over the keys gave it. Less than that, or nothing: the backward counts again.
+static constexpr int64_t mlc_keep(int64_t n, int64_t width) {
+  const int64_t rows = (n + kWidestPanel - 1) / kWidestPanel * kWidestPanel;
+  const int64_t all = (rows + kBlockRows) * rows / 2 + kKeptHead, room = 7 * n * width / 2;
+  return 2 * n + (all <= kFewScores || all <= room ? all : all <= 2 * room ? room : 0);
+}
+static constexpr int64_t mlc_keep_gradient(int64_t n, int64_t width) { return n * width + 1; }
+
 struct MlcForward {
   MlcInputs in;
   void* row_loss;  // T [B, V]
   double* lse;     // [N]
   double* norm;    // [N + K + C]
+  void* kept;
+  int64_t kept_size;
 };
 
 struct MlcBackward {
   MlcInputs in;
   Array grad_rows;  // T [B, V], any strides
   const double *lse, *norm;
+  const void* kept;
+  int64_t kept_size;
   Array grad_features, grad_keys, grad_prototypes;  // contiguous, features' dtype; no dimensions: not wanted
 };
 

@@ -23,6 +23,9 @@ struct Word<double> {
 // Bits set in every lane.
 template <class T>
 SADCL_INLINE typename Word<T>::V population(typename Word<T>::V x) {
+#if defined(__AVX512VPOPCNTDQ__)
+  if constexpr (sizeof(T) == 4) return (typename Word<T>::V)_mm512_popcnt_epi32((__m512i)x);
+#endif
   typedef typename Word<T>::S S;
   constexpr S kOnes = S(~S(0));
   x = x - ((x >> 1) & (kOnes / 3));
@@ -55,7 +58,24 @@ class Pairs {
     if (kind_ == kMulSupCon) count_classes();
     [[maybe_unused]] const int threads = v.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < v_.anchors().rows; ++i) count(i);
+    for (int64_t i = 0; i < v_.anchors().rows; ++i) {
+      if (kind_ == kMsc) count_msc(i);
+      share[i] = 1;
+    }
+  }
+
+  // Whether lam and share follow from sums of f over the columns (`settle`), and from which: of f itself, and of how
+  // many are not 0.
+  bool sums_wanted() const { return kind_ != kMulSupCon && kind_ != kMsc; }
+  bool totals_wanted() const { return sums_wanted() && kind_ != kAll && kind_ != kAny; }
+  bool counts_wanted() const { return sums_wanted() && kind_ != kOverlap; }
+  void settle(int64_t i, double total, double count) {
+    if (!totals_wanted()) total = count;
+    if (!counts_wanted()) count = total;
+    active[i] = count > 0;
+    if (count == 0) return;
+    const double divisor = kind_ == kDense ? 1.0 : count;
+    share[i] = T(1 / divisor), lam[i] = total / divisor;
   }
 
   // Whether f is the same from both sides.
@@ -74,11 +94,20 @@ class Pairs {
         }
   }
 
+  // The same with keys for rows and anchors for lanes: f of anchor j towards key i. No dense weights.
+  void fill_from_keys(const Block<T>& block, T* f) const {
+    for (int jp = 0; jp < block.panels; ++jp)
+      for (int i = 0; i < block.m; ++i)
+        for (int q = 0; q < 3; ++q)
+          store(f + (int64_t(jp) * block.m + i) * P + q * L,
+                pair(block.i0 + i, block.j0 + int64_t(jp) * P + q * L, kKeys, true).ji);
+  }
+
  private:
   struct Value {
     vec<T> ij, ji;
-    typename Simd<T>::I positive;
   };
+  static constexpr T kLeast = sizeof(T) == 4 ? T(FLT_MIN) : T(DBL_MIN);
   struct Counts {
     vec<T> both, own, theirs, known;
   };
@@ -144,17 +173,15 @@ class Pairs {
     const Counts c = counts(i, j);
     const vec<T> either = c.own + c.theirs - c.both, zero = {}, one = splat(T(1));
     if (kind_ == kAll) {
-      out.positive = (c.both == either) & (c.known > T(0));
-      out.ij = out.positive ? one : zero;
+      out.ij = ((c.both == either) & (c.known > T(0))) ? one : zero;
     } else if (kind_ == kAny) {
-      out.positive = c.both > T(0);
-      out.ij = out.positive ? one : zero;
+      out.ij = c.both > T(0) ? one : zero;
     } else if (kind_ == kJaccard || kind_ == kOverlap) {
       const vec<T> value = c.both / at_least_one(either);
-      out.positive = kind_ == kOverlap ? c.both > T(0) : (either > T(0)) & (value >= T(in_.threshold));
-      out.ij = out.positive ? value : zero;
+      // A positive whose overlap is 0 (threshold 0) counts, too: it weighs next to nothing.
+      if (kind_ == kOverlap) out.ij = value;
+      else out.ij = ((either > T(0)) & (value >= T(in_.threshold))) ? vmax<T>(value, splat(kLeast)) : zero;
     } else if (kind_ == kSimDis) {
-      out.positive = c.both > T(0);
       out.ij = c.both / (at_least_one(c.own) * (T(1) + c.theirs - c.both));
       out.ji = c.both / (at_least_one(c.theirs) * (T(1) + c.own - c.both));
       return out;
@@ -204,7 +231,6 @@ class Pairs {
       out.ij[l] = i == j + l ? T(0) : weight(i, column(j + l, segment));
       if (both && i < v_.anchors().rows && i != j + l) out.ji[l] = weight(j + l, i);
     }
-    out.positive = out.ij != T(0);
     return out;
   }
 
@@ -246,24 +272,30 @@ class Pairs {
       default: return pack_as(static_cast<const int64_t*>(a.data) + offset, stride, at, counted);
     }
   }
-  static double number(BFloat16 x) { return double(widen(x)); }
-  static double number(Float16 x) { return double(widen(x)); }
   template <class X>
-  static double number(X x) {
-    return double(x);
+  static X number(X x) {
+    return x;
   }
+  static float number(BFloat16 x) { return widen(x); }
+  static float number(Float16 x) { return widen(x); }
 
+  // A word at a time, without a branch: labels come in no order that a processor could guess.
   template <class X>
   bool pack_as(const X* x, int64_t stride, int64_t at, int64_t* counted) {
     S *has = has_.get() + at / P * words_ * P + at % P, *ignores = ignores_.get() + at / P * words_ * P + at % P;
     bool fine = true;
-    for (int64_t c = 0; c < C_; ++c) {
-      const double y = number(x[c * stride]);
-      if (y == 0) continue;
-      const S bit = S(1) << (c % kBits);
-      if (y == 1) has[c / kBits * P] |= bit, ++counted[0];
-      else if (y == -1) ignores[c / kBits * P] |= bit, ++counted[1];
-      else fine = false;
+    for (int64_t c0 = 0; c0 < C_; c0 += kBits, has += P, ignores += P) {
+      const int count = int(C_ - c0 < kBits ? C_ - c0 : kBits);
+      S yes = 0, hidden = 0, no = 0;
+      for (int b = 0; b < count; ++b) {
+        const auto y = number(x[(c0 + b) * stride]);
+        typedef decltype(y + 0) N;
+        yes |= S(y == N(1)) << b, no |= S(y == N(0)) << b;
+        hidden |= S(N(-1) < N(0) && y == N(-1)) << b;
+      }
+      *has = yes, *ignores = hidden;
+      counted[0] += __builtin_popcountll(yes), counted[1] += __builtin_popcountll(hidden);
+      fine &= (yes | hidden | no) == (S(~S(0)) >> (kBits - count));
     }
     return fine;
   }
@@ -299,26 +331,7 @@ class Pairs {
       });
   }
 
-  // Anchor i: its positives, lam, share.
-  void count(int64_t i) {
-    if (kind_ == kMulSupCon) {
-      share[i] = 1;
-      return;
-    }
-    if (kind_ == kMsc) return count_msc(i);
-    double total = 0, positives = 0;
-    for_columns(i, [&](int64_t j, int segment, const typename Simd<T>::I& seen) {
-      const Value value = pair(i, j, segment, false);
-      const vec<T> zero = {}, one = splat(T(1));
-      total += double(sum<T>(seen ? value.ij : zero));
-      positives += double(sum<T>(seen & value.positive ? one : zero));
-    });
-    active[i] = positives > 0;
-    if (positives == 0) return;
-    const double divisor = kind_ == kDense ? 1.0 : kind_ == kOverlap ? total : positives;
-    share[i] = T(1 / divisor), lam[i] = total / divisor;
-  }
-
+  // Of msc: the terms of anchor i's classes, and lam.
   void count_msc(int64_t i) {
     for_labels(i, [&](int64_t c) { entry(i, c) = 1, active[i] = 1; });
     for_columns(i, [&](int64_t j, int, const typename Simd<T>::I& seen) {
@@ -328,7 +341,6 @@ class Pairs {
     });
     for_labels(i,
                [&](int64_t c) { entry(i, c) = T(class_weight(c) / double(entry(i, c))), lam[i] += class_weight(c); });
-    share[i] = 1;
   }
 
   // Calls f(first lane, segment, lanes that are columns of i) over rows and keys.

@@ -21,14 +21,14 @@ struct Vectors {
   const MlcInputs& in;
   int64_t V, D, depth;
   Segment segments[kSegments];
-  int64_t panels = 0;
+  int64_t panels = 0, held = 0;  // of all segments, and in z
   int threads;
   double bound = 0;  // of |s_ij|; NaN if a vector is not finite
-  Scratch<T> z;      // [panels][depth][P]
+  Scratch<T> z;      // [panels][depth][P]; of anchors alone where the others pass by once (mlc_stream.h)
 
-  explicit Vectors(const MlcInputs& args)
+  explicit Vectors(const MlcInputs& args, bool anchors_alone = false)
       : in(args), V(args.features.shape[1]), D(args.features.shape[2]), depth(Rows<T>::rounded_up(D)),
-        threads(team_size(args.threads)), z(count_panels(args, segments, panels) * depth * P + 1) {
+        threads(team_size(args.threads)), z(held_panels(args, anchors_alone) * depth * P + 1) {
     if (double(anchors().rows) * double(panels * P) * double(depth) < 5e5) threads = 1;
   }
 
@@ -47,33 +47,22 @@ struct Vectors {
   // Reads the vectors and scales them to unit length. With `lse` the norms are known, and anchors without a positive
   // that are no columns are left out: they may hold anything.
   void gather(double* norm, const double* lse) {
-    const int64_t pitch = (D + 15) / 16 * 16 + 16;
-    Scratch<T> staging(threads * P * pitch);
-    Scratch<double> squares(panels + 1);
+    Scratch<T> staging(threads * P * pitch());
+    Scratch<double> squares(held + 1);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
-      squares[p] = gather_panel(p, norm, lse, staging.get() + thread_index() * P * pitch, pitch);
+    for (int64_t p = 0; p < held; ++p)
+      squares[p] = gather_panel(p, norm, lse, staging.get() + thread_index() * P * pitch(), panel(p));
     double largest = 0;
-    for (int64_t p = 0; p < panels; ++p)
+    for (int64_t p = 0; p < held; ++p)
       if (!(squares[p] <= largest)) largest = squares[p];
     bound = largest / in.temperature;
   }
 
- private:
-  static int64_t count_panels(const MlcInputs& args, Segment* segments, int64_t& panels) {
-    const int64_t rows[kSegments] = {args.features.shape[0] * args.features.shape[1],
-                                     args.keys.dims ? args.keys.shape[0] : 0,
-                                     args.prototypes.dims ? args.prototypes.shape[0] : 0};
-    int64_t before = 0;
-    for (int s = 0; s < kSegments; ++s) {
-      segments[s].rows = rows[s], segments[s].first = panels, segments[s].panels = (rows[s] + P - 1) / P;
-      segments[s].before = before;
-      before += rows[s], panels += segments[s].panels;
-    }
-    return panels;
-  }
+  int64_t pitch() const { return (D + 15) / 16 * 16 + 16; }  // of staging, [P][pitch]
 
-  double gather_panel(int64_t p, double* norm, const double* lse, T* staging, int64_t pitch) {
+  // Panel p to `out`; returns the largest |z|^2.
+  double gather_panel(int64_t p, double* norm, const double* lse, T* staging, T* out) {
+    const int64_t pitch = this->pitch();
     int segment = kAnchors;
     while (p >= segments[segment].first + segments[segment].panels) ++segment;
     const Segment& s = segments[segment];
@@ -100,11 +89,24 @@ struct Vectors {
       }
       if (!(square <= largest)) largest = square;
     }
-    T* out = panel(p);
     memset(out, 0, size_t(depth * P) * sizeof(T));
     for (int64_t d = 0; d < D; ++d)
       for (int l = 0; l < lanes; ++l) out[d * P + l] = staging[l * pitch + d];
     return largest;
+  }
+
+ private:
+  int64_t held_panels(const MlcInputs& args, bool anchors_alone) {
+    const int64_t rows[kSegments] = {args.features.shape[0] * args.features.shape[1],
+                                     args.keys.dims ? args.keys.shape[0] : 0,
+                                     args.prototypes.dims ? args.prototypes.shape[0] : 0};
+    int64_t before = 0;
+    for (int s = 0; s < kSegments; ++s) {
+      segments[s].rows = rows[s], segments[s].first = panels, segments[s].panels = (rows[s] + P - 1) / P;
+      segments[s].before = before;
+      before += rows[s], panels += segments[s].panels;
+    }
+    return held = anchors_alone ? anchors().panels : panels;
   }
 };
 
@@ -122,29 +124,48 @@ void for_every_pair(int64_t rows, int64_t columns, [[maybe_unused]] int threads,
   }
 }
 
+// Where the scores of anchors against anchors come from: kept[size] takes them (write) or has them.
+template <class T>
+struct Scores {
+  bool wanted = true;  // else blocks hold nothing
+  T* kept = nullptr;
+  int64_t size = 0;
+  bool write = false;
+};
+
 // Calls visit(block, segment, workspace) for every block of scores, which holds z_i.z_j: of anchors against anchors
 // those on and above the diagonal, of anchors against keys and prototypes all.
 template <class T, class Visit>
-void sweep(Vectors<T>& v, Scratch<Workspace<T>>& workspaces, Visit visit) {
+void sweep(Vectors<T>& v, Scratch<Workspace<T>>& workspaces, const Scores<T>& scores, Visit visit) {
   constexpr int P = Vectors<T>::P;
   const Blocks<T> own(v.anchors().panels, v.threads);
-  const auto run = [&](const Range& i, const Range& j, int segment) {
+  const Kept<T> kept(scores.kept, scores.size, own);
+  if (scores.write) kept.begin();
+  const bool usable = kept.valid();
+  const auto run = [&](const Range& i, const Range& j, int segment, T* copy) {
     Workspace<T>& ws = workspaces[thread_index()];
     const Block<T> block = {i.first * P,           j.first * P, v.padded(), int(i.last - i.first) * P,
                             int(j.last - j.first), ws.w};
-    dot_panels(v.panel(i.first), block.m / P, v.panel(j.first), block.panels, v.depth, block.w);
+    const size_t bytes = size_t(block.m) * size_t(block.panels) * P * sizeof(T);
+    if (copy != nullptr && !scores.write) {
+      memcpy(block.w, copy, bytes);
+    } else if (scores.wanted) {
+      dot_panels(v.panel(i.first), block.m / P, v.panel(j.first), block.panels, v.depth, block.w);
+      if (copy != nullptr) memcpy(copy, block.w, bytes);
+    }
     visit(block, segment, ws);
   };
   if (v.in.include_batch)
-    for_all_pairs(own.count, v.threads,
-                  [&](int64_t a, int64_t b) { run(own.panels_of(a), own.panels_of(b), kAnchors); });
+    for_all_pairs(own.count, v.threads, [&](int64_t a, int64_t b) {
+      run(own.panels_of(a), own.panels_of(b), kAnchors, usable ? kept.at(a, b) : nullptr);
+    });
   for (int segment = kKeys; segment < kSegments; ++segment) {
     const Segment& s = v.segments[segment];
     if (s.panels == 0) continue;
     const Blocks<T> others(s.panels, v.threads);
     for_every_pair(own.count, others.count, v.threads, [&](int64_t a, int64_t b) {
       const Range j = others.panels_of(b);
-      run(own.panels_of(a), {s.first + j.first, s.first + j.last}, segment);
+      run(own.panels_of(a), {s.first + j.first, s.first + j.last}, segment, nullptr);
     });
   }
 }

@@ -171,12 +171,24 @@ def _train(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
+    if arguments[:1] == ["table"]:
+        return _study_table(arguments[1:])
     from sadcl.study.config import parse_study
 
     config, dry_run = parse_study(arguments)
     from sadcl.commands.study import study
 
     study(config, dry_run)
+    return 0
+
+
+def _study_table(arguments: list[str]) -> int:
+    from sadcl.study.table.config import parse_table_study
+
+    config, dry_run = parse_table_study(arguments)
+    from sadcl.commands.study_table import study_table
+
+    study_table(config, dry_run)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -141,9 +142,12 @@ def multilabel_supcon_loss(
         ).to(x.tau.dtype)  # fmt: skip
     else:
         code = WEIGHTINGS.index(weighting) if weights is None else _mlc.DENSE
+        leaves = (x.features, x.keys, x.prototypes, weights, x.weights.of_class, x.tau)
+        needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        keep = _mlc.numbers_to_keep(x.features, x.keys, include_batch, needs_grad, x.backend)
         inputs = _mlc.Inputs(
             x.features, labels, x.keys, key_labels, x.prototypes, weights, x.weights.of_class, x.tau, code,
-            float(threshold), float(alpha), float(beta), include_batch, normalize,
+            float(threshold), float(alpha), float(beta), include_batch, normalize, keep,
         )  # fmt: skip
         rows = _mlc.mlc(inputs, x.backend).row_loss
 

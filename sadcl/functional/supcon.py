@@ -9,10 +9,11 @@ from .. import _checks as check
 from .. import reference
 from .._backends import resolve
 from .._collectives import Group
-from .._dtypes import without_autocast
 from .._groups import GroupLike
 from ..ops import group_rows as _rows
+from ..ops import mlc as _mlc
 from ..ops import sscl as _sscl
+from ..ops._transforms import watched
 from . import _arguments as arguments
 from ._group import (
     check_backend,
@@ -56,8 +57,8 @@ def supcon_loss(
     Args:
         features: ``[B, V, D]``, or ``[B, V, ...]``, which is flattened.
         labels: ``[B]`` class of each image; positives are the other rows with the same class.
-        mask: ``[B, B]`` weights >= 0, ``mask[i, j] > 0``: image j is a positive of image i; may be asymmetric. Runs as
-            dense torch operators (``B V`` squared memory) whatever the device. Not together with ``labels``.
+        mask: ``[B, B]`` weights >= 0, ``mask[i, j] > 0``: image j is a positive of image i; may be asymmetric. It may
+            ask for a gradient. Not together with ``labels``. Several views copy it to ``[B V, B V]``.
         temperature: number > 0, or a tensor of one element, which receives a gradient.
         contrast_mode: ``"all"``: every view is an anchor; ``"one"``: the first view only.
         base_temperature: see above; ``None`` means no factor.
@@ -73,7 +74,7 @@ def supcon_loss(
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: wrong ranks, sizes, devices, temperature or choices; both ``labels`` and ``mask``.
+        ValueError: wrong ranks, sizes, devices, temperature, choices or weights; both ``labels`` and ``mask``.
         RuntimeError: a backend asked for by name cannot run.
     """
     if isinstance(features, Tensor) and features.dim() > 3:
@@ -96,10 +97,10 @@ def supcon_loss(
         )  # fmt: skip
         rows, count = _over_ranks(features, labels, mask, tau, same, over, ring, capacity)
     elif mask is not None:
-        name = resolve(backend, "supcon with a mask", features.device, ("torch",))
-        with without_autocast(features.device):
-            run = reference.supcon if name == "reference" else _masked_supcon
-            rows = run(features, mask, tau)
+        if not watched(mask):  # there the op speaks of weights
+            _mlc.check_weight_values(mask, "mask")
+        name = resolve(backend, "supcon with a mask", features.device, _mlc.mlc.backends)
+        rows = reference.supcon(features, mask, tau) if name == "reference" else _masked(features, mask, tau, name)
     else:
         group = arguments.check_groups(labels, b, features)
         name = resolve(backend, "supcon", features.device, BACKENDS)
@@ -206,13 +207,18 @@ def _group_rows(group: Tensor) -> tuple[Tensor, Tensor]:
     return rows.int(), pointers.int()
 
 
-def _masked_supcon(features: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
-    b, v, d = features.shape
-    x = features.reshape(b * v, d).to(tau.dtype)
-    is_self = torch.eye(b * v, dtype=torch.bool, device=x.device)
-    s = x @ x.t() / tau
-    weight = mask.to(x.dtype).repeat_interleave(v, 0).repeat_interleave(v, 1).masked_fill(is_self, 0.0)
-    total = weight.sum(dim=1)
-    normaliser = torch.logsumexp(s.masked_fill(is_self, float("-inf")), dim=1)
-    loss = normaliser - (weight * s).sum(dim=1) / torch.where(total > 0, total, 1.0)
-    return torch.where(total > 0, loss, 0.0).reshape(b, v)
+def _masked(features: Tensor, mask: Tensor, tau: Tensor, backend: str) -> Tensor:
+    """The image-level losses' op with the mask as its weights: what it says of an anchor is linear in them."""
+    _, v, _ = features.shape
+    weights = mask.to(tau.dtype)
+    total = weights.sum(dim=1) * v - weights.diagonal()  # no row is its own positive
+    if v > 1:
+        weights = weights.repeat_interleave(v, 0).repeat_interleave(v, 1)
+    needs_grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (features, weights, tau))
+    keep = _mlc.numbers_to_keep(features, None, True, needs_grad, backend)
+    x = _mlc.Inputs(
+        features, None, None, None, None, weights, None, tau, _mlc.DENSE,
+        threshold=0.0, alpha=1.0, beta=1.0, include_batch=True, normalize=False, keep=keep,
+    )  # fmt: skip
+    rows = _mlc.mlc(x, backend).row_loss
+    return rows / torch.where(total > 0, total, 1.0)[:, None]

@@ -1,6 +1,7 @@
 """Op ``mlc``: image-level multi-label contrastive losses, the loss of every anchor.
 
-Forward keeps a few numbers an anchor; backward recomputes the scores. What follows the op (``a_i``, sample weights, the
+Forward keeps a few numbers an anchor; backward recomputes the scores (a CPU keeps those that there is room for, or
+the whole gradient, where keys pass by once). What follows the op (``a_i``, sample weights, the
 reduction) is plain arithmetic on ``[B, V]``. Oracle: :func:`sadcl.reference.mlc.mlc`.
 
 The derivatives by class weights and by dense weights are plain torch on every backend: they are rarely asked for.
@@ -17,9 +18,20 @@ from .._dtypes import accumulation_dtype, norm_dtype, without_autocast
 from ..portable import mlc as portable
 from ..portable.mlc import DENSE, MSC, WEIGHTINGS
 from ._library import Backward, Into, Op
-from ._native import native, triton_kernel
+from ._native import extension, native, triton_kernel
+from ._transforms import watched
 
-__all__ = ["DENSE", "MSC", "WEIGHTINGS", "Inputs", "Outputs", "allocate", "check_weight_values", "mlc"]
+__all__ = [
+    "DENSE",
+    "MSC",
+    "WEIGHTINGS",
+    "Inputs",
+    "Outputs",
+    "allocate",
+    "check_weight_values",
+    "mlc",
+    "numbers_to_keep",
+]
 
 
 class Inputs(NamedTuple):
@@ -39,6 +51,7 @@ class Inputs(NamedTuple):
     beta: float
     include_batch: bool  # the rows are columns
     normalize: bool  # use x / |x|; otherwise x as it is
+    keep: int  # numbers to keep for the backward, see numbers_to_keep
 
 
 class Outputs(NamedTuple):
@@ -47,6 +60,20 @@ class Outputs(NamedTuple):
     row_loss: Tensor  # accumulation dtype [B, V]
     lse: Tensor  # norm dtype [N]; +inf for an anchor without a positive
     norm: Tensor  # norm dtype [N + K + prototypes]
+    kept: Tensor  # accumulation dtype [keep]
+
+
+def numbers_to_keep(features: Tensor, keys: Tensor | None, include_batch: bool, needs_grad: bool, backend: str) -> int:
+    """What the forward should keep for the backward: nothing, unless one is coming. ``csrc/mlc.h`` says what it is."""
+    if backend != "cpp" or not needs_grad:
+        return 0
+    b, v, d = features.shape
+    if include_batch:
+        # A traced shape must not be compared with anything.
+        return 2 * b * v if watched(features) or features.is_meta else int(extension().mlc_keep(b * v, d))
+    if keys is None or keys.requires_grad:
+        return 0
+    return b * v * d + 1
 
 
 def allocate(x: Inputs) -> Outputs:
@@ -58,16 +85,17 @@ def allocate(x: Inputs) -> Outputs:
         row_loss=x.features.new_empty((b, v), dtype=accumulation_dtype(x.features.dtype)),
         lse=x.features.new_empty(b * v, dtype=wide),
         norm=x.features.new_empty(vectors, dtype=wide),
+        kept=x.features.new_empty(x.keep, dtype=accumulation_dtype(x.features.dtype)),
     )
 
 
-def check_weight_values(weights: Tensor) -> None:
+def check_weight_values(weights: Tensor, name: str = "weights") -> None:
     """Raise a ValueError if a weight is negative or not finite. Reads them: a sync on a GPU."""
     if not _checks.reads_values(weights):
         return
     wrong = weights[~((weights >= 0) & (weights < float("inf")))]
     if wrong.numel() > 0:
-        raise ValueError(f"weights: expected finite numbers >= 0, got {wrong[0].item():g}")
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {wrong[0].item():g}")
 
 
 def _checked(x: Inputs) -> Inputs:

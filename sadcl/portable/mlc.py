@@ -166,7 +166,7 @@ def _class_share(p: _Problem, x: Any) -> Tensor:
 
 
 def forward(x: Any) -> dict[str, Tensor]:
-    """Outputs of :class:`sadcl.ops.mlc.Inputs`."""
+    """Outputs of :class:`sadcl.ops.mlc.Inputs`; nothing is kept."""
     b, v, _ = x.features.shape
     p = _problem(x)
     wide = p.norm.dtype
@@ -188,6 +188,7 @@ def forward(x: Any) -> dict[str, Tensor]:
         "row_loss": loss.to(p.anchors.dtype).reshape(b, v),
         "lse": torch.where(positive, lse, float("inf")),
         "norm": p.norm,
+        "kept": p.anchors.new_empty(0),
     }
 
 

@@ -165,7 +165,8 @@ def parse_study(argv: Sequence[str] | None = None) -> tuple[StudyConfig, bool]:
     parser = ArgumentParser(
         prog="sadcl study",
         allow_abbrev=False,
-        description="Does the method help here? Trains every arm on paired seeds; run it again to continue it.",
+        description="Does the method help here? Trains every arm on paired seeds; run it again to continue it. "
+        "`sadcl study table` asks the same of losses on a table of features.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes that only show that everything runs")

@@ -16,7 +16,7 @@ from sadcl.study.config import ARMS, PARTS
 from sadcl.study.plot import plot_study
 from sadcl.study.trials import Study
 
-__all__ = ["markdown", "write_report"]
+__all__ = ["cells", "markdown", "versions", "write_report"]
 
 
 def write_report(study: Study) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def write_report(study: Study) -> dict[str, Any]:
     trials = [json.loads(path.read_text()) for path in sorted((study.folder / "trials").glob("*.json"))]
     content = {
         "config": asdict(study.config),
-        "versions": _versions(),
+        "versions": versions(),
         "plan": [dict(zip(("part", "phase", "trainings", "finished"), row, strict=True)) for row in study.plan()],
         "parts": [_as_json(result) for result in results],
         "trials": trials,
@@ -48,12 +48,12 @@ def markdown(study: Study, results: Sequence[PartResult], trials: Sequence[dict[
     """The report for people."""
     finished = sum(row[3] for row in study.plan())
     planned = sum(row[2] for row in study.plan())
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     hours = sum(trial["result"]["seconds"] for trial in trials) / 3600
     titles = sorted({trial["data"]["title"] for trial in trials})
     lines = ["# Does the method help here?", ""]
     lines += [f"Pictures: {'; '.join(titles)}. {finished} of {planned} trainings finished ({hours:.1f} h of training)."]
-    lines += [f"Made by `sadcl study --config config.yaml` with {versions}.", ""]
+    lines += [f"Made by `sadcl study --config config.yaml` with {made_with}.", ""]
     lines += ["![paired differences](study.png)", ""]
     for result in results:
         lines += _part_lines(study, result)
@@ -77,10 +77,10 @@ def _part_lines(study: Study, result: PartResult) -> list[str]:
             "|---|---:|---:|---:|---:|---:|---|",
         ]
         adjusted = holm([comparison.p for comparison in comparisons])
-        cells = {one.arm: _cells(one, p) for one, p in zip(comparisons, adjusted, strict=True)}
+        row_of = {one.arm: cells(one, p) for one, p in zip(comparisons, adjusted, strict=True)}
         for arm, found in result.values.items():
             mean = _mean_spread([one[figure] for one in found.values()])
-            lines.append(f"| {' | '.join([ARMS[arm].title, mean, *cells.get(arm, [''] * 5)])} |")
+            lines.append(f"| {' | '.join([ARMS[arm].title, mean, *row_of.get(arm, [''] * 5)])} |")
         lines.append("")
     if result.formulations:
         lines += ["Paper's equations minus released formulation, each with its own weights:", ""]
@@ -90,20 +90,21 @@ def _part_lines(study: Study, result: PartResult) -> list[str]:
         ]
         for comparison, p in zip(result.formulations, holm([c.p for c in result.formulations]), strict=True):
             name = ARMS[comparison.arm].title.removesuffix(", paper")
-            lines.append(f"| {' | '.join([name, *_cells(comparison, p)])} |")
+            lines.append(f"| {' | '.join([name, *cells(comparison, p)])} |")
         lines.append("")
     lines += _seed_table(result)
     lines += _choice_table(study, result)
     return lines
 
 
-def _cells(comparison: Comparison, adjusted: float) -> list[str]:
+def cells(comparison: Comparison, adjusted: float, more_is_better: bool = True) -> list[str]:
+    """Of a row: difference, interval, seeds above, p, verdict."""
     above = sum(difference > 0 for difference in comparison.differences)
     count = len(comparison.seeds)
     interval = "-" if math.isnan(comparison.low) else f"{_signed(comparison.low)} to {_signed(comparison.high)}"
     verdict = "too few seeds" if math.isnan(adjusted) else "no difference shown"
     if adjusted < 1 - LEVEL:
-        verdict = "better" if comparison.mean > 0 else "worse"
+        verdict = "better" if (comparison.mean > 0) == more_is_better else "worse"
     p = "-" if math.isnan(adjusted) else "< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}"
     return [_signed(comparison.mean), interval, f"{above} of {count}", p, verdict]
 
@@ -118,8 +119,8 @@ def _seed_table(result: PartResult) -> list[str]:
     seeds = sorted({seed for found in result.values.values() for seed in found})
     lines = ["mAP of every seed:", "", f"| arm | {' | '.join(map(str, seeds))} |", "|---|" + "---:|" * len(seeds)]
     for arm, found in result.values.items():
-        cells = [f"{found[seed]['mAP']:.4f}" if seed in found else "" for seed in seeds]
-        lines.append(f"| {ARMS[arm].title} | {' | '.join(cells)} |")
+        row = [f"{found[seed]['mAP']:.4f}" if seed in found else "" for seed in seeds]
+        lines.append(f"| {ARMS[arm].title} | {' | '.join(row)} |")
     return [*lines, ""]
 
 
@@ -179,7 +180,8 @@ def _as_json(result: PartResult) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a report depends on."""
     import scipy
     import torch
 

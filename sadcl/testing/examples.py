@@ -129,7 +129,7 @@ def _mlc(make: Maker) -> Iterator[Any]:
     s = make.size
     x = mlc.Inputs(
         make.normal(s.b, s.v, s.d), make.labels(), None, None, None, None, None, make.number(0.3), 0,
-        threshold=0.3, alpha=0.7, beta=0.6, include_batch=True, normalize=True,
+        threshold=0.3, alpha=0.7, beta=0.6, include_batch=True, normalize=True, keep=0,
     )  # fmt: skip
     keys, key_labels = make.normal(s.b, s.d, seed=4), make.labels("random")
     class_weight = make.normal(s.c, dtype=make.acc, seed=3).abs()

@@ -158,7 +158,7 @@ CALLS = {
     "asl-soft": Call("asl", _asl(reduction="released"), {"logits": "BC", "soft": "BC", **_WEIGHTS}),
     "supcon": Call("supcon", _supcon, {"features": "BVD", "groups": "B", "temperature": "", "sample_weight": "B"}),
     "supcon-simclr": Call("supcon", _supcon, {"features": "BVD"}),
-    "supcon-mask": Call("", _supcon, {"features": "BVD", "mask": "BB", "temperature": "", "sample_weight": "B"}),
+    "supcon-mask": Call("mlc", _supcon, {"features": "BVD", "mask": "BB", "temperature": "", "sample_weight": "B"}),
     "mlc": Call("mlc", _mlc, {"features": "BVD", "labels": "BC", "keys": "CD", "temperature": "", **_WEIGHTS}),
     "mlc-msc": Call("mlc", _mlc, {"features": "BD", "labels": "BC", "keys": "LD", "prototypes": "CD", "temperature": "",
                                   **_WEIGHTS}),

@@ -79,7 +79,7 @@ def make_mlc(s: Any, weighting: str) -> mlc.Inputs:
     code, prototypes = mlc.WEIGHTINGS.index(weighting), leaf(s.C, s.D) if weighting == "msc" else None
     return mlc.Inputs(
         leaf(s.B, s.V, s.D), torch.ones(s.B, s.C), leaf(s.K, s.D), torch.ones(s.K, s.C), prototypes, None, None,
-        torch.tensor(0.3, requires_grad=True), code, 0.3, 0.7, 0.6, True, True,
+        torch.tensor(0.3, requires_grad=True), code, 0.3, 0.7, 0.6, True, True, 0,
     )  # fmt: skip
 
 

@@ -43,18 +43,35 @@ def test_matches_the_oracle(labels: str, contrast_mode: str, backend: str) -> No
             torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
 
 
-def test_mask_may_be_asymmetric_and_weighted() -> None:
+@pytest.mark.parametrize("backend", backends_here("mlc"))
+def test_mask_may_be_asymmetric_and_weighted(backend: str) -> None:
     x = unit_features(5, 2, 8)
     mask = torch.rand(5, 5).double() * (torch.rand(5, 5) < 0.6)
     mask[2] = 0  # an image without a positive
-    for backend in ("torch", None):
-        got = value_and_grads(lambda x, n=backend: F.supcon_loss(x, mask=mask, backend=n), x)
-        want = value_and_grads(lambda x: F.supcon_loss(x, mask=mask, backend="reference"), x)
+    tau = torch.tensor(0.2, dtype=torch.float64)
+    for v in (1, 2):
+        got, want = (
+            value_and_grads(
+                lambda x, w, t, n=n: F.supcon_loss(x, mask=w, temperature=t, backend=n), x[:, :v], mask, tau
+            )
+            for n in (backend, "reference")
+        )
         torch.testing.assert_close(got, want)
-    rows = F.supcon_loss(x, mask=mask, reduction="none")
+    rows = F.supcon_loss(x, mask=mask, reduction="none", backend=backend)
     assert (rows[2] == 0).all() and (rows[:2] > 0).all()
-    with pytest.raises(RuntimeError, match="supcon with a mask has no such implementation"):
-        F.supcon_loss(x, mask=mask, backend="cpp")
+    for wrong in (-0.5, float("nan"), float("inf")):
+        mask[1, 3] = wrong
+        with pytest.raises(ValueError, match="mask: expected finite numbers >= 0"):
+            F.supcon_loss(x, mask=mask, backend=backend)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.bfloat16])
+def test_mask_of_any_dtype(kind: torch.dtype) -> None:
+    x, mask = unit_features(7, 2, 8, torch.float32), torch.rand(7, 7) < 0.5
+    want = F.supcon_loss(x.double(), mask=mask, backend="reference")
+    torch.testing.assert_close(F.supcon_loss(x, mask=mask.to(kind)), want.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(F.supcon_loss(x, mask=mask.to(kind)), want.float())
 
 
 def test_mask_of_a_partition_is_labels() -> None:
