@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-import sadcl
 from sadcl._backends import triton_interprets
 from sadcl.ops._library import OPS
+from tests.here import instruction_sets
 
 # Triton reads the variable when it decorates a kernel, so these tests need a process of their own:
 # tests/ops/test_triton.py starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
@@ -49,30 +49,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def backends_here(op: str, *also: str) -> list[object]:
-    """Parameters for the CPU backends of ``op`` and for ``also``: what cannot run here is skipped, and says why."""
-    known = sadcl.backends()
-    wanted = [name for name in importlib.import_module(f"sadcl.functional.{op}").BACKENDS if name != "triton"]
-    return [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(not known[name].available, reason=f"{name}: {known[name].reason}"),
-        )
-        for name in (*also, *wanted)
-    ]
-
-
-def _isas() -> list[str]:
-    """Instruction sets of the CPU extension that this machine can run, or SADCL_CPU_ISA's; empty without it."""
-    try:
-        found = importlib.import_module("sadcl._C").supported_isas()
-    except ImportError:
-        return []
-    asked = os.environ.get("SADCL_CPU_ISA")
-    return [asked] if asked else found
-
-
-@pytest.fixture(params=_isas() or [pytest.param("", marks=pytest.mark.skip(reason="the CPU extension is not built"))])
+@pytest.fixture(
+    params=instruction_sets() or [pytest.param("", marks=pytest.mark.skip(reason="the CPU extension is not built"))]
+)
 def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set in turn."""
     extension = importlib.import_module("sadcl._C")
@@ -113,24 +92,4 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "step1: {epochs: 1}\nstep2: {epochs: 1}\n"
     )
     assert main(["train", "--config", str(folder / "config.yaml"), "--output", str(folder / "run")]) == 0
-    return folder
-
-
-def coloured_squares(folder: Path, count: int, train: int) -> Path:
-    """Pictures of one to three coloured squares; ``train.csv`` names the first ``train``, ``val.csv`` the rest."""
-    from PIL import Image
-
-    colors = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230)}
-    generator = torch.Generator().manual_seed(1)
-    lines = []
-    for number in range(count):
-        names = [name for name in colors if torch.rand((), generator=generator) < 0.5] or ["red"]
-        image = Image.new("RGB", (64, 64), (110, 110, 110))
-        for name in names:
-            left, top = torch.randint(0, 40, (2,), generator=generator).tolist()
-            image.paste(colors[name], (left, top, left + 22, top + 22))
-        image.save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{';'.join(names)}\n")
-    (folder / "train.csv").write_text("".join(lines[:train]))
-    (folder / "val.csv").write_text("".join(lines[train:]))
     return folder

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import Tensor, nn
 
 from sadcl import LabelAttention
+from tests.here import backends_here
 
 
 class Adapted(nn.Module):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import nn
 
 import sadcl
 from sadcl.bank import MemoryBank
 from sadcl.head import GroupClassifier
 from sadcl.testing import make_features, make_labels
+from tests.here import backends_here
 
 B, C, D, L = 3, 4, 8, 6
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import Tensor
 
 from sadcl import functional as F
 from sadcl.functional.group_classifier import group_classifier
 from sadcl.functional.linear import linear
 from sadcl.testing import make_features, make_labels
+from tests.here import backends_here
 
 SIZES = {"B": 5, "V": 2, "C": 4, "D": 8, "L": 6, "T": 24}
 

@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from conftest import backends_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sadcl import functional as F
 from sadcl.testing import make_labels, poisoned_allocations, value_and_grads
+from tests.here import backends_here
 
 BACKENDS = backends_here("asl")
 CONSTANTS = [

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import Tensor
 
 from sadcl import AsymmetricLoss
 from sadcl import functional as F
 from sadcl.testing import make_labels, value_and_grads
+from tests.here import backends_here
 
 BACKENDS = backends_here("asl")
 B, C = 7, 5

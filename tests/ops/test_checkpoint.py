@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from calls import CALLS, cases
-from conftest import backends_here
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -16,6 +15,7 @@ import sadcl
 from sadcl.functional.linear import SWITCH
 from sadcl.linear import Linear
 from sadcl.testing import make_features, make_labels
+from tests.here import backends_here
 
 B, V, C, D, L = 5, 2, 4, 8, 6
 LABELS = make_labels(B, C)

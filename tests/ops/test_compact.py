@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends_here
 
 from sadcl import functional as F
 from sadcl.functional import compact_labels
 from sadcl.testing import RAGGED, layouts, make_features, make_labels, poisoned_allocations, value_and_grads
+from tests.here import backends_here
 
 BACKENDS = backends_here("compact")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8]

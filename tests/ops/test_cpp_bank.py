@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends_here
 from torch.library import opcheck
 
 from sadcl import reference
 from sadcl.bank import MemoryBank
 from sadcl.functional.bank import bank_update
 from sadcl.testing import layouts, make_labels
+from tests.here import backends_here
 
 BACKENDS = backends_here("bank")
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

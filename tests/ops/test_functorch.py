@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from calls import CALLS, cases
-from conftest import backends_here
 from torch import Tensor
 
 import sadcl
@@ -16,6 +15,7 @@ from sadcl import functional as F
 from sadcl.functional.linear import SWITCH
 from sadcl.losses import SampleContrastiveLoss
 from sadcl.testing import make_features, make_labels, value_and_grads
+from tests.here import backends_here
 
 BACKENDS = backends_here("sscl")
 LABELS = make_labels(6, 5, "ignored")

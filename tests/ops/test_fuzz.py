@@ -10,7 +10,6 @@ import importlib
 import os
 from typing import Any
 
-import conftest
 import fuzz
 import pytest
 import torch
@@ -18,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sadcl
+from tests.here import instruction_sets
 
 MORE = int(os.environ.get("SADCL_FUZZ", "0"))
 CASES = 2000 * max(MORE, 1)
-ISAS = conftest._isas()
+ISAS = instruction_sets()
 BACKENDS = [name for name in ("cpp", "torch") if sadcl.backends()[name].available]
 
 # What was found, by generator: cases whose right result is a test for ever.

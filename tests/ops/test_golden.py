@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import backends_here
 
 from sadcl import compat
 from sadcl import functional as F
+from tests.here import backends_here
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

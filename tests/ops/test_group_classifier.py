@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import Tensor
 from torch.library import opcheck
 
@@ -23,6 +22,7 @@ from sadcl.testing import (
     poisoned_allocations,
     value_and_grads,
 )
+from tests.here import backends_here
 
 BACKENDS = backends_here("group_classifier")
 SIZES = [(5, 7, 63), (1, 3, 1), (6, 2, 2100), (9, 13, 257)]

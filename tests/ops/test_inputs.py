@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from calls import CALLS, cases
-from conftest import backends_here
 from torch import Tensor
 
 import sadcl
 from sadcl import functional as F
 from sadcl.ops import compact
 from sadcl.testing import make_features, make_labels
+from tests.here import backends_here
 
 NAMES = {"soft": "labels", "groups": "labels"}  # tensors that a message calls otherwise
 PLACES = ("BC", "BCD", "BVCD")  # what has a place for every label

@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import Tensor, nn
 
 from sadcl.attention import LabelAttention
 from sadcl.functional.label_attention import FORMS, backward_macs, choose_form, forward_macs, label_attention
 from sadcl.reference.label_attention import label_attention as oracle
 from sadcl.testing import assert_within_budget, error_budgets
+from tests.here import backends_here
 
 B, C, L, E, H = 3, 5, 11, 24, 4
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import _isas as extension_isas
 from torch import Tensor
 
 from sadcl import functional as F
+from tests.here import instruction_sets as extension_isas
 
 EPS = torch.finfo(torch.float32).eps / 2
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import backends_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sadcl import functional as F
 from sadcl.testing import RAGGED, layouts, make_features, make_labels, poisoned_allocations, value_and_grads
+from tests.here import backends_here
 
 BACKENDS = backends_here("mlc")
 KINDS = (*F.WEIGHTINGS, "dense")

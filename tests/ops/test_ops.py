@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import backends_here
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from sadcl import functional as F
 from sadcl.ops._library import OPS, call
 from sadcl.testing import make_features, make_labels, value_and_grads
 from sadcl.testing.examples import EXAMPLES, SMALL, Maker
+from tests.here import backends_here
 
 ops = torch.ops.sadcl
 HERE = {name for name, info in sadcl.backends().items() if info.available and name != "triton"}

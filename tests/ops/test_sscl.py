@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from conftest import backends_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from sadcl.testing import (
     poisoned_allocations,
     value_and_grads,
 )
+from tests.here import backends_here
 
 BACKENDS = backends_here("sscl")
 SIZES = [(5, 1, 7, 63), (6, 2, 9, 100), (4, 3, 5, 257), (3, 2, 4, 1)]

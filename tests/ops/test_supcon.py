@@ -6,11 +6,11 @@ import functools
 
 import pytest
 import torch
-from conftest import backends_here
 
 from sadcl import SupConLoss
 from sadcl import functional as F
 from sadcl.testing import make_features, value_and_grads
+from tests.here import backends_here
 
 BACKENDS = backends_here("sscl")
 

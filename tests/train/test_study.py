@@ -17,7 +17,6 @@ import torch
 for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "scipy", "yaml"):
     pytest.importorskip(needed)
 
-from conftest import coloured_squares  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sadcl.cli import main  # noqa: E402
@@ -26,6 +25,7 @@ from sadcl.study.bench import PooledLinear  # noqa: E402
 from sadcl.study.compare import compare, holm  # noqa: E402
 from sadcl.study.config import ARMS, Choice, PartConfig, StudyConfig, candidates, parse_study  # noqa: E402
 from sadcl.study.trials import Study, Trial  # noqa: E402
+from tests.here import coloured_squares  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ import torch
 for needed in ("PIL", "timm", "jsonargparse", "tqdm", "matplotlib", "sklearn", "yaml"):
     pytest.importorskip(needed)
 
-from conftest import coloured_squares  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sadcl.checkpoint import (  # noqa: E402
@@ -34,6 +33,7 @@ from sadcl.commands.train import train  # noqa: E402
 from sadcl.train.config import TrainConfig, config_from_dict, parse_config  # noqa: E402
 from sadcl.train.loop import NonFiniteLoss, Stage  # noqa: E402
 from sadcl.train.run import Run  # noqa: E402
+from tests.here import coloured_squares  # noqa: E402
 
 
 @pytest.fixture(scope="module")
