@@ -363,6 +363,7 @@ def stage_backward(
     launch(_stage_backward_kernel, programs,
            (features, pairs, class_ptr, table, norm, lse, grad_rows, peak, sizes,
             (*features.stride(), *grad_rows.stride())),
+           registers=64 if features.element_size() == 2 else None,  # as in the forward; else 8 bytes spill on sm_90
            NORMALIZE=normalize, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(features.shape[3]))  # fmt: skip
     return table, peak
 

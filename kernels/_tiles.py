@@ -225,7 +225,8 @@ MLC: dict[str, dict[str, tuple[Tile, ...]]] = {
 _SHORT = {kind: tuple(replace(tile, block_m=32) for tile in tiles) for kind, tiles in _MLC.items()}
 MLC_MSC: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_80": _SHORT,
-    **{arch: {kind: (Tile(32, 32, 16, 8, 2, 8, 255),) for kind in _SHORT} for arch in ("gfx942", "small", "sm_75")},
+    "gfx942": {kind: (Tile(32, 32, 16, 4, 2, 8, 255),) for kind in _SHORT},
+    **{arch: {kind: (Tile(32, 32, 16, 8, 2, 8, 255),) for kind in _SHORT} for arch in ("small", "sm_75")},
     "sm_90": _SHORT,
     "sm_100": _SHORT,
     "interpret": SSCL["interpret"],

@@ -77,7 +77,9 @@ def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_op_is_a_job() -> None:
-    assert {name.removesuffix("_update") for name, op in OPS.items() if "cpp" in op.backends} <= set(NAMES)
+    """But for the one that runs another's kernel between its collectives."""
+    ours = {name.removesuffix("_update") for name, op in OPS.items() if "cpp" in op.backends}
+    assert ours - {"group_pscl"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -105,12 +105,12 @@ class TableBench:
         return {**found, "threshold": threshold, "validation mAP": trained.val_map}
 
     def _masked(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return x * (torch.rand(x.shape, generator=generator) >= self.config.masking)
+        return x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.config.masking)
 
     def _batches(self, generator: torch.Generator) -> Iterator[Side]:
         """One epoch in a random order; a last batch that is not whole is left out, unless it is the only one."""
         train = self.sides["train"]
-        order = torch.randperm(len(train.features), generator=generator)
+        order = torch.randperm(len(train.features), generator=generator, device=generator.device)
         size = min(self.config.batch_size, len(order))
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
@@ -151,7 +151,8 @@ class TableBench:
     def _prototypes(self, weighting: str) -> nn.Parameter | None:
         if weighting != "msc":
             return None
-        start = torch.randn(self.classes, self.config.proj_dim, generator=torch.Generator().manual_seed(self.seed))
+        drawn = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(self.classes, self.config.proj_dim, generator=drawn, device=drawn.device)
         return nn.Parameter(start)
 
     def _fit(self, arm: Arm, joint_weight: float) -> Trained:
@@ -188,7 +189,8 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
     """The one threshold for all classes that gives the best micro F1."""
     known = labels >= 0
     true = labels == 1
-    candidates = torch.quantile(scores.flatten().double(), torch.linspace(0, 1, _THRESHOLDS, dtype=torch.float64))
+    shares = torch.linspace(0, 1, _THRESHOLDS, dtype=torch.float64, device=scores.device)
+    candidates = torch.quantile(scores.flatten().double(), shares)
     predicted = (scores.double() > candidates[:, None, None]) & known
     f1 = 2 * (predicted & true).sum((1, 2)) / (predicted.sum((1, 2)) + true.sum()).clamp(min=1)
     return float(candidates[f1.argmax()])

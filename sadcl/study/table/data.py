@@ -38,9 +38,9 @@ class Table:
         """Training, validation and test rows; features with mean 0 and deviation 1 on the training rows."""
         count = len(self.rows.features)
         sizes = self.sizes
-        order = torch.arange(count)
+        order = torch.arange(count, device="cpu")
         if sizes is None or resplit:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
         if sizes is None:
             first, second = (int(share * count) for share in _SHARES)
             sizes = (first, second - first, count - second)
@@ -86,7 +86,7 @@ def _fetch(name: str, version: list[str]) -> tuple[Any, Any]:
 
 
 def _checked(name: str, features: Any, labels: Any, sizes: tuple[int, int, int] | None) -> Table:
-    x, y = torch.as_tensor(np.asarray(features, np.float32)), torch.as_tensor(np.asarray(labels, np.float32))
+    x, y = (torch.as_tensor(np.asarray(part, np.float32), device="cpu") for part in (features, labels))
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ValueError(f"{name}: expected features [n, F] and labels [n, C], got {list(x.shape)} and {list(y.shape)}")
     if min(sizes or (len(x) // 8,)) < 1:
