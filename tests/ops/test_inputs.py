@@ -25,7 +25,9 @@ LABELLED = [
 ]
 CONTRASTIVE = [name for name, call in CALLS.items() if any(field.endswith("temperature") for field in call.axes)]
 
-NORMALISED = [name for name, call in CALLS.items() if call.function in ("sscl", "pscl", "dual", "mlc")]
+NORMALISED = [
+    name for name, call in CALLS.items() if call.function in ("sscl", "pscl", "dual", "mlc") and name != "supcon-mask"
+]
 
 
 def value_and_grads(name: str, backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
