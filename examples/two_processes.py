@@ -50,7 +50,7 @@ sums = [torch.zeros_like(total) for _ in range(world)]
 dist.all_gather(sums, total)
 if rank == 0:
     print("weights are the same in every process:", all(bool(other == total) for other in sums))
-# What holds the group goes before it: else a thread of torch's is now and then still there when Python ends, which aborts.
+# What holds the group goes before it: else a thread of torch's may still run when Python ends, which then aborts.
 del model, encoder, optimizer, loss
 gc.collect()
 dist.destroy_process_group()
