@@ -11,8 +11,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from tests.ptx.cases import OFTEN, PRODUCTS, TRITON, cases_of, check
+from tests.ptx.cases import PRODUCTS, TRITON, cases_of, check
 
+_KINDS = ("bf16", "fp32", "fp64", "tf32")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu_executed.md"
 HEAD = """# Triton kernels, compiled for sm_80 and executed
 
@@ -22,8 +23,8 @@ op. What `ptxas` makes of the PTX is not executed. Made with Triton {triton} by
 
     python -m tests.ptx.mutants outcomes.jsonl 2 && python -m tests.ptx.report outcomes.jsonl
 
-CI runs `SADCL_EXECUTE_PTX=1 pytest tests/ptx`; `-m slow` adds float16, tf32x3, the other tiles of the table and more
-planted faults; `SADCL_EXECUTE_PTX=1 pytest tests/interpreted` executes what the interpreter runs otherwise (patterns
+CI runs `SADCL_EXECUTE_PTX=1 pytest tests/ptx`; `-m slow` adds float16, float64, tf32, tf32x3, the
+other tiles of the table and more planted faults; `SADCL_EXECUTE_PTX=1 pytest tests/interpreted` executes what the interpreter runs otherwise (patterns
 of labels, strides, dropout, padding, golden numbers, offsets past 2^31).
 
 ## What was executed
@@ -74,7 +75,7 @@ def executed() -> tuple[list[str], int]:
     versions: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
     launches: Counter[tuple[str, str, str]] = Counter()
     cases = 0
-    for op, kind in [(name, kind) for name in TRITON for kind in OFTEN[: 1 if name == "mlc" else 4]]:
+    for op, kind in [(name, kind) for name in TRITON for kind in (("bf16",) if name == "mlc" else _KINDS)]:
         if kind.startswith("tf32") and op not in PRODUCTS:
             continue
         for case in cases_of(op, kind):

@@ -29,7 +29,7 @@ def other_tiles() -> list[Case]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if kind in OFTEN[: 1 if op == "mlc" else 4] else pytest.mark.slow, id=str(case))
+        pytest.param(case, marks=() if kind in OFTEN[: 1 if op == "mlc" else None] else pytest.mark.slow, id=str(case))
         for op in TRITON
         for kind in kinds_of(op)
         for case in cases_of(op, kind)
