@@ -23,9 +23,9 @@ op. What `ptxas` makes of the PTX is not executed. Made with Triton {triton} by
 
     python -m tests.ptx.mutants outcomes.jsonl 2 && python -m tests.ptx.report outcomes.jsonl
 
-CI runs `SADCL_EXECUTE_PTX=1 pytest tests/ptx`; `-m slow` adds float16, float64, tf32, tf32x3, the
-other tiles of the table and more planted faults; `SADCL_EXECUTE_PTX=1 pytest tests/interpreted` executes what the interpreter runs otherwise (patterns
-of labels, strides, dropout, padding, golden numbers, offsets past 2^31).
+CI runs `SADCL_EXECUTE_PTX=1 pytest tests/ptx`; `-m slow` adds float16, float64, tf32, tf32x3, the other tiles of the
+table and more planted faults; `SADCL_EXECUTE_PTX=1 pytest tests/interpreted` executes what the interpreter runs
+otherwise (patterns of labels, strides, dropout, padding, golden numbers, offsets past 2^31).
 
 ## What was executed
 
