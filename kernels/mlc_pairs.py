@@ -257,9 +257,9 @@ def pair_moves(table, pairs, s, over_c, rows, mask_r, cols, mask_c, POLICY: tl.c
 
 
 @triton.jit
-def with_apart(pairs, g, rows, mask, offs_d, depth):
+def with_apart(pairs, g, rows, mask, offs_d, depth, POLICY: tl.constexpr):
     """``g`` and what no sweep gives of it."""
-    if pairs is not None:  # noqa: SIM102 (both sides of an `and` are compiled)
+    if POLICY is not None:  # noqa: SIM102 (both sides of an `and` are compiled)
         if pairs.apart is not None:
             place = pairs.apart + rows.to(tl.int64)[:, None] * depth + offs_d[None, :]
             inside = (mask & (rows < pairs.labelled))[:, None] & (offs_d < depth)[None, :]
