@@ -69,7 +69,7 @@ tritons: $(VENV)/test.stamp ## Triton kernels under other Tritons (TRITONS="3.6.
 				triton==$$version || exit 1; \
 		export PYTHONPATH="$(CURDIR)/build/triton-$$version" OMP_NUM_THREADS=1; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton" || exit 1; \
-		$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/interpreted $(PYTEST_ARGS) || exit 1; \
+		TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/interpreted $(PYTEST_ARGS) || exit 1; \
 		$(BIN)/python -m benchmarks.gpu_static --check --arch sm_90 || exit 1; \
 	done
 

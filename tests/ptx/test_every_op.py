@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from sadcl.kernels import _launch, _tiles
+from torch.nn.functional import one_hot
 
+import sadcl.functional as F
+from tests.ops.test_large_scores import assert_as_good, sscl_case, sscl_grad, supcon_case, supcon_grad
 from tests.ptx.cases import KINDS, OFTEN, PRODUCTS, TRITON, Case, cases_of, check, ours, precise
 from tests.ptx.launching import ARCH, Executor, executing
 
@@ -60,3 +63,24 @@ def test_bits_do_not_depend_on_the_order_of_warps_and_blocks(op: str, kind: str)
 @pytest.mark.parametrize("case", other_tiles(), ids=str)
 def test_with_every_tile_of_the_table(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("norm", [5.0, 640.0])
+def test_long_features(norm: float) -> None:
+    """Where scores are large the softmax hangs on the backward's making the forward's very bits again."""
+    x, labels, truth, allowed = supcon_case(norm, 20)
+    with executing():
+        assert_as_good(supcon_grad(x, labels, "triton"), truth, allowed)
+    rows = x.clone().requires_grad_()
+    options = {"weighting": "any", "temperature": 0.07, "base_temperature": None, "normalize": False}
+    with executing():
+        loss = F.multilabel_supcon_loss(rows, one_hot(labels), **options, reduction="sum", backend="triton")
+        (grad,) = torch.autograd.grad(loss, rows)
+    assert_as_good(grad.flatten(0, 1), truth, allowed)
+
+
+@pytest.mark.parametrize("formulation", ["paper", "released"])
+def test_small_temperatures(formulation: str) -> None:
+    x, labels, truth, allowed = sscl_case(0.001, formulation, 8)
+    with executing():
+        assert_as_good(sscl_grad(x, labels, 0.001, formulation, "triton"), truth, allowed)
