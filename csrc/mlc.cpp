@@ -1,6 +1,7 @@
 // Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h,
 // sscl_blocks.h, sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h
-// (weights of pairs), mlc_weights.h (blocks of them), mlc_stream.h (keys that pass by once).
+// (weights of pairs), mlc_weights.h (blocks of them), mlc_classes.h (mulsupcon, which needs none), mlc_stream.h (keys
+// that pass by once).
 //
 // Forward: one sweep for lse and T_i = sum_j W_ij s_ij. Backward: one sweep; with m the upstream gradients,
 //
@@ -46,13 +47,17 @@ bool forward(const MlcForward& args) {
   Scratch<Workspace<T>> workspaces(v.threads);
   Scratch<Weights<T>> tiles(v.threads);
   const int64_t N = v.anchors().rows;
+  const bool by_classes = pairs.by_classes();
+  if (by_classes) pull_by_classes(v, pairs, stats.positive.get());
   sweep(v, workspaces, {true, kept + (room ? 2 * N : 0), room ? args.kept_size - 2 * N : 0, true},
         [&](Block<T> block, int segment, Workspace<T>& ws) {
           const bool square = segment == kAnchors;
           if (square) block.set_diagonal(0);
-          const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
-          add_terms(block, square, weights, ws, stats.positive, [](vec<T> s, vec<T> f) { return s * f; });
-          add_sums_of_weights(pairs, block, square, weights, ws, tally);
+          if (!by_classes) {
+            const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
+            add_terms(block, square, weights, ws, stats.positive, [](vec<T> s, vec<T> f) { return s * f; });
+            add_sums_of_weights(pairs, block, square, weights, ws, tally);
+          }
           const T factor = factor_of<T>(in, segment);
           if (factor != 0) add_to_block(block, factor);
           set_strangers(v, block, segment, T(-HUGE_VAL));
@@ -92,12 +97,11 @@ struct Moves {
   }
 };
 
-// z_i.z_j to G_ij (+ G_ji between anchors), in place; returns the sum of G_ij z_i.z_j.
-template <class T>
-double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>& weights, T factor,
+// z_i.z_j to G_ij (+ G_ji between anchors), in place; returns the sum of G_ij z_i.z_j. Without the weights: W = 0.
+template <bool kPulls, class T>
+double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>* weights, T factor,
                 Scale<T> scale) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
-  const T* back = weights.other();
   double total = 0;
   for (int jp = 0; jp < block.panels; ++jp)
     for (int q = 0; q < 3; ++q) {
@@ -122,8 +126,10 @@ double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const
             g += exp2<T>(y > T(0) ? zero : y, scale) * push_j;
           }
         }
-        g -= load(weights.forth + at) * moves.pull[block.i0 + i];
-        if (square) g -= load(back + at) * pull_j;
+        if constexpr (kPulls) {
+          g -= load(weights->forth + at) * moves.pull[block.i0 + i];
+          if (square) g -= load(weights->other() + at) * pull_j;
+        }
         sums += g * s;
         store(block.w + at, g);
       }
@@ -206,14 +212,23 @@ double backward(const MlcBackward& args) {
   Scratch<double> radial(v.anchors().panels + 1);  // by a block's first panel: no two tasks of a round share it
   for (int64_t p = 0; p < v.anchors().panels; ++p) radial[p] = 0;
   const Scale<T> scale(kLog2E / in.temperature);
+  const bool by_classes = pairs.by_classes();
+  Scratch<double> positive(by_classes ? N + 1 : 1);
+  if (by_classes) {
+    const bool wanted[kSegments] = {outs[kAnchors]->dims > 0, outs[kKeys]->dims > 0, false};
+    pull_by_classes(v, pairs, positive.get(), moves.pull.get(), gradients.get(), wanted);
+  }
   const bool room = in.include_batch && args.kept_size >= 2 * N;
   T* kept = const_cast<T*>(static_cast<const T*>(args.kept)) + (room ? 2 * N : 0);
   sweep(v, workspaces, {true, kept, room ? args.kept_size - 2 * N : 0, false},
         [&](const Block<T>& block, int segment, Workspace<T>& ws) {
           const bool square = segment == kAnchors;
           if (square) block.set_diagonal(0);
-          const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
-          const double moved = to_moves(block, square, moves, weights, factor_of<T>(in, segment), scale);
+          const T factor = factor_of<T>(in, segment);
+          const double moved =
+              by_classes ? to_moves<false, T>(block, square, moves, nullptr, factor, scale)
+                         : to_moves<true, T>(block, square, moves,
+                                             &tiles[thread_index()].fill(v, pairs, block, segment), factor, scale);
           radial[block.i0 / P] += square && block.diagonal() ? moved / 2 : moved;
           if (square) block.set_diagonal(0);
           T* to_i = gradients.get() + block.i0 * v.depth;
@@ -230,6 +245,8 @@ double backward(const MlcBackward& args) {
     if (outs[s]->dims && v.D > 0) scatter(v, args, s, *outs[s], gradients.get());
   double total = 0;
   for (int64_t p = 0; p < v.anchors().panels; ++p) total += radial[p];
+  for (int64_t i = 0; by_classes && i < N; ++i)
+    if (moves.pull[i] != T(0)) total -= double(moves.pull[i]) * positive[i];
   return -total / (in.temperature * in.temperature);
 }
 

@@ -81,6 +81,22 @@ class Pairs {
   // Whether f is the same from both sides.
   bool symmetric() const { return kind_ != kSimDis && kind_ != kMsc && kind_ != kDense; }
 
+  // Whether sums over classes take the place of weights of pairs (mlc_classes.h): mulsupcon, unless the classes are so
+  // many that setting their sums to zero is the work.
+  bool by_classes() const {
+    return kind_ == kMulSupCon && C_ <= (in_.include_batch ? v_.anchors().rows : 0) + v_.segments[kKeys].rows;
+  }
+  int64_t classes() const { return C_; }
+  double class_share(int64_t c) const { return double(of_class_[c]); }
+
+  // Calls f(c) for every label of a row.
+  template <class F>
+  void for_labels(int64_t i, F f) const {
+    const S* has = row_words(has_, i);
+    for (int64_t w = 0; w < words_; ++w)
+      for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
+  }
+
   // f_ij of a block, laid out as it; and f_ji where the block is one of anchors and f is not symmetric.
   void fill(const Block<T>& block, int segment, T* f, T* back) const {
     const bool both = segment == kAnchors && !symmetric();
@@ -298,14 +314,6 @@ class Pairs {
       fine &= (yes | hidden | no) == (S(~S(0)) >> (kBits - count));
     }
     return fine;
-  }
-
-  // Calls f(i, c) for every label of the rows of a segment.
-  template <class F>
-  void for_labels(int64_t i, F f) const {
-    const S* has = row_words(has_, i);
-    for (int64_t w = 0; w < words_; ++w)
-      for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
   }
 
   double class_weight(int64_t c) const {
