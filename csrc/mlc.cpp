@@ -33,7 +33,7 @@ bool forward(const MlcForward& args) {
     const bool done = forward_in_one_sweep<T>(args);
     if (!done || static_cast<T*>(args.kept)[0] == T(1)) return done;
   }
-  Vectors<T> v(in);
+  Vectors<T> v(in, Vectors<T>::kScoresAlone);
   v.gather(args.norm, nullptr);
   Pairs<T> pairs(v);
   if (!pairs.valid) return false;

@@ -1,11 +1,11 @@
-// mulsupcon by classes. Its weight of a pair is a sum over classes, f_ij = sum_c y_ic y_jc w_c, so the sum of what pulls
-// anchor i is had without any pair,
+// mulsupcon by classes. Its weight of a pair is a sum over classes, f_ij = sum_c y_ic y_jc w_c, so the sum of what
+// pulls anchor i is had without any pair,
 //
 //   sum_j f_ij z_j = sum_c y_ic w_c (S_c - z_i),   S_c = sum of the columns that have c
 //
 // (z_i leaves if it is a column), and so is what anchors pull column j by: sum_c y_jc w_c (M_c - pull_j z_j), M_c = sum
-// of pull_i z_i over the anchors that have c. 4 D flops a label instead of 2 D and a weight a pair; the sweep over pairs
-// is plain SupCon's. Sums are float64: S_c - z_i may cancel.
+// of pull_i z_i over the anchors that have c. 4 D flops a label instead of 2 D and a weight a pair; the sweep over
+// pairs is plain SupCon's. Sums are float64: S_c - z_i may cancel.
 #pragma once
 #include "mlc_weights.h"
 
@@ -14,14 +14,6 @@ SADCL_KERNELS_BEGIN
 // Numbers of a vector that are worked on at a time. Slices share nothing, so the threads split them, and no bit depends
 // on how.
 constexpr int kSlice = 16;
-
-// Slice d0 of a panel's vectors, a row each; zero beyond D.
-template <class T>
-void take_slice(const Vectors<T>& v, const T* panel, int64_t d0, T* rows) {
-  constexpr int P = Vectors<T>::P;
-  for (int d = 0; d < kSlice; ++d)
-    for (int l = 0; l < P; ++l) rows[l * kSlice + d] = d0 + d < v.D ? panel[(d0 + d) * P + l] : T(0);
-}
 
 // One slice of S, of M where `pull` is there, and what follows of them: radial[i] = z_i . sum_j f_ij z_j, and in the
 // backward what moves each vector, taken from `gradients` (panels as z) where it is wanted.
@@ -33,8 +25,14 @@ struct ClassSlice {
   int64_t d0;
   const T* pull;
   T* gradients;
-  const bool* wanted;  // by segment
+  const bool* wanted;                  // by segment
   double *radial, *columns, *anchors;  // [anchors], [C][kSlice] S and M
+
+  // The slice of a panel's vectors, a row each; zero beyond D.
+  void take_slice(int64_t panel, T* rows) const {
+    for (int d = 0; d < kSlice; ++d)
+      for (int l = 0; l < P; ++l) rows[l * kSlice + d] = d0 + d < v.D ? v.number(panel, d0 + d, l) : T(0);
+  }
 
   // Calls f(number in the panels, number in the segment, slice, panel) for every vector of a segment.
   template <class F>
@@ -42,7 +40,7 @@ struct ClassSlice {
     alignas(64) T rows[P * kSlice];
     const Segment& s = v.segments[segment];
     for (int64_t p = 0; p < s.panels; ++p) {
-      take_slice(v, v.panel(s.first + p), d0, rows);
+      take_slice(s.first + p, rows);
       for (int64_t r = p * P; r < s.rows && r < (p + 1) * P; ++r)
         f(s.first * P + r, r, rows + (r - p * P) * kSlice, s.first + p);
     }

@@ -21,7 +21,7 @@ inline bool streams(const MlcInputs& in, int64_t kept_size) {
 // Sums of `slots` threads.
 template <class T>
 struct StreamSums {
-  int64_t numbers, pulls, n, classes;  // pulls, classes: as many numbers, or none
+  int64_t numbers, pulls, n, classes;           // pulls, classes: as many numbers, or none
   Scratch<T> drawn, pulled;                     // [slots][numbers] A and B, panels as z
   Scratch<double> sum, positive, total, count;  // [slots][n]
   Scratch<double> of_class;                     // [slots][C, D] S of mlc_classes.h, in place of B
@@ -112,7 +112,7 @@ bool forward_in_one_sweep(const MlcForward& args) {
   memset(kept, 0, size_t(args.kept_size) * sizeof(T));
   if (!in.normalize || !(1 / in.temperature <= kFixedBound)) return true;
   kept[0] = 1;
-  Vectors<T> v(in, true);
+  Vectors<T> v(in, Vectors<T>::kPassingBy);
   v.gather(args.norm, nullptr);
   Pairs<T> pairs(v);
   if (!pairs.valid) return false;
