@@ -15,6 +15,26 @@ SADCL_KERNELS_BEGIN
 // on how.
 constexpr int kSlice = 16;
 
+// The classes of every row of the panels: bits would be searched once a slice.
+struct ClassLists {
+  Scratch<int64_t> start;
+  Scratch<int32_t> classes;
+
+  template <class T>
+  explicit ClassLists(const Pairs<T>& pairs) : start(pairs.rows() + 1), classes(pairs.labels() + 1) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < pairs.rows(); ++i) {
+      start[i] = at;
+      pairs.for_labels(i, [&](int64_t c) { classes[at++] = int32_t(c); });
+    }
+    start[pairs.rows()] = at;
+  }
+  template <class F>
+  void for_labels(int64_t i, F f) const {
+    for (int64_t k = start[i]; k < start[i + 1]; ++k) f(int64_t(classes[k]));
+  }
+};
+
 // One slice of S, of M where `pull` is there, and what follows of them: radial[i] = z_i . sum_j f_ij z_j, and in the
 // backward what moves each vector, taken from `gradients` (panels as z) where it is wanted.
 template <class T>
@@ -22,6 +42,7 @@ struct ClassSlice {
   static constexpr int P = Vectors<T>::P;
   Vectors<T>& v;
   const Pairs<T>& pairs;
+  const ClassLists& lists;
   int64_t d0;
   const T* pull;
   T* gradients;
@@ -30,8 +51,11 @@ struct ClassSlice {
 
   // The slice of a panel's vectors, a row each; zero beyond D.
   void take_slice(int64_t panel, T* rows) const {
-    for (int d = 0; d < kSlice; ++d)
-      for (int l = 0; l < P; ++l) rows[l * kSlice + d] = d0 + d < v.D ? v.number(panel, d0 + d, l) : T(0);
+    memset(rows, 0, P * kSlice * sizeof(T));
+    if (v.paired) return v.unpack(panel, d0, kSlice, rows);
+    const T* z = v.panel(panel) + d0 * P;
+    for (int d = 0; d < kSlice && d0 + d < v.D; ++d)
+      for (int l = 0; l < P; ++l) rows[l * kSlice + d] = z[d * P + l];
   }
 
   // Calls f(number in the panels, number in the segment, slice, panel) for every vector of a segment.
@@ -51,7 +75,7 @@ struct ClassSlice {
     if (own || pull != nullptr)
       for_rows(kAnchors, [&](int64_t i, int64_t, const T* z, int64_t) {
         const double m = pull == nullptr ? 0 : double(pull[i]);
-        pairs.for_labels(i, [&](int64_t c) {
+        lists.for_labels(i, [&](int64_t c) {
           for (int d = 0; d < kSlice; ++d) {
             if (own) columns[c * kSlice + d] += double(z[d]);
             if (pull != nullptr) anchors[c * kSlice + d] += m * double(z[d]);
@@ -59,7 +83,7 @@ struct ClassSlice {
         });
       });
     for_rows(kKeys, [&](int64_t j, int64_t, const T* z, int64_t) {
-      pairs.for_labels(j, [&](int64_t c) {
+      lists.for_labels(j, [&](int64_t c) {
         for (int d = 0; d < kSlice; ++d) columns[c * kSlice + d] += double(z[d]);
       });
     });
@@ -75,7 +99,7 @@ struct ClassSlice {
     for_rows(kAnchors, [&](int64_t i, int64_t r, const T* z, int64_t panel) {
       double drawn[kSlice] = {}, drawing[kSlice] = {}, total = 0;
       const double m = pull == nullptr ? 0 : double(pull[i]);
-      pairs.for_labels(i, [&](int64_t c) {
+      lists.for_labels(i, [&](int64_t c) {
         const double share = pairs.class_share(c);
         for (int d = 0; d < kSlice; ++d) {
           drawn[d] += share * (columns[c * kSlice + d] - own * double(z[d]));
@@ -89,7 +113,7 @@ struct ClassSlice {
     if (pull == nullptr || !wanted[kKeys]) return;
     for_rows(kKeys, [&](int64_t j, int64_t, const T*, int64_t panel) {
       double drawing[kSlice] = {};
-      pairs.for_labels(j, [&](int64_t c) {
+      lists.for_labels(j, [&](int64_t c) {
         for (int d = 0; d < kSlice; ++d) drawing[d] += pairs.class_share(c) * anchors[c * kSlice + d];
       });
       take(j, panel, drawing);
@@ -102,12 +126,14 @@ template <class T>
 void pull_by_classes(Vectors<T>& v, const Pairs<T>& pairs, double* positive, const T* pull = nullptr,
                      T* gradients = nullptr, const bool* wanted = nullptr) {
   const int64_t n = v.anchors().rows, slices = (v.D + kSlice - 1) / kSlice, sums = pairs.classes() * kSlice;
+  const ClassLists lists(pairs);
   Scratch<double> radial(slices * n + 1), columns(v.threads * sums + 1), anchors(v.threads * sums + 1);
 #pragma omp parallel for num_threads(v.threads) schedule(static)
   for (int64_t s = 0; s < slices; ++s) {
     double *mine = columns.get() + thread_index() * sums, *theirs = anchors.get() + thread_index() * sums;
     for (int64_t k = 0; k < sums; ++k) mine[k] = theirs[k] = 0;
-    const ClassSlice<T> slice = {v, pairs, s * kSlice, pull, gradients, wanted, radial.get() + s * n, mine, theirs};
+    const ClassSlice<T> slice = {v,    pairs, lists, s * kSlice, pull, gradients, wanted, radial.get() + s * n,
+                                 mine, theirs};
     slice.add_up();
     slice.hand_out();
   }

@@ -87,6 +87,12 @@ class Pairs {
     return kind_ == kMulSupCon && C_ <= (in_.include_batch ? v_.anchors().rows : 0) + v_.segments[kKeys].rows;
   }
   int64_t classes() const { return C_; }
+  int64_t rows() const { return rows_; }  // anchors and keys, with their padding
+  int64_t labels() const {                // that they have
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows_; ++i) total += int64_t(ones_[i]);
+    return total;
+  }
   double class_share(int64_t c) const { return double(of_class_[c]); }
 
   // Calls f(c) for every label of a row.

@@ -48,13 +48,15 @@ struct Vectors {
   int64_t padded() const { return anchors().panels * P; }  // anchors and the padding behind them
   T* panel(int64_t p) { return z.get() + p * depth * P; }
   Pair* pair_panel(int64_t p) { return pairs.get() + p * pair_depth * P; }
-  // Number d of the vector in a lane of panel p.
-  T number(int64_t p, int64_t d, int lane) const {
-    if (!paired) return z[(p * depth + d) * P + lane];
-    const uint32_t two = pairs[(p * pair_depth + d / 2) * P + lane].bits, bits = d % 2 ? two & 0xffff0000u : two << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return T(value) * remainder[p * P + lane];
+  // Numbers [d0, d0 + count) of panel p's pairs as far as there are any, a vector in a row of `rows` [P][count].
+  void unpack(int64_t p, int64_t d0, int count, T* rows) {
+    for (int d = 0; d < count && d0 + d < D; d += 2)
+      for (int l = 0; l < P; ++l) {
+        const uint32_t two = pair_panel(p)[(d0 + d) / 2 * P + l].bits, bits[2] = {two << 16, two & 0xffff0000u};
+        float both[2];
+        memcpy(both, bits, sizeof both);
+        for (int h = 0; h < 2; ++h) rows[l * count + d + h] = T(both[h]) * remainder[p * P + l];
+      }
   }
 
   const Array& array(int segment) const {
