@@ -164,7 +164,7 @@ def large(dtype: torch.dtype = torch.float32) -> list[Wish]:
             "sadcl": run_of(ours, parts, weightings[0]),
         },
         flops=4.0 * LARGE.n**2 * LARGE.d,
-        rounds=5,
+        rounds=4,
         warmup=1,
         slow=60,
     )
