@@ -46,7 +46,8 @@ class Pairs {
   Scratch<uint8_t> active;  // [padded] whether there is a positive
   bool valid = true;        // labels hold nothing but 0, 1, -1
 
-  explicit Pairs(Vectors<T>& v)
+  // known: what `give_terms` gave in the forward, or null: count.
+  explicit Pairs(Vectors<T>& v, const T* known = nullptr)
       : lam(v.padded() + 1), share(v.padded() + 1), active(v.padded() + 1), v_(v), in_(v.in), kind_(v.in.weighting),
         C_(v.in.labels.dims ? v.in.labels.shape[1] : 0), words_((C_ + kBits - 1) / kBits),
         rows_((v.segments[kKeys].first + v.segments[kKeys].panels) * P), has_(rows_ * words_ + 1),
@@ -59,7 +60,7 @@ class Pairs {
     [[maybe_unused]] const int threads = v.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < v_.anchors().rows; ++i) {
-      if (kind_ == kMsc) count_msc(i);
+      if (kind_ == kMsc) known != nullptr ? take_terms(i, known + i * C_) : count_msc(i);
       share[i] = 1;
     }
   }
@@ -76,6 +77,12 @@ class Pairs {
     if (count == 0) return;
     const double divisor = kind_ == kDense ? 1.0 : count;
     share[i] = T(1 / divisor), lam[i] = total / divisor;
+  }
+
+  // msc: what the classes of an anchor weigh, [N, C], from a pass over all pairs of labels.
+  void give_terms(T* to) const {
+    for (int64_t i = 0; i < v_.anchors().rows; ++i)
+      for (int64_t c = 0; c < C_; ++c) to[i * C_ + c] = entry(i, c);
   }
 
   // Whether f is the same from both sides.
@@ -355,6 +362,10 @@ class Pairs {
     });
     for_labels(i,
                [&](int64_t c) { entry(i, c) = T(class_weight(c) / double(entry(i, c))), lam[i] += class_weight(c); });
+  }
+
+  void take_terms(int64_t i, const T* known) {
+    for_labels(i, [&](int64_t c) { entry(i, c) = known[c], active[i] = 1, lam[i] += class_weight(c); });
   }
 
   // Calls f(first lane, segment, lanes that are columns of i) over rows and keys.

@@ -85,7 +85,7 @@ def test_memory_does_not_grow_with_the_square() -> None:
     assert saved_numbers(x.detach(), labels) == []
 
 
-@pytest.mark.parametrize("kind", ["any", "mulsupcon", "jaccard", "overlap", "simdis", "dense"])
+@pytest.mark.parametrize("kind", ["any", "mulsupcon", "jaccard", "overlap", "simdis", "msc", "dense"])
 @pytest.mark.parametrize("kept", ["everything", "half", "sums", "nothing"])
 def test_the_backward_takes_what_was_kept(
     monkeypatch: pytest.MonkeyPatch, kept: str, kind: str, every_isa: str
