@@ -234,9 +234,9 @@ def growth() -> list[Wish]:
     few, last = GROWTH
     square = (last.n / few.n) ** 2
     packed = 2 * -(-last.c // 32) / last.d  # two bits a label, in units of N D floats
-    times = lines[last.n][1] / lines[few.n][1] / square
+    slower = lines[last.n][1] / lines[few.n][1] / square
     return [
-        Wish(f"mlc {last.n}", f"{square:g} times the time at {few.n}", 1.2, times),
+        Wish(f"mlc {last.n}", f"{square:g} times the time at {few.n}", 1.2, slower),
         Wish(f"mlc {last.n}", "N D floats of memory (8, and labels)", 8 + packed, lines[last.n][3]),
     ]
 
