@@ -112,8 +112,10 @@ compilers: ## the kernels by aarch64 gcc and clang (installed), compiled alone
 		clang++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
 		clang++ $(STRICT) -DSADCL_ISA=avx2 -mavx2 -mfma -mf16c -Icsrc $$file || exit 1; \
 	done
-	clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 \
-		-Icsrc csrc/sscl.cpp
+	for file in csrc/sscl.cpp csrc/mlc.cpp; do \
+		clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq \
+			-mavx512vpopcntdq -mavx512bf16 -Icsrc $$file || exit 1; \
+	done
 	clang++ $(STRICT) -DSADCL_ISA=avx512_popcnt -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq \
 		-mavx512vpopcntdq -Icsrc csrc/mlc.cpp
 
