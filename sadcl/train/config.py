@@ -39,6 +39,8 @@ class ModelConfig:
 
     Args:
         backbone: name of the feature extractor.
+        strides: of the backbone's maps that the head reads, the finest first, such as [16, 32]; default: the last map
+            (of efficientnet_lite2 these two).
         pretrained: start the backbone from its packaged weights (true), or from a file (its path).
         train_backbone: fine-tune it; otherwise it is frozen and its feature maps are computed once.
         frozen: with train_backbone, what stays frozen: nothing, or the backbone's default (ResNets: stem and layer1).
@@ -54,7 +56,8 @@ class ModelConfig:
         dropout: dropout of encoder and decoder.
     """
 
-    backbone: str = "efficientnet_lite0"
+    backbone: str = "efficientnet_lite2"
+    strides: list[int] | None = None
     pretrained: bool | str = True
     train_backbone: bool = False
     frozen: Literal["none", "default"] = "none"
