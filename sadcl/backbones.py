@@ -110,6 +110,8 @@ class Backbone(nn.Module):
             self._find_grid(shape[1])
         if finer:
             self.feature_size = tuple(finer[0].shape[2:])
+        for name in self._unused() if "" not in self.frozen else ():
+            body.get_parameter(name).requires_grad_(False)
         self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -237,6 +239,31 @@ class Backbone(nn.Module):
                 f"backbone: {type(self.body).__name__} cannot take images of {size[0]} x {size[1]}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _unused(self) -> list[str]:
+        """Trained parameters that the maps do not depend on (poolings, heads): nothing would ever come to them, which
+        DistributedDataParallel takes for a mistake."""
+        trained = {
+            k: v.detach().to("meta").requires_grad_() for k, v in self.body.named_parameters() if v.requires_grad
+        }
+        state = {k: v.detach().to("meta") for k, v in [*self.body.named_parameters(), *self.body.named_buffers()]}
+        raw = _Raw(self.body, self._features)
+        modes = {module: module.training for module in self.body.modules()}
+        self.body.eval()
+        try:
+            given = {f"body.{k}": v for k, v in {**state, **trained}.items()}
+            with torch.enable_grad():
+                maps = torch.func.functional_call(
+                    raw, given, (torch.empty(1, 3, *self.preprocessing.size, device="meta"),)
+                )
+                total = torch.stack([part.sum() for part in ((maps,) if isinstance(maps, Tensor) else maps)]).sum()
+            gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+            return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+        except Exception:  # a network that the meta device cannot run
+            return []
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -199,3 +199,20 @@ def test_norms_that_do_not_follow_their_convolution_are_left():
     body.bn.running_var.fill_(3.0)
     backbone = Backbone(body, lambda body, images: body(images), Preprocessing((16, 16)), (), True).eval()
     assert folded(backbone) is backbone and isinstance(body.bn, torch.nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("vit_base_patch16_siglip_gap_224", set()),
+        ("vit_base_patch16_siglip_224", {"attn_pool"}),
+        ("convnext_atto", {"head"}),
+        ("efficientnet_lite2", set()),
+        ("resnet18", set()),
+    ],
+)
+def test_what_the_maps_do_not_depend_on_is_not_trained(name, unused):
+    with torch.device("meta"):
+        backbone = build_backbone(name, image_size=64, frozen="none", freeze_norm=False)
+    still = {key.split(".")[0] for key, value in backbone.body.named_parameters() if not value.requires_grad}
+    assert still == unused
