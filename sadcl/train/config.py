@@ -192,7 +192,8 @@ class TrainConfig:
         batch_size: images a batch of one process; also the number of slots in the memory bank.
         control: also continue step 1 for as long as step 2 runs, so that the two can be compared fairly.
         plots: draw curves, attention overlays and the embedding scatter.
-        amp: forward in bfloat16, or in float16 with a gradient scaler (GPU only). The losses stay in float32.
+        amp: forward in bfloat16, or in float16 with a gradient scaler (GPU only). The losses stay in float32. A frozen
+            backbone then runs in bfloat16, either way.
         channels_last: the backbone's weights and maps in NHWC memory order, often faster.
         checkpoint_every: optimizer steps between two writes of last.pt; 0: at the ends of epochs only.
         eval_image_size: also measure the finished models on validation pictures of this size.

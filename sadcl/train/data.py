@@ -211,12 +211,14 @@ def as_features(
     # 64 at a time in the default layout, whose large activations are returned to the system after every layer.
     backbone = folded(model.backbone).eval()
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    low = torch.bfloat16 if config.amp != "off" else None  # float16 overflows in some networks, and is none of a CPU's
     chunk = 8 if device.type == "cpu" else 256
 
     @torch.inference_mode()
     def extract(batch: Tensor) -> Maps:
         parts = model.preprocessing(batch.to(device)).split(chunk)
-        maps = [backbone(part.contiguous(memory_format=torch.channels_last)) for part in parts]
+        with torch.autocast(device.type, low, enabled=low is not None):
+            maps = [backbone(part.contiguous(memory_format=torch.channels_last)) for part in parts]
         return torch.cat(maps) if isinstance(maps[0], Tensor) else tuple(map(torch.cat, zip(*maps, strict=True)))
 
     sides = []
@@ -229,6 +231,7 @@ def as_features(
             key["items"] = side.fingerprint()  # a list may have been edited since,
         key["files"] = [DECODING, side.stamp()]  # and pictures replaced
         key["preprocessing"] = model.preprocessing.to_dict()
+        key["bfloat16"] = low is not None
         key["backbone"] = [config.model.backbone, model.backbone.strides, _digest(model.backbone)]
         sides.append(
             cached_features(

@@ -15,6 +15,7 @@ import timm  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_train import pictures, quiet, tiny  # noqa: E402, F401
 
+from sadcl._backends import BackendInfo  # noqa: E402
 from sadcl.checkpoint import load_checkpoint, restore_model  # noqa: E402
 from sadcl.cli import main  # noqa: E402
 from sadcl.commands.train import train  # noqa: E402
@@ -82,6 +83,30 @@ def test_a_killed_extraction_goes_on(
         direct = run.model.backbone(run.model.preprocessing(run.images.train[20][0])[None])
     for kept, fresh in zip(run.train_set[20][0], direct, strict=True):
         torch.testing.assert_close(kept, fresh[0], rtol=2e-3, atol=2e-3 * float(fresh.abs().max()))
+
+
+def test_frozen_backbones_run_in_bfloat16_under_amp(
+    pictures: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    exact, low = (Run(tiny(pictures, tmp_path / amp, **SEVERAL, amp=amp), quiet).val_set for amp in ("off", "bf16"))
+    for want, got in zip(exact[3][0], low[3][0], strict=True):
+        error = float((want - got).abs().max() / want.abs().max())
+        assert 1e-4 < error < 0.05, "bfloat16 has 8 bits"
+
+
+def test_a_run_without_the_extension_says_why(
+    pictures: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"cpp": BackendInfo(False, reason="the C++ extension was not built: it needs a C++17 compiler")}
+    monkeypatch.setattr("sadcl.train.run.backends", lambda: found)
+    said: list[str] = []
+    Run(tiny(pictures, tmp_path), said.append)
+    assert "torch's operators do the work of the C++ kernels: the C++ extension was not built: it needs" in "".join(
+        said
+    )
 
 
 def test_a_foreign_shard_ends_the_command_with_its_name(
