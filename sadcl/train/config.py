@@ -218,7 +218,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    step1: StepConfig = field(default_factory=lambda: StepConfig(epochs=3))
+    step1: StepConfig = field(default_factory=StepConfig)
     step2: StepConfig = field(default_factory=lambda: StepConfig(learning_rate=1e-4))
 
     def as_dict(self) -> dict[str, Any]:
