@@ -12,7 +12,7 @@ LabelAttention make_label_attention(const Fields& given) {
   a.query = given.tensor("query"), a.memory = given.tensor("memory"), a.memory_pos = given.optional("memory_pos");
   a.in_weight = given.tensor("in_weight"), a.in_bias = given.optional("in_bias");
   a.out_weight = given.tensor("out_weight"), a.out_bias = given.optional("out_bias");
-  a.heads = given.integer("heads"), a.folded = given.flag("folded");
+  a.heads = given.integer("heads"), a.folded = given.flag("folded"), a.rounded = given.flag("rounded");
   a.keep_scale = given.number("keep_scale"), a.threads = given.threads();
   check_rank("memory", a.memory, 3);
   const bool wide = a.memory.dtype == kF64;

@@ -21,6 +21,7 @@ struct LabelAttention {
   double keep_scale;         // ... and by what it multiplies it
   int64_t heads;
   bool folded;
+  bool rounded;  // bfloat16 throughout, where the processor multiplies it: what one product hands the next is rounded
   int threads;
 
   void* out;      // T [B, C, E]

@@ -10,10 +10,10 @@
 
 SADCL_KERNELS_BEGIN
 
-template <class T>
+template <class T, class Product>
 struct Folded {
   const Problem<T>& p;
-  Matmul<T>& mm;
+  Product& mm;
   T *q, *keys, *values, *context, *weights, *mass;
 
   int64_t width() const { return p.H * p.C; }

@@ -4,10 +4,10 @@
 
 SADCL_KERNELS_BEGIN
 
-template <class T>
+template <class T, class Product>
 struct Plain {
   const Problem<T>& p;
-  Matmul<T>& mm;
+  Product& mm;
   T *q, *keys, *values, *context, *weights, *mass;
 
   // Head h of image b of a matrix [B * rows, E], rows outside or summed over; `shared`: the same for all images.

@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
     heads: int
     folded: bool
     keep_scale: float  # what dropout multiplies its survivors by
+    rounded: bool = False  # whether bfloat16 products, where the processor has them, may round what they are given
 
 
 class Outputs(NamedTuple):

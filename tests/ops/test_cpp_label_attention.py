@@ -46,7 +46,7 @@ def make(b: int, c: int, l: int, heads: int, d: int, shared: bool = True, dtype=
     return query, normal(b, l, e), *weights, normal(l, e)
 
 
-def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Tensor | None = None, dtype=None):
+def run(tensors, heads: int, upstream: Tensor, backend: str | None, form: str, mask: Tensor | None = None, dtype=None):
     """Output and gradients of all tensors."""
     leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in tensors]
     *inputs, pos = leaves
@@ -60,7 +60,15 @@ def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Te
 
 
 @functools.lru_cache(maxsize=32)
-def budgets(shape: tuple[int, ...], form: str, shared: bool, padded: bool, own_pos: bool, dtype: torch.dtype):
+def budgets(
+    shape: tuple[int, ...],
+    form: str,
+    shared: bool,
+    padded: bool,
+    own_pos: bool,
+    dtype: torch.dtype,
+    arithmetic: torch.dtype = torch.float32,
+):
     """Tensors, upstream gradient, padding, and what the oracle says of output and gradients."""
     b, c, length, heads, _ = shape
     mask = torch.zeros(b, length, dtype=torch.bool) if padded else None
@@ -70,7 +78,7 @@ def budgets(shape: tuple[int, ...], form: str, shared: bool, padded: bool, own_p
     *tensors, pos = make(*shape, shared=shared, dtype=dtype)
     tensors.append(pos.expand(b, -1, -1) if own_pos else pos)
     upstream = torch.randn(b, c, pos.shape[-1], generator=torch.Generator().manual_seed(9)).to(dtype)
-    wanted = error_budgets(lambda: run(tensors, heads, upstream, "reference", form, mask, torch.float64))
+    wanted = error_budgets(lambda: run(tensors, heads, upstream, "reference", form, mask, torch.float64), arithmetic)
     return tensors, upstream, mask, wanted
 
 
@@ -126,6 +134,25 @@ def test_bfloat16_is_accumulated_in_float32(form: str, isa: str) -> None:
     own = run(tensors, 2, upstream, "cpp", form)[-1]
     shared = run([*tensors[:-1], tensors[-1][0]], 2, upstream, "cpp", form)[-1]
     assert torch.equal(shared, own.sum(0))
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1, 16), (3, 5, 7, 3, 13), (2, 20, 33, 2, 24), (1, 3, 600, 1, 31)], ids=str)
+def test_rounded_bfloat16_products(shape, shared: bool, form: str, isa: str) -> None:
+    """With no backend named a processor that multiplies bfloat16 does; odd sizes leave half a pair, 600 is two cuts."""
+    padded = shape[0] > 1
+    tensors, upstream, mask, wanted = budgets(shape, form, shared, padded, True, torch.bfloat16, torch.bfloat16)
+    if mask is not None:  # what is dropped is dropped out of pairs, too
+        tensors = [tensors[0], tensors[1].masked_fill(mask[:, :, None], torch.nan), *tensors[2:]]
+    ours = run(tensors, shape[3], upstream, None, form, mask)
+    for name, got, want in zip(NAMES, ours, wanted, strict=True):
+        assert_within_budget(name, got, want)
+    if shape[2] == 33:
+        named = run(tensors, shape[3], upstream, "cpp", form, mask)
+        same = all(torch.equal(a, b) for a, b in zip(ours, named, strict=True))
+        assert same == (isa != "avx512_bf16")
 
 
 @pytest.mark.parametrize("form", FORMS)
