@@ -205,7 +205,7 @@ def arguments(dtype: torch.dtype, folded: bool, shared: bool, grad: bool) -> tup
     query, memory, *weights, pos = (t.requires_grad_(grad) for t in make(2, 3, 5, 2, 4, shared=shared, dtype=dtype))
     padded = torch.tensor([[False] * 5, [False, True, True, False, True]])
     kept = torch.rand(2, 5, 6) > 0.3
-    return query, memory, *weights, pos.expand(2, -1, -1), padded, kept, 2, folded, 1 / 0.7, "cpp"
+    return query, memory, *weights, pos.expand(2, -1, -1), padded, kept, 2, folded, 1 / 0.7, True, "cpp"
 
 
 @pytest.mark.parametrize("folded, shared, grad", list(itertools.product([False, True], repeat=3)))
@@ -216,11 +216,11 @@ def test_opcheck(folded: bool, shared: bool, grad: bool) -> None:
 
 @pytest.mark.parametrize("folded, shared", list(itertools.product([False, True], repeat=2)))
 def test_gradcheck_of_output_and_weights(folded: bool, shared: bool) -> None:
-    *tensors, padded, kept, heads, _, scale, name = arguments(torch.float64, folded, shared, True)
+    *tensors, padded, kept, heads, _, scale, rounded, name = arguments(torch.float64, folded, shared, True)
     leaves = [t.detach().contiguous().requires_grad_() for t in tensors]
 
     def call(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.sadcl.label_attention(*values, padded, kept, heads, folded, scale, name)[:2]
+        return torch.ops.sadcl.label_attention(*values, padded, kept, heads, folded, scale, rounded, name)[:2]
 
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 

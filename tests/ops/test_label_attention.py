@@ -174,7 +174,7 @@ def test_the_choice_is_what_runs(monkeypatch):
 
     ran: list[str] = []
     fused, attend = ops._fused, ops.portable.attend
-    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append(a[-2]), fused(*a))[1])
+    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append(a[-3]), fused(*a))[1])
     monkeypatch.setattr(ops.portable, "attend", lambda *a: (ran.append(a[-1]), attend(*a))[1])
     many, few = torch.randn(300, 64), torch.randn(2, 64)
     module = LabelAttention(64, 1)
