@@ -8,6 +8,7 @@ Backend ``cpp`` is one op (:mod:`sadcl.ops.label_attention`), ``triton`` torch's
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,15 @@ from ..reference.label_attention import label_attention as _reference
 from . import label_attention_core as core
 
 BACKENDS = ("cpp", "triton", "torch")
+
+
+def _has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles (AMX): oneDNN does, behind torch, and our kernels not."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
+
+
+TORCH_HAS_TILES = _has_tiles()  # when this module loads: a call under torch.compile only reads it
 
 
 def label_attention(
@@ -122,6 +132,8 @@ def label_attention(
     if chosen == "triton":
         return core.attend(*arguments, chosen)
     by_name = backend is not None or bool(os.environ.get("SADCL_BACKEND"))
+    if TORCH_HAS_TILES and not by_name and all(t.dtype == torch.bfloat16 for t in (query, memory, in_proj_weight)):
+        return portable.attend(*arguments)
     return _fused(*arguments, not by_name, chosen)
 
 

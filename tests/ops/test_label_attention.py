@@ -184,6 +184,22 @@ def test_the_choice_is_what_runs(monkeypatch):
     assert ran == ["plain", "folded"]
 
 
+@pytest.mark.parametrize("name, dtype, torchs", [
+    (None, torch.bfloat16, True), ("cpp", torch.bfloat16, False), (None, torch.float32, False),
+])  # fmt: skip
+def test_bfloat16_goes_to_torch_where_the_processor_has_tiles(monkeypatch, name, dtype, torchs):
+    ops = importlib.import_module("sadcl.functional.label_attention")
+    ran: list[str] = []
+    fused, attend = ops._fused, ops.portable.attend
+    monkeypatch.setattr(ops, "TORCH_HAS_TILES", True)
+    monkeypatch.delenv("SADCL_BACKEND", raising=False)
+    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append("cpp"), fused(*a))[1])
+    monkeypatch.setattr(ops.portable, "attend", lambda *a: (ran.append("torch"), attend(*a))[1])
+    module = LabelAttention(64, 1, backend=name).to(dtype)
+    module(torch.randn(3, 64).to(dtype), torch.randn(4, 20, 64).to(dtype))
+    assert ran == ["torch" if torchs else "cpp"]
+
+
 def test_gradcheck():
     module, query, memory, memory_pos = make(True, "shared")
     for form in FORMS:
