@@ -41,22 +41,29 @@ void backward_by(const LabelAttentionBackward& g) {
   const int64_t E = p.E, labels = p.B * p.C;
   const Vector<T> bias(a.in_bias, 3 * E);
   const Index out_rows = Problem<T>::rows_of(g.grad_out), out_columns = {g.grad_out.stride[2]};
+  auto narrower = [](const void* wanted, const Array& weight) { return wanted && weight.dtype != own_dtype<T>(); };
+  WeightGradients<T> made(
+      E * E, narrower(g.grad_out_weight, a.out_weight) || narrower(g.grad_in_weight, a.in_weight), mm.threads());
   if (g.grad_out_weight != nullptr)
-    mm({E, E, labels}, operand(source(g.grad_out, out_columns, out_rows)),
-       operand(source(static_cast<T*>(a.context), {1}, {E})), result(static_cast<T*>(g.grad_out_weight), {E}));
+    made(g.grad_out_weight, a.out_weight.dtype, 0, [&](T* to) {
+      mm({E, E, labels}, operand(source(g.grad_out, out_columns, out_rows)),
+         operand(source(static_cast<T*>(a.context), {1}, {E})), result(to, {E}));
+    });
   if (!g.grad_query && !g.grad_memory && !g.grad_pos && !g.grad_in_weight) return;
   Scratch<T> grad_context(labels * E), grad_q(p.Q * p.C * E);
   mm({labels, E, E}, operand(source(g.grad_out, out_rows, out_columns)), operand(p.out_weight(false)),
      result(grad_context.get(), {E}));
   T* dq = g.grad_query || g.grad_in_weight ? grad_q.get() : nullptr;
-  if (a.folded) form<Folded>(p, mm).backward(g, grad_context.get(), dq, bias);
-  else form<Plain>(p, mm).backward(g, grad_context.get(), dq);
+  if (a.folded) form<Folded>(p, mm).backward(g, grad_context.get(), dq, bias, made);
+  else form<Plain>(p, mm).backward(g, grad_context.get(), dq, made);
   if (g.grad_query != nullptr)
     mm({p.Q * p.C, E, E}, operand(source(dq, {E}, {1})), operand(p.weight(0, false, false)),
        result(static_cast<T*>(g.grad_query), {E}));
   if (g.grad_in_weight == nullptr) return;
-  mm({E, E, p.Q * p.C}, operand(source(dq, {1}, {E})), operand(source(a.query, p.query_columns(), p.query_rows())),
-     result(static_cast<T*>(g.grad_in_weight), {E}));
+  made(g.grad_in_weight, a.in_weight.dtype, 0, [&](T* to) {
+    mm({E, E, p.Q * p.C}, operand(source(dq, {1}, {E})), operand(source(a.query, p.query_columns(), p.query_rows())),
+       result(to, {E}));
+  });
   column_sums<T>(dq, p.Q * p.C, E, nullptr, 1, static_cast<T*>(g.grad_in_bias), mm.threads());
 }
 
