@@ -125,7 +125,8 @@ def run(ptx: str | Program, grid: int | Sequence[int], args: Sequence[Any], **op
         ptx: text with one kernel.
         grid: blocks, up to three numbers.
         args: one a parameter: numpy arrays and CPU tensors (of any strides: bytes between their elements are out of
-            bounds), ints, floats, None for a null pointer. Arrays are written in place.
+            bounds), ints, floats, None for a null pointer, tuples of ints for structs of 64-bit integers that are
+            passed by value. Arrays are written in place.
         shared: bytes of dynamic shared memory.
         order: of warps between barriers, and of blocks: 0 ascending, 1 descending, others draw one.
         uninitialised: those of the arrays that hold no values yet; or pairs of an array and a mask of its bytes
@@ -155,6 +156,8 @@ class _Memory:
 
     def bits_of(self, value: Any, width: int) -> np.ndarray:
         """The bytes of a parameter."""
+        if isinstance(value, tuple):
+            return np.array(value, np.int64).view(np.uint8)
         if value is None or isinstance(value, (int, np.integer)):
             number = int(value or 0) & ((1 << 8 * width) - 1)
         elif isinstance(value, float):

@@ -93,9 +93,10 @@ class _Parser:
                 if instruction.target not in self.labels:
                     raise ValueError(f"line {instruction.line}: no label {instruction.target}")
                 instruction.numbers = (self.labels[instruction.target],)
-        threads = re.search(r"\.reqntid\s+(\d+)", header)
+        # NVRTC knows an upper bound alone (__launch_bounds__): a launch has as many.
+        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", header)
         if threads is None:
-            raise ValueError(".reqntid: expected the number of threads of a block, which the executor needs")
+            raise ValueError(".reqntid or .maxntid: expected the threads of a block, which the executor needs")
         name = re.search(r"\.entry\s+([\w$]+)", header)
         assert name is not None
         special = [self.numbers.get(register, -1) for register in _SPECIAL]
@@ -116,9 +117,12 @@ class _Parser:
 
     def _parameters(self, header: str) -> list[tuple[int, int]]:
         found, offset = [], 0
-        for kind, name in re.findall(r"\.param\s+\.(\w+)(?:\s+\.ptr[^,\n)]*?)?\s+([\w$]+)\s*[,\n)]", header):
-            size = _WIDTHS["b" + kind[1:]] // 8 if kind[1:] != "8" else 1
-            offset = -(-offset // size) * size
+        form = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^,\n)]*?)?\s+([\w$]+)(?:\[(\d+)\])?\s*[,\n)]"
+        for alignment, kind, name, count in re.findall(form, header):
+            item = _WIDTHS["b" + kind[1:]] // 8 if kind[1:] != "8" else 1
+            size = item * int(count or 1)  # an array is a struct that is passed by value
+            whole = int(alignment or item)
+            offset = -(-offset // whole) * whole
             self.offsets[name] = offset
             found.append((offset, size))
             offset += size

@@ -1,0 +1,49 @@
+"""Op ``asl``: asymmetric loss and its derivative; a block an image."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sadcl import _checks
+
+from ._launch import Program, launch
+from ._types import type_of
+
+
+def asl(x: Any, out: Any) -> None:
+    """Fill loss and derivative (the latter with ``save``), see :mod:`sadcl.ops.asl`."""
+    if _checks.reads_values(x.labels):
+        _checks.check_soft_labels(x.labels)
+    b, c = x.logits.shape
+    weight = None if x.class_weight is None else x.class_weight.to(out.loss.dtype)
+    program = Program(
+        "asl",
+        "asl_forward",
+        {
+            "X": type_of(x.logits),
+            "Y": type_of(x.labels),
+            "W": int(weight is not None),
+            "CLIP": int(x.clip != 0),
+            "SUM_CLASSES": int(x.sum_classes),
+            "SAVE": int(x.save),
+        },
+    )
+    strides = (*x.logits.stride(), *x.labels.stride(), 0 if weight is None else weight.stride(0))
+    constants = (float(x.gamma_neg), float(x.gamma_pos), float(x.clip), math.log(x.eps), int(x.detach_focal_weight))
+    slope = out.slope if x.save else None
+    launch(
+        program, grid=b, threads=128, shared=32,
+        args=(x.logits, x.labels, weight, out.loss, slope, c, strides, *constants),
+    )  # fmt: skip
+
+
+def asl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
+    """Fill the gradient of the logits: upstream (``[B]`` or ``[B, C]``) times the derivative."""
+    grad, (_, c) = upstream.grad_loss, saved.slope.shape
+    strides = (grad.stride(0), grad.stride(1) if grad.dim() == 2 else 0)
+    count = saved.slope.numel()
+    launch(
+        Program("asl", "asl_backward", {"X": type_of(x.logits)}), grid=-(-count // 256), threads=256,
+        args=(grad, saved.slope, out.grad_logits, c, count, strides),
+    )  # fmt: skip
