@@ -17,11 +17,12 @@ import torch
 
 from ._checks import check_choice
 
-NAMES = ("cpp", "triton", "torch", "reference")
+NAMES = ("cpp", "triton", "cuda", "torch", "reference")
 _MIN_TRITON = (3, 6)
 # What the launchers know how to ask (ROCm's devices are "cuda" to torch); meta tensors only have their shapes worked
 # out. Others (xpu, mps, ...) run portable torch, Triton installed or not.
 _TRITON_DEVICES = ("cuda", "meta")
+_CUDA_DEVICES = ("cuda", "meta")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,14 @@ def backends() -> dict[str, BackendInfo]:
     """Say which backends work here and why the others do not.
 
     Returns:
-        A dict from backend name (``"cpp"``, ``"triton"``, ``"torch"``, ``"reference"``) to :class:`BackendInfo`.
+        A dict from backend name (``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``) to
+        :class:`BackendInfo`.
     """
     found = dict(_FOUND)
+    if found["cuda"].available and not torch.cuda.is_available():
+        found["cuda"] = BackendInfo(False, reason=f"no GPU that torch can use; its compiler is there: {_cuda_detail()}")
+    elif found["cuda"].available:
+        found["cuda"] = BackendInfo(True, detail=_cuda_detail())
     if found["triton"].available and not (torch.cuda.is_available() or triton_interprets()):
         found["triton"] = BackendInfo(False, reason="no GPU that torch can use, and TRITON_INTERPRET=1 is not set")
     return found
@@ -94,9 +100,31 @@ def _probe_triton() -> BackendInfo:
     return BackendInfo(True, detail=f"triton {version}")
 
 
+def _probe_cuda() -> BackendInfo:
+    """Looks for files and loads nothing: that takes a quarter of a second."""
+    from .cuda import _nvrtc
+
+    if torch.version.hip:
+        return BackendInfo(False, reason="it runs on NVIDIA GPUs, and this torch is for AMD's")
+    if _nvrtc.path() is None:
+        return BackendInfo(False, reason="NVRTC was not found; it comes with torch's CUDA wheels and the CUDA toolkit")
+    return BackendInfo(True, detail="NVRTC")
+
+
+def _cuda_detail() -> str:
+    from .cuda import _cache, _nvrtc
+
+    try:
+        major, minor = _nvrtc.version()
+    except RuntimeError as error:
+        return str(error)
+    return f"NVRTC {major}.{minor} ({_nvrtc.path()}), programs are kept in {_cache.folder()}"
+
+
 _FOUND = {
     "cpp": _probe_cpp(),
     "triton": _probe_triton(),
+    "cuda": _probe_cuda(),
     "torch": BackendInfo(True, detail=f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
     "reference": BackendInfo(True, detail="eager float64 oracle, for checking"),
 }
@@ -119,6 +147,8 @@ def _why_not(name: str, device_type: str) -> str:
         return "it runs on GPU tensors, and on CPU tensors only under TRITON_INTERPRET=1"
     if name == "triton" and device_type not in (*_TRITON_DEVICES, "cpu"):
         return f"it runs on CUDA and ROCm GPUs, not on {device_type}"
+    if name == "cuda" and device_type not in _CUDA_DEVICES:
+        return f"it runs on NVIDIA GPUs, not on {device_type}"
     return ""
 
 

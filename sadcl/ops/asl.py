@@ -16,7 +16,7 @@ from .._checks import check_soft_labels
 from .._dtypes import accumulation_dtype
 from ..portable import asl as portable
 from ._library import Backward, Into, Op
-from ._native import native, triton_kernel
+from ._native import cuda_kernel, native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -75,12 +75,18 @@ asl = Op(
     Inputs,
     Outputs,
     allocate,
-    {"cpp": Into(_cpp), "triton": Into(triton_kernel("asl", "asl")), "torch": portable.forward},
+    {
+        "cpp": Into(_cpp),
+        "triton": Into(triton_kernel("asl", "asl")),
+        "cuda": Into(cuda_kernel("asl", "asl")),
+        "torch": portable.forward,
+    },
     Backward(
         gradients=("logits", "labels", "class_weight"),
         implementations={
             "cpp": _with_rare_gradients(native("asl_backward")),
             "triton": _with_rare_gradients(triton_kernel("asl", "asl_backward")),
+            "cuda": _with_rare_gradients(cuda_kernel("asl", "asl_backward")),
             "torch": _with_rare_gradients(portable.backward),
         },
         partial=True,

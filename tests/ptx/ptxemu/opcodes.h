@@ -161,7 +161,6 @@ bf16 brain(bf16 a, bf16 b) {
     OP2("div.full.ftz.f32", f32, f32, f32, ftz(approximate_ulps(f64(ftz(a)) / f64(ftz(b)), a, b, 2))) \
     OP2("div.approx.f32", f32, f32, f32, approximate_ulps(f64(a) / f64(b), a, b, 2))               \
     OP1("rcp.approx.ftz.f64", f64, f64, gross_reciprocal(a))                                       \
-    OP1("cvta.to.global.u64", u64, u64, a) /* generic addresses are global ones */                 \
     /* integers of two widths */                                                                   \
     OP2("mul.wide.s16", s32, s16, s16, s32(a) * s32(b))                                            \
     OP2("mul.wide.u16", u32, u16, u16, u32(a) * u32(b))                                            \

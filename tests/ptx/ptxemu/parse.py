@@ -172,6 +172,7 @@ class _Parser:
             raise ValueError(f"line {self.line}: cannot read {text!r}")
         negated, guard, name, rest = found.groups()
         name = _HINTS.sub("", name).replace("shared::cta", "shared").removesuffix(".uni")
+        name = name.replace("cvta.to.global.", "mov.")  # a generic address of global memory is that address
         instruction = self._instruction(name, _operands(rest))
         if guard is not None:
             instruction.guard, instruction.negated = self._lookup(guard), negated == "!"
