@@ -41,8 +41,8 @@ struct Narrow {
 SADCL_INLINE float to_odd(double x) {
   const float near = __double2float_rn(x);
   if (double(near) == x || near != near) return near;
-  const float towards_zero = __double2float_rz(x);
-  return __int_as_float(__float_as_int(towards_zero) | 1);
+  const int32_t bits = __float_as_int(near);
+  return __int_as_float((fabs(double(near)) > fabs(x) ? bits - 1 : bits) | 1);
 }
 template <>
 struct Narrow<bf16> {

@@ -178,6 +178,18 @@ class _Parser:
             instruction.guard, instruction.negated = self._lookup(guard), negated == "!"
         instruction.source = self.source
         self.code.append(instruction)
+        if found := re.fullmatch(r"ld\..*\.s(8|16|32)", name):
+            self._extend_sign(instruction, int(found[1]))
+
+    def _extend_sign(self, load: Instruction, bits: int) -> None:
+        """A signed load into a wider register, which fills it, is a load and a conversion."""
+        for register in load.operands[: load.results]:
+            width = self.widths[register]
+            if width > bits:
+                opcode = f"cvt.s{width}.s{bits}"
+                index = self.table[opcode].index
+                self.code.append(Instruction(opcode, index, load.line, load.guard, load.negated, [register, register],
+                                             source=load.source))  # fmt: skip
 
     def _register(self, width: int) -> int:
         self.widths.append(width)
