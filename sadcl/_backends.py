@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ._checks import check_choice
+from .cuda import _cache, _nvrtc, _small
 
 NAMES = ("cpp", "triton", "cuda", "torch", "reference")
 _MIN_TRITON = (3, 6)
@@ -102,8 +103,6 @@ def _probe_triton() -> BackendInfo:
 
 def _probe_cuda() -> BackendInfo:
     """Looks for files and loads nothing: that takes a quarter of a second."""
-    from .cuda import _nvrtc
-
     if torch.version.hip:
         return BackendInfo(False, reason="it runs on NVIDIA GPUs, and this torch is for AMD's")
     if _nvrtc.path() is None:
@@ -112,8 +111,6 @@ def _probe_cuda() -> BackendInfo:
 
 
 def _cuda_detail() -> str:
-    from .cuda import _cache, _nvrtc
-
     try:
         major, minor = _nvrtc.version()
     except RuntimeError as error:
@@ -169,6 +166,16 @@ def takes_cpp(device: torch.device) -> bool:
     return os.environ.get("SADCL_BACKEND", "") in ("", "cpp") and not _why_not("cpp", device.type)
 
 
+def _prefers_cuda(op: str, device_type: str, sizes: tuple[int, ...]) -> bool:
+    """Whether a call without a backend is one for the CUDA C++ kernels.
+
+    Not where a graph is made: it serves any number of images, so nothing may be compared with that.
+    """
+    if device_type == "meta" or torch.compiler.is_compiling() or _why_not("cuda", device_type):
+        return False
+    return _small.is_small(op, sizes)
+
+
 def makes_program() -> bool:
     """Whether torch.export (so torch.onnx.export too) or torch.jit traces, for a program that may run elsewhere.
 
@@ -179,7 +186,7 @@ def makes_program() -> bool:
     return (exporting() or torch.jit.is_tracing()) and not os.environ.get("SADCL_BACKEND")
 
 
-def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
+def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...], sizes: tuple[int, ...] = ()) -> str:
     """The backend of a call that has no ``backend`` argument (classifier, bank): ``SADCL_BACKEND`` or the best.
 
     ``"reference"`` asks the losses for their oracles; here it means ``"torch"``.
@@ -187,11 +194,13 @@ def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...]
     Raises:
         RuntimeError: if the backend that ``SADCL_BACKEND`` names cannot run.
     """
-    asked = resolve(None, op, device, implemented)
+    asked = resolve(None, op, device, implemented, sizes)
     return "torch" if asked == "reference" else asked
 
 
-def resolve(backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
+def resolve(
+    backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...], sizes: tuple[int, ...] = ()
+) -> str:
     """Choose the backend of one call.
 
     Args:
@@ -199,6 +208,7 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
         op: name of the op, for the error message.
         device: where the tensors are.
         implemented: the backends that have this op, best first.
+        sizes: of the problem; small ones go to "cuda" on a GPU that can run it, whatever is best for large ones.
 
     Returns:
         One of :data:`NAMES`.
@@ -212,6 +222,8 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     if asked is None:
         if kind == "cpu" and implemented[0] == "cpp" and _FOUND["cpp"].available and not _OUTNUMBERED:
             return "cpp"
+        if kind in _CUDA_DEVICES and "cuda" in implemented and _prefers_cuda(op, kind, sizes):
+            return "cuda"
         for name in implemented:
             _refuse_misconfigured(name, kind)
             if not _why_not(name, kind) and not (name == "cpp" and _OUTNUMBERED):
@@ -223,7 +235,8 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
         return asked
     if asked not in implemented:
         have = ", ".join((*implemented, "reference"))
-        raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have})")
+        others = f"; ops with CUDA kernels: {', '.join(_small.implemented())}" if asked == "cuda" else ""
+        raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have}{others})")
     _refuse_misconfigured(asked, kind)
     why_not = _why_not(asked, kind)
     if why_not:

@@ -3,12 +3,12 @@
 // Forward: a block an image. Its threads walk over the classes; nearly all labels are 0, for which half the formula does.
 // At B = 32, C = 80 a thread has one element: the launch is the cost.
 //
-// Defines: X (logits), Y (labels), W (class weights: 0 or 1), CLIP, SUM_CLASSES, SAVE (0 or 1); backward: X, U (upstream).
+// Defines: LOGITS, LABELS (types); WEIGHTED (by class), CLIP, SUM_CLASSES, SAVE (0 or 1). Of the backward: LOGITS.
 #include "asl_formula.h"
 #include "device.h"
 
 SADCL_KERNELS_BEGIN
-using A = Accumulation<X>::type;
+using A = Accumulation<LOGITS>::type;
 
 #ifdef KERNEL_asl_forward
 constexpr int kThreads = 128;
@@ -18,7 +18,7 @@ struct Strides {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-asl_forward(const X* logits, const Y* labels, const A* weight, A* loss, A* slope, int64_t C, Strides stride,
+asl_forward(const LOGITS* logits, const LABELS* labels, const A* weight, A* loss, A* slope, int64_t C, Strides stride,
             double gamma_neg, double gamma_pos, double clip, double log_eps, int64_t detach) {
   const int64_t b = blockIdx.x;
   const Focus<A> focus(gamma_neg, gamma_pos, clip, log_eps, detach != 0);
@@ -29,7 +29,7 @@ asl_forward(const X* logits, const Y* labels, const A* weight, A* loss, A* slope
     if (y != A(-1)) {
       const A x = A(widen(logits[b * stride.logits[0] + c * stride.logits[1]]));
       e = y == A(0) ? all_negative<A, CLIP>(x, focus) : any_label<A, CLIP>(x, y, focus);
-      if (W) {
+      if (WEIGHTED) {
         const A w = weight[c * stride.weight];
         e.loss *= w, e.grad *= w;
       }
@@ -54,11 +54,11 @@ struct Strides {
 
 // grad = upstream slope; the upstream may be expanded (stride 0) over images or classes.
 extern "C" __global__ void __launch_bounds__(kThreads)
-asl_backward(const A* upstream, const A* slope, X* grad, int64_t C, int64_t count, Strides stride) {
+asl_backward(const A* upstream, const A* slope, LOGITS* grad, int64_t C, int64_t count, Strides stride) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const A u = upstream[i / C * stride.upstream[0] + i % C * stride.upstream[1]];
-  grad[i] = narrow<X>(u * slope[i]);
+  grad[i] = narrow<LOGITS>(u * slope[i]);
 }
 #endif
 

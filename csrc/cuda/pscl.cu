@@ -5,11 +5,12 @@
 // and one more block for the temperature, which sums over all scores and needs no other block.
 // At B = 32, C = 80, D = 1024 in bfloat16 5 MB are read, 1.6 us on an H100: below what a launch costs.
 //
-// Defines: X (features, prototypes), PACK (elements of a load; above 1 rows are contiguous and aligned to it), RELEASED.
+// Defines: FEATURES (type, of the prototypes too), PACK (elements of a load; above 1 rows are contiguous and aligned to it), RELEASED.
 #include "device.h"
 #include "pscl_formula.h"
 
 SADCL_KERNELS_BEGIN
+using X = FEATURES;
 using A = Accumulation<X>::type;
 
 struct Strides {

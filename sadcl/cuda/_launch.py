@@ -143,20 +143,22 @@ def launch(
 
 def pack(args: tuple[Any, ...]) -> tuple[Any, Any]:
     """Arguments as the driver wants them: their bytes one after another, and where each begins."""
-    form, values, offsets = ["<"], list[Any](), list[int]()
+    form, values, offsets = "<", list[Any](), list[int]()
     for arg in args:
         offsets.append(8 * len(values))
-        if arg is None:
-            form.append("Q"), values.append(0)
-        elif isinstance(arg, Tensor):
-            form.append("Q"), values.append(arg.data_ptr())
+        if isinstance(arg, tuple):
+            form += "q" * len(arg)
+            values += arg
         elif isinstance(arg, float):
-            form.append("d"), values.append(arg)
-        elif isinstance(arg, tuple):
-            form.append("q" * len(arg)), values.extend(arg)
+            form += "d"
+            values.append(arg)
+        elif isinstance(arg, int):
+            form += "q"
+            values.append(arg)
         else:
-            form.append("q"), values.append(arg)
-    buffer = ctypes.create_string_buffer(struct.pack("".join(form), *values), max(1, 8 * len(values)))
+            form += "Q"
+            values.append(0 if arg is None else arg.data_ptr())
+    buffer = ctypes.create_string_buffer(struct.pack(form, *values), max(1, 8 * len(values)))
     base = ctypes.addressof(buffer)
     return buffer, (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
 
@@ -178,7 +180,8 @@ def _probe(index: int) -> Part:
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
     _nvrtc.target_of(capability)
-    return Part(f"sm_{capability}", properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Part(f"sm_{capability}", properties.multi_processor_count, shared)
 
 
 def blocks_that_fit(program: Program, threads: int, shared: int, device: torch.device) -> int:

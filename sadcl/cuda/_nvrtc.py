@@ -100,7 +100,7 @@ def supported() -> tuple[int, ...]:
 
 
 def target_of(capability: int) -> str:
-    """What to compile for a device: its own ``sm_90``, or PTX of the newest older ``compute_90``, which its driver takes.
+    """What to compile for a device: its own ``sm_90``, or PTX of an older ``compute_90``, which its driver takes.
 
     Raises:
         RuntimeError: the device is older than the kernels.

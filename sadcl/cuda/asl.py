@@ -21,9 +21,9 @@ def asl(x: Any, out: Any) -> None:
         "asl",
         "asl_forward",
         {
-            "X": type_of(x.logits),
-            "Y": type_of(x.labels),
-            "W": int(weight is not None),
+            "LOGITS": type_of(x.logits),
+            "LABELS": type_of(x.labels),
+            "WEIGHTED": int(weight is not None),
             "CLIP": int(x.clip != 0),
             "SUM_CLASSES": int(x.sum_classes),
             "SAVE": int(x.save),
@@ -44,6 +44,6 @@ def asl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
     strides = (grad.stride(0), grad.stride(1) if grad.dim() == 2 else 0)
     count = saved.slope.numel()
     launch(
-        Program("asl", "asl_backward", {"X": type_of(x.logits)}), grid=-(-count // 256), threads=256,
+        Program("asl", "asl_backward", {"LOGITS": type_of(x.logits)}), grid=-(-count // 256), threads=256,
         args=(grad, saved.slope, out.grad_logits, c, count, strides),
     )  # fmt: skip

@@ -31,7 +31,9 @@ def pscl(x: Any, out: Any) -> None:
     """Fill ``out`` (:class:`sadcl.ops.pscl.Outputs`) from ``x`` (:class:`sadcl.ops.pscl.Inputs`)."""
     b, c, d = x.features.shape
     pack = _pack_of(x.features, x.prototypes)
-    program = Program("pscl", "pscl_forward", {"X": type_of(x.features), "PACK": pack, "RELEASED": int(x.released)})
+    program = Program(
+        "pscl", "pscl_forward", {"FEATURES": type_of(x.features), "PACK": pack, "RELEASED": int(x.released)}
+    )
     launch(
         program, grid=c, threads=512, shared=8 * 16,
         args=(x.features, x.prototypes, x.target.contiguous(), x.temperature, *out, b, c, d,
@@ -43,7 +45,9 @@ def pscl_backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:
     """Fill the gradients of features ``[B, C, D]``, prototypes ``[C, D]`` and temperature."""
     b, c, d = x.features.shape
     pack = _pack_of(x.features, x.prototypes, out.grad_features, out.grad_prototypes)
-    program = Program("pscl", "pscl_backward", {"X": type_of(x.features), "PACK": pack, "RELEASED": int(x.released)})
+    program = Program(
+        "pscl", "pscl_backward", {"FEATURES": type_of(x.features), "PACK": pack, "RELEASED": int(x.released)}
+    )
     grad = upstream.grad_class_loss
     launch(
         program, grid=c * -(-d // (128 * pack)) + 1, threads=128, shared=8 * (4 + 2 * 128),

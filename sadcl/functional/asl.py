@@ -53,7 +53,7 @@ def asymmetric_loss(
             ``"released"`` (``sum / B / C * 1000``).
         class_weight: ``[C]``, multiplies the elements of a class.
         sample_weight: ``[B]``, multiplies the elements of an image.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         float32 (float64 for float64 logits): a 0-d tensor, or ``[B, C]``.
@@ -71,7 +71,7 @@ def asymmetric_loss(
     check.check_choice("reduction", reduction, (*REDUCTIONS, "released"))
     focus = arguments.check_focus(gamma_neg, gamma_pos, clip, eps)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, logits)
-    name = resolve(backend, "asl", logits.device, BACKENDS)
+    name = resolve(backend, "asl", logits.device, BACKENDS, (b, c))
 
     by_image = reduction != "none"
     if name == "reference":

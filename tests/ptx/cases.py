@@ -110,9 +110,7 @@ def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False
     return [*(result.detach() for result in results), *zeros]
 
 
-def ours(
-    op: str, x: Any, executor: Executor, backend: str = "triton"
-) -> tuple[list[Tensor], list[str], list[Tensor]]:
+def ours(op: str, x: Any, executor: Executor, backend: str = "triton") -> tuple[list[Tensor], list[str], list[Tensor]]:
     """Results and gradients of the kernels, their names, and the upstream gradients.
 
     Everything that is given out must have been written, what only the backward reads included.

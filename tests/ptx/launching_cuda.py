@@ -51,6 +51,9 @@ def executing_cuda(executor: Executor | None = None, processors: int | None = No
     executor = executor or CudaExecutor()
     part = _launch.PARTS[ARCH]
     part = part if processors is None else replace(part, processors=processors)
-    with mock.patch.object(_backends, "_CUDA_DEVICES", ("cuda", "meta", "cpu")), executor.watching():
-        with _launch.recording(part, executor):
-            yield executor
+    with (
+        mock.patch.object(_backends, "_CUDA_DEVICES", ("cuda", "meta", "cpu")),
+        executor.watching(),
+        _launch.recording(part, executor),
+    ):
+        yield executor

@@ -263,6 +263,12 @@ void reduce(Warp& warp, const Instruction& i, u32 mask) {
     for (int lane = 0; lane < LANES; ++lane) warp.lanes<T>(i.operand[0])[lane] = total;
     warp.set_known(i.operand[0], mask, warp.known[i.operand[1].id] == ALL ? ALL : 0);
 }
+static void ballot(Warp& warp, const Instruction& i, u32 mask) {
+    if (*warp.lanes<u32>(i.operand[2]) != ALL) warp.machine->fault("divergence", "votes of less than a warp: not supported");
+    const u32 votes = *warp.lanes<u32>(i.operand[1]);
+    for (int lane = 0; lane < LANES; ++lane) warp.lanes<u32>(i.operand[0])[lane] = votes;
+    warp.set_known(i.operand[0], mask, warp.known[i.operand[1].id] == ALL ? ALL : 0);
+}
 static void warp_barrier(Warp& warp, const Instruction&, u32) { ++warp.step; }
 
 struct Add {
@@ -309,6 +315,7 @@ const std::vector<Opcode>& opcodes() {
         {"shfl.sync.down.b32", "wwwww", TOGETHER, nullptr, shuffle<DOWN>},
         {"shfl.sync.bfly.b32", "wwwww", TOGETHER, nullptr, shuffle<BUTTERFLY>},
         {"shfl.sync.idx.b32", "wwwww", TOGETHER, nullptr, shuffle<INDEX>},
+        {"vote.sync.ballot.b32", "wpw", TOGETHER, nullptr, ballot},
         {"redux.sync.add.s32", "www", TOGETHER, nullptr, reduce<u32, Add>},
         {"redux.sync.add.u32", "www", TOGETHER, nullptr, reduce<u32, Add>},
         {"redux.sync.min.s32", "www", TOGETHER, nullptr, reduce<s32, Least>},
