@@ -22,8 +22,8 @@ LIMITS: dict[str, tuple[int, str]] = {
     ),
     "pscl": (
         1 << 23,
-        "B C D: one launch in place of two each way (3 us). C blocks read all of it: 16 MB in bfloat16 are 9 us at half "
-        "of an H100's bandwidth, beyond which more blocks are worth the second launch",
+        "B C D: one launch in place of two each way (3 us). C blocks read all of it: 16 MB in bfloat16 are 9 us at "
+        "half of an H100's bandwidth, beyond which more blocks are worth the second launch",
     ),
     "bank_update": (
         1 << 23,
