@@ -95,6 +95,7 @@ class Kernel:
         seed: int = 0,
         limit: int = LIMIT,
         strict_warps: bool = False,
+        resident: int = 0,
     ) -> Result:
         """Launch, see :func:`run`."""
         if len(args) != len(self.program.parameters):
@@ -111,7 +112,7 @@ class Kernel:
         answer = self._library.ptx_launch(
             self._machine, _at(dimensions), _at(parameters), len(parameters), _at(regions), len(regions), _at(views),
             len(views), shared, ctypes.c_uint64(order), ctypes.c_uint64(limit), ctypes.c_double(approximation),
-            ctypes.c_uint64(seed), int(strict_warps), _at(hits),
+            ctypes.c_uint64(seed), int(strict_warps), resident, _at(hits),
         )  # fmt: skip
         if answer is not None:
             raise Fault(*answer.decode().split("\n", 1))
@@ -134,6 +135,7 @@ def run(ptx: str | Program, grid: int | Sequence[int], args: Sequence[Any], **op
         approximation: the share of their documented error that approximate instructions make, drawn by ``seed``.
         limit: of warps' instructions, after which the launch is taken to hang.
         strict_warps: whether lanes of one warp race too, unless ``bar.warp.sync`` stands between.
+        resident: blocks that run at once, where the kernel has atomic operations or the like; 0: all.
 
     Raises:
         Fault: the kernel reads, writes, or waits as it must not; says where.

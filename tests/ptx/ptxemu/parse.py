@@ -17,6 +17,15 @@ _SPECIAL = ("%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%cta
 _HINTS = re.compile(r"\.(L1::[a-z_]+|L2::[A-Za-z0-9_]+|nc|level::[a-z_]+|uni)\b")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([248]))?\.[busf](8|16|32|64)")
+# Accesses by which blocks may wait for each other; those of a narrower scope than the grid are not known.
+_STRONG = re.compile(
+    r"(ld|st)\.(?:volatile|(relaxed|acquire|release)\.(?:gpu|sys))(?:\.global)?(?:\.v([248]))?\.[busf](8|16|32|64)"
+)
+_ATOMIC = re.compile(
+    r"(atom|red)(?:\.(relaxed|acquire|release|acq_rel))?(?:\.(?:gpu|sys))?(?:\.global)?\.(\w+\.[busf](?:32|64))"
+)
+_FENCE = re.compile(r"(?:membar|fence(?:\.sc|\.acq_rel)?)(?:\.(?:(gl|gpu|sys)|(cta)))?")
+_ORDERS = {None: 0, "relaxed": 0, "acquire": 1, "release": 2, "acq_rel": 3}
 _MATRICES = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global")
 
@@ -238,6 +247,8 @@ class _Parser:
         make = lambda opcode, *rest, **more: Instruction(name, self.table[opcode].index, self.line, *rest, **more)  # noqa: E731
         if found := _MEMORY.fullmatch(name):
             return self._memory(found, make, operands)
+        if ordered := self._ordered(name, make, operands):
+            return ordered
         if found := _MATRICES.fullmatch(name):
             values = [self._operand(part, 32) for part in _vector(operands[0])]
             register, offset = self._address(operands[1])
@@ -275,6 +286,31 @@ class _Parser:
         if second is not None:
             numbers.append(self._operand(second, 1))
         return make(name, operands=numbers, results=len(_vector(operands[0])))
+
+    def _ordered(self, name: str, make: object, operands: list[str]) -> Instruction | None:
+        """Loads, stores and changes of global memory with an order among blocks, and fences."""
+        if found := _STRONG.fullmatch(name):
+            kind, order, count, bits = found[1], found[2], int(found[3] or 1), int(found[4])
+            values, address = operands if kind == "ld" else operands[::-1]
+            registers = [
+                self._operand(part, None if part.startswith("%") else max(bits, 16)) for part in _vector(values)
+            ]
+            register, offset = self._address(address)
+            return make(f"{kind}.strong", operands=[*registers, register], results=count if kind == "ld" else 0,
+                        numbers=(bits // 8, count, offset, _ORDERS[order]))  # type: ignore[operator]  # fmt: skip
+        if (found := _ATOMIC.fullmatch(name)) and f"atom.{found[3]}" in self.table:
+            width = int(found[3][-2:])
+            old, address, *values = operands if found[1] == "atom" else ["_", *operands]
+            if len(values) != 1 + found[3].startswith("cas"):
+                raise UnknownOpcode(f"line {self.line}: {name} with {len(operands)} operands")
+            register, offset = self._address(address)
+            registers = [self._operand(old, width), register, *(self._operand(value, width) for value in values)]
+            return make(f"atom.{found[3]}", operands=registers, numbers=(width // 8, 1, offset, _ORDERS[found[2]]))  # type: ignore[operator]  # fmt: skip
+        if (found := _FENCE.fullmatch(name)) and (found[1] or found[2]):
+            return make("fence" if found[1] else "fence.cta", results=0)  # type: ignore[operator]
+        if name == "nanosleep.u32":
+            return make(name, operands=[self._operand(operands[0], 32)], results=0)  # type: ignore[operator]
+        return None
 
     def _low_bits(self, text: str, width: int, make: object) -> str:
         """A conversion takes the low bits of a wider register: they are put into one of their own first."""
