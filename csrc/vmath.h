@@ -1,6 +1,6 @@
 // exp, log and log1p on vectors, without libm: a lane's bits depend on its number alone, not on its place or
-// neighbours. They do depend on the instruction set (with FMA or without) and on the compiler. On a GPU, where simd.h is
-// csrc/cuda's, a vector is one number.
+// neighbours. They do depend on the instruction set (with FMA or without) and on the compiler. On a GPU, where simd.h
+// is csrc/cuda's, a vector is one number.
 //
 // Polynomials interpolate at Chebyshev nodes; the fit's relative error (in parentheses) is well under half an ulp, the
 // rest is rounding. Bounds hold without FMA too; tests/test_cpp_asl.py holds what the ops make of them: a sigmoid

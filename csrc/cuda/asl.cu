@@ -1,7 +1,7 @@
 // Asymmetric loss and its derivative, one launch each way.
 //
-// Forward: a block an image. Its threads walk over the classes; nearly all labels are 0, for which half the formula does.
-// At B = 32, C = 80 a thread has one element: the launch is the cost.
+// Forward: a block an image. Its threads walk over the classes; nearly all labels are 0, for which half the formula
+// does. At B = 32, C = 80 a thread has one element: the launch is the cost.
 //
 // Defines: LOGITS, LABELS (types); WEIGHTED (by class), CLIP, SUM_CLASSES, SAVE (0 or 1). Of the backward: LOGITS.
 #include "asl_formula.h"
@@ -18,8 +18,8 @@ struct Strides {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-asl_forward(const LOGITS* logits, const LABELS* labels, const A* weight, A* loss, A* slope, int64_t C, Strides stride,
-            double gamma_neg, double gamma_pos, double clip, double log_eps, int64_t detach) {
+    asl_forward(const LOGITS* logits, const LABELS* labels, const A* weight, A* loss, A* slope, int64_t C,
+                Strides stride, double gamma_neg, double gamma_pos, double clip, double log_eps, int64_t detach) {
   const int64_t b = blockIdx.x;
   const Focus<A> focus(gamma_neg, gamma_pos, clip, log_eps, detach != 0);
   double total = 0;
@@ -54,7 +54,7 @@ struct Strides {
 
 // grad = upstream slope; the upstream may be expanded (stride 0) over images or classes.
 extern "C" __global__ void __launch_bounds__(kThreads)
-asl_backward(const A* upstream, const A* slope, LOGITS* grad, int64_t C, int64_t count, Strides stride) {
+    asl_backward(const A* upstream, const A* slope, LOGITS* grad, int64_t C, int64_t count, Strides stride) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const A u = upstream[i / C * stride.upstream[0] + i % C * stride.upstream[1]];

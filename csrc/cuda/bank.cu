@@ -1,5 +1,5 @@
-// Memory-bank update: a block an (image, class), which reads a label and a score and leaves, or copies a row. At B = 32,
-// C = 80 about 90 rows of 2,560 are copied.
+// Memory-bank update: a block an (image, class), which reads a label and a score and leaves, or copies a row. At B =
+// 32, C = 80 about 90 rows of 2,560 are copied.
 //
 // Defines: SLOTS, FEATURES, SCORES, LABELS (types).
 #include "bank_formula.h"
@@ -14,8 +14,8 @@ struct Strides {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-bank_update(SLOTS* slots, const FEATURES* features, const SCORES* scores, const LABELS* labels, int64_t C, int64_t E, double threshold,
-            int64_t probabilities, Strides stride) {
+    bank_update(SLOTS* slots, const FEATURES* features, const SCORES* scores, const LABELS* labels, int64_t C,
+                int64_t E, double threshold, int64_t probabilities, Strides stride) {
   const int64_t b = blockIdx.x / C, c = blockIdx.x % C;
   if (target_of(labels[b * stride.labels[0] + c * stride.labels[1]]) != 1) return;
   const double score = double(widen(scores[b * stride.scores[0] + c * stride.scores[1]]));

@@ -15,8 +15,8 @@ struct Strides {
   int64_t b, c;
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads)
-compact(const LABELS* labels, int32_t* pairs, int32_t* class_ptr, int8_t* target, int64_t B, int64_t C, Strides stride) {
+extern "C" __global__ void __launch_bounds__(kThreads) compact(const LABELS* labels, int32_t* pairs, int32_t* class_ptr,
+                                                               int8_t* target, int64_t B, int64_t C, Strides stride) {
   for (int64_t c = warp(); c < C; c += kWarps) {
     int count = 0;
     for (int64_t first = 0; first < B; first += kWarp) {

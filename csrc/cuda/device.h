@@ -32,8 +32,8 @@ SADCL_INLINE float widen(int16_t x) { return float(int32_t(x)); }
 SADCL_INLINE double widen(int32_t x) { return double(x); }
 SADCL_INLINE double widen(int64_t x) { return double(x); }
 
-// A number rounded to what is stored, to nearest even. From double it is rounded once: by way of a float that is rounded
-// to odd.
+// A number rounded to what is stored, to nearest even. From double it is rounded once: by way of a float that is
+// rounded to odd.
 template <class T>
 struct Narrow {
   static SADCL_INLINE T of(double x) { return T(x); }

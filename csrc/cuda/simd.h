@@ -1,5 +1,5 @@
-// What csrc/simd.h is to the CPU's kernels, for those of a GPU: a vector is one number. In its place before the formulas
-// that both share (csrc/vmath.h, csrc/*_formula.h).
+// What csrc/simd.h is to the CPU's kernels, for those of a GPU: a vector is one number. In its place before the
+// formulas that both share (csrc/vmath.h, csrc/*_formula.h).
 #pragma once
 
 typedef signed char int8_t;
