@@ -25,6 +25,15 @@ LIMITS: dict[str, tuple[int, str]] = {
         "B C D: one launch in place of two each way (3 us). C blocks read all of it: 16 MB in bfloat16 are 9 us at "
         "half of an H100's bandwidth, beyond which more blocks are worth the second launch",
     ),
+    "sscl": (
+        1 << 13,
+        "rows that there is room for, B C V or less: one launch in place of 3 and 4. A COCO step has room for 5,120, of "
+        "which 190 are active, 21 tiles of 32 x 32; a million products of rows (1,024 active) are 4 tiles a processor",
+    ),
+    "supcon": (
+        1 << 10,
+        "rows, all of which are active: as above. Above, tiles of 128 and a pipeline are worth two launches more",
+    ),
     "bank_update": (
         1 << 23,
         "B C E: one launch of a block a row, as Triton's; this one knows no threshold when compiled",

@@ -72,6 +72,11 @@ def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperatu
     return extension().sscl_keep(v * int(class_ptr[-1]), d)
 
 
+def size_of(features: Tensor, rows: int) -> tuple[int, ...]:
+    """What resolve() is told of a problem with room for ``rows``; nothing where the CUDA kernels cannot take it."""
+    return () if features.dtype == torch.float64 else (rows,)
+
+
 def allocate(x: Inputs) -> Outputs:
     """Uninitialised outputs."""
     features = x.features

@@ -102,8 +102,16 @@ def _changes(
             yield to("store removed", **removed)
         if i.guard >= 0:
             yield to("guard turned round", negated=not i.negated)
+    elif i.name.startswith(("atom.", "ld.strong", "st.strong")) and i.numbers[3]:
+        yield to("order removed", numbers=(*i.numbers[:3], 0))
+    elif i.name == "fence":
+        yield to("order removed", **removed)
     elif i.name == "bra" and i.guard >= 0:
-        yield to("guard turned round", negated=not i.negated)
+        loop = program.code[i.numbers[0] : program.code.index(i)]
+        if any(other.name == "ld.strong" for other in loop):
+            yield to("barrier of the grid removed", **removed)
+        else:
+            yield to("guard turned round", negated=not i.negated)
     elif i.name.startswith("setp."):
         _, how, *rest = i.name.split(".")
         for other in COMPARISONS.get(how, ()):
