@@ -27,8 +27,8 @@ LIMITS: dict[str, tuple[int, str]] = {
     ),
     "sscl": (
         1 << 13,
-        "rows that there is room for, B C V or less: one launch in place of 3 and 4. A COCO step has room for 5,120, of "
-        "which 190 are active, 21 tiles of 32 x 32; a million products of rows (1,024 active) are 4 tiles a processor",
+        "rows that there is room for, B C V or less: one launch in place of 3 and 4. A COCO step has room for 5,120, "
+        "of which 190 are active, 21 tiles of 32 x 32; 1,024 that are active are 4 tiles a processor",
     ),
     "supcon": (
         1 << 10,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sadcl.cuda import sscl as launcher
 from torch import Tensor
 
 from sadcl.cuda import _nvrtc
+from sadcl.cuda import sscl as launcher
 from sadcl.ops import compact, sscl
 from sadcl.ops._library import OPS
 from sadcl.testing import error_budgets, make_features, make_labels
@@ -168,8 +168,17 @@ def fused(x: sscl.Inputs, labels: Tensor, capacity: int | None = None, **options
     return active, out
 
 
-@pytest.mark.parametrize("b, c, dtype", [(30, 3, torch.float32), (9, 33, torch.int64), (3, 257, torch.bool),
-                                         (40, 1, torch.bfloat16), (255, 2, torch.int8), (0, 3, torch.int8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "b, c, dtype",
+    [
+        (30, 3, torch.float32),
+        (9, 33, torch.int64),
+        (3, 257, torch.bool),
+        (40, 1, torch.bfloat16),
+        (255, 2, torch.int8),
+        (0, 3, torch.int8),
+    ],
+)
 @pytest.mark.parametrize("released", [False, True])
 def test_compaction_in_the_same_launch(b: int, c: int, dtype: torch.dtype, released: bool) -> None:
     labels = make_labels(b, c, "random" if dtype == torch.bool else "ignored").to(dtype)
@@ -212,15 +221,15 @@ def test_the_barrier_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) ->
         assert not state.any()
 
 
-@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("order", [0, 1])  # a drawn one may have block 0 come last, which then misses nothing
 def test_a_missing_barrier_of_the_grid_is_found(order: int) -> None:
-    x = inputs(make_labels(30, 3, "random"))
+    x = inputs(make_labels(40, 3, "random"), v=2, d=20)
     kernels: dict[str, Kernel] = {}
     with executing_cuda(CudaExecutor(edit=lambda name, kernel: kernels.setdefault(name, kernel)), 3) as executor:
         ours("sscl", x, executor, "cuda")
     missing = [(name, mutant) for name, kernel in kernels.items() for mutant in mutants_of(kernel.program)
                if mutant.what == "barrier of the grid removed"]  # fmt: skip
-    assert len(missing) == 5  # the last between rounds of weights, of which there is one here
+    assert len(missing) == 5  # the last stands between rounds of weights, of which there is one here
     for name, mutant in missing[:4]:
         faulty = mutant.kernel()
         edit = lambda n, kernel, name=name, faulty=faulty: faulty if n == name else kernel  # noqa: E731
