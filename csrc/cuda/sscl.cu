@@ -79,9 +79,9 @@ SADCL_INLINE float mean_maximum(const R& rows, const int* pairs, const int* inde
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class_ptr, const X* features,
-             const float* temperature, float* row_loss, float* lse, double* norm, X* z, float* scratch,
-             uint32_t* barrier, Sizes sizes) {
+    sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class_ptr, const X* features,
+                 const float* temperature, float* row_loss, float* lse, double* norm, X* z, float* scratch,
+                 uint32_t* barrier, Sizes sizes) {
   const int B = int(sizes.images), C = int(sizes.classes), V = int(sizes.views), capacity = int(sizes.capacity);
 #if FUSED
   const Compacted active = compacted(labels, sizes.other, B, C, capacity, reinterpret_cast<int*>(shared_memory));
@@ -140,8 +140,7 @@ sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class
     float highest = -float(infinity()), sum = 0, positive = 0;
     for (int t = 0; t < rows.tiles; ++t) {
       const float other = partials.of(0, t)[i], grown = fmaxf(highest, other);
-      if (grown != -float(infinity()))
-        sum = sum * power(highest - grown) + partials.of(1, t)[i] * power(other - grown);
+      if (grown != -float(infinity())) sum = sum * power(highest - grown) + partials.of(1, t)[i] * power(other - grown);
       highest = grown;
       positive += partials.of(2, t)[i];
     }
@@ -227,9 +226,9 @@ SADCL_INLINE void add_radials(const R& rows, const float* radial, int first, flo
 
 // `weights` has room for `entries` of them, at least 32 rows of all columns: few rows take one round, many several.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-sscl_backward(const float* upstream, const X* features, const int32_t* pairs, const int32_t* class_ptr,
-              const float* temperature, const float* lse, const double* norm, X* grad, float* grad_temperature, X* z,
-              float* scratch, X* weights, int64_t entries, uint32_t* barrier, Sizes sizes) {
+    sscl_backward(const float* upstream, const X* features, const int32_t* pairs, const int32_t* class_ptr,
+                  const float* temperature, const float* lse, const double* norm, X* grad, float* grad_temperature,
+                  X* z, float* scratch, X* weights, int64_t entries, uint32_t* barrier, Sizes sizes) {
   const int C = int(sizes.classes), V = int(sizes.views), D = int(sizes.depth), capacity = int(sizes.capacity);
   const Rows<X> rows(z, scratch, sizes, class_ptr[sizes.segments]);
   const int room = capacity * V, pitch = rows.tiles * kTile;

@@ -1,7 +1,8 @@
-// The active rows of an SSCL call in the scratch of a launch: where row i = p V + v comes from, its class, its unit vector.
+// The active rows of an SSCL call in the scratch of a launch: where row i = p V + v comes from, its class, its unit
+// vector.
 //
-// z holds x times a power of two that brings |x| into [1, 2), in x's dtype, which loses no bit; normalisation multiplies
-// the products instead. All that is not z stands in planes of `room` numbers of 4 bytes.
+// z holds x times a power of two that brings |x| into [1, 2), in x's dtype, which loses no bit; normalisation
+// multiplies the products instead. All that is not z stands in planes of `room` numbers of 4 bytes.
 #pragma once
 #include "tiles.h"
 
