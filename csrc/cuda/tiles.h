@@ -12,6 +12,12 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTile = 32, kPitch = kTile + 1;  // a row of the tile in shared memory; odd: columns don't share a bank
 constexpr int kTileBytes = kWarps * kTile * kPitch * 4;
 
+SADCL_INLINE float* tile_memory() { return reinterpret_cast<float*>(shared_memory); }
+SADCL_INLINE int first_row_of_warp() { return int(blockIdx.x) * kWarps + warp(); }
+SADCL_INLINE int all_warps() { return int(gridDim.x) * kWarps; }
+SADCL_INLINE int64_t thread_of_grid() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
+SADCL_INLINE int64_t all_threads() { return int64_t(gridDim.x) * kThreads; }
+
 struct alignas(16) Four {
   uint32_t x, y, z, w;
 };
