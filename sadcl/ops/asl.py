@@ -92,3 +92,24 @@ asl = Op(
         partial=True,
     ),
 )
+
+
+def _allocate_total(x: Inputs) -> Outputs:
+    out = allocate(x)
+    return out._replace(loss=out.loss.new_empty(()))
+
+
+# The loss of all elements in one number and one launch, for few of them on a GPU.
+asl_total = Op(
+    "asl_total",
+    Inputs,
+    Outputs,
+    _allocate_total,
+    {"cuda": Into(cuda_kernel("asl", "asl"))},
+    Backward(
+        gradients=("logits", "labels", "class_weight"),
+        implementations={"cuda": _with_rare_gradients(cuda_kernel("asl", "asl_backward"))},
+        partial=True,
+    ),
+)
+FEW = 1 << 13  # elements that one block of 1,024 threads takes
