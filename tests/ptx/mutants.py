@@ -31,6 +31,7 @@ ARITHMETIC = {
 COMPARISONS = {"lt": ("le", "ge"), "le": ("lt", "gt"), "gt": ("ge", "le"), "ge": ("gt", "lt"), "eq": ("ne",),
                "ne": ("eq",), "geu": ("gtu", "lt"), "gtu": ("geu", "le"), "ltu": ("leu", "ge"), "leu": ("ltu", "gt"),
                "neu": ("eq",), "equ": ("ne",), "num": ("nan",), "nan": ("num",)}  # fmt: skip
+WAITS = ("ld.acquire.", "ld.relaxed.", "ld.volatile.")
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,13 @@ def _changes(
             yield to("store removed", **removed)
         if i.guard >= 0:
             yield to("guard turned round", negated=not i.negated)
-    elif i.name.startswith(("atom.", "ld.strong", "st.strong")) and i.numbers[3]:
+    elif i.name.startswith(("atom.", "red.", *WAITS, "st.release.")) and i.numbers[3]:
         yield to("order removed", numbers=(*i.numbers[:3], 0))
-    elif i.name == "fence":
+    elif i.name.startswith(("membar.", "fence.")):
         yield to("order removed", **removed)
     elif i.name == "bra" and i.guard >= 0:
         loop = program.code[i.numbers[0] : program.code.index(i)]
-        if any(other.name == "ld.strong" for other in loop):
+        if any(o.name.startswith(WAITS) for o in loop) and not any(o.name == "bar.sync" for o in loop):
             yield to("barrier of the grid removed", **removed)
         else:
             yield to("guard turned round", negated=not i.negated)

@@ -212,15 +212,15 @@ def test_the_barrier_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) ->
         assert not state.any()
 
 
-@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("order", [0, 1])  # a drawn one may have block 0 come last, which then misses nothing
 def test_a_missing_barrier_of_the_grid_is_found(order: int) -> None:
-    x = inputs(make_labels(30, 3, "random"))
+    x = inputs(make_labels(40, 3, "random"), v=2, d=20)
     kernels: dict[str, Kernel] = {}
     with executing_cuda(CudaExecutor(edit=lambda name, kernel: kernels.setdefault(name, kernel)), 3) as executor:
         ours("sscl", x, executor, "cuda")
     missing = [(name, mutant) for name, kernel in kernels.items() for mutant in mutants_of(kernel.program)
                if mutant.what == "barrier of the grid removed"]  # fmt: skip
-    assert len(missing) == 5  # the last between rounds of weights, of which there is one here
+    assert len(missing) == 5  # the last stands between rounds of weights, of which there is one here
     for name, mutant in missing[:4]:
         faulty = mutant.kernel()
         edit = lambda n, kernel, name=name, faulty=faulty: faulty if n == name else kernel  # noqa: E731

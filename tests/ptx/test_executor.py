@@ -203,6 +203,15 @@ def test_bounds_of_overlapping_and_torch_arrays() -> None:
     expect("bounds", lanes().replace("%t, 4", "%t, 56"), columns)
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_a_signed_load_fills_a_wider_register(bits: int) -> None:
+    numbers = np.arange(-32, 32).astype(f"int{bits}")
+    result, size = np.zeros(64, np.int64), bits // 8
+    body = f"mad.wide.u32 %a1, %t, {size}, %a1;\nld.global.s{bits} %d0, [%a1];\nmad.wide.u32 %a0, %t, 8, %a0;\n"
+    run(text(body + "st.global.b64 [%a0], %d0;\nret;", 2), 1, [result, numbers])
+    assert (result == numbers).all()
+
+
 def test_misaligned_access_is_a_fault() -> None:
     expect("misaligned", "st.global.b32 [%a0+2], %t;\nret;", out())
     expect("misaligned", "mov.b32 %r0, smem;\nst.shared.v2.b32 [%r0+4], {%t, %t};\nret;", out(), shared=64)

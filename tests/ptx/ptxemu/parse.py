@@ -195,10 +195,16 @@ class _Parser:
         for register in load.operands[: load.results]:
             width = self.widths[register]
             if width > bits:
-                opcode = f"cvt.s{width}.s{bits}"
-                index = self.table[opcode].index
-                self.code.append(Instruction(opcode, index, load.line, load.guard, load.negated, [register, register],
-                                             source=load.source))  # fmt: skip
+                opcode, source = f"cvt.s{width}.s{bits}", register
+                size = _LETTERS[self.table[opcode].registers[1]]
+                if size < width:  # the conversion takes a register of its own width
+                    source = self._register(size)
+                    self._follow(load, f"cvt.u{size}.u{width}", [source, register])
+                self._follow(load, opcode, [register, source])
+
+    def _follow(self, load: Instruction, opcode: str, operands: list[int]) -> None:
+        index = self.table[opcode].index
+        self.code.append(Instruction(opcode, index, load.line, load.guard, load.negated, operands, source=load.source))
 
     def _register(self, width: int) -> int:
         self.widths.append(width)
