@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._checks import check_soft_labels
@@ -112,4 +113,8 @@ asl_total = Op(
         partial=True,
     ),
 )
-FEW = 1 << 13  # elements that one block of 1,024 threads takes
+
+
+def are_few(b: int, c: int) -> bool:
+    """Whether one block may take all elements: 8 a thread. A graph that is compiled knows no batch's size."""
+    return not torch.compiler.is_compiling() and b * c <= 1 << 13

@@ -1,8 +1,8 @@
-"""Op ``dual_mean``: the means of SSCL and PSCL of one batch from its labels, for a GPU on which launches are what costs.
+"""Op ``dual_mean``: the means of SSCL and PSCL of one batch from its labels, for a GPU where launches are what costs.
 
 Forward, three launches: a copy of both views side by side; compaction and SSCL; PSCL, whose last block adds up both
-losses. Backward, three: the upstream gradient over the rows, SSCL, PSCL, which adds to SSCL's gradient of the first view.
-CUDA C++ only, for the paper's formulation without weights; elsewhere :func:`sadcl.functional.dual_contrastive_loss` runs
+losses. Backward, three: the upstream gradient over the rows, SSCL, PSCL, which adds to SSCL's gradient of the first
+view. CUDA C++ only, for the paper's formulation without weights; elsewhere the functional ``dual_contrastive_loss`` runs
 the ops. Its oracle is theirs.
 """
 
@@ -73,6 +73,14 @@ class _ToClasses(NamedTuple):
     grad_features: Tensor
     grad_prototypes: Tensor
     grad_temperature: Tensor
+
+
+def serves(embeddings: Tensor) -> bool:
+    """Whether these are what a block compacts for itself. A graph that is compiled knows no batch's size."""
+    if torch.compiler.is_compiling() or embeddings.dtype == torch.float64:
+        return False
+    b, c, _ = embeddings.shape
+    return b * c <= 1 << 13 and c <= 1 << 11
 
 
 def _apart(x: Inputs, out: Any) -> tuple[sscl.Inputs, pscl.Inputs]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sadcl.cuda import sscl as launcher
 from torch import Tensor
 
 from sadcl.cuda import _nvrtc
+from sadcl.cuda import sscl as launcher
 from sadcl.ops import compact, sscl
 from sadcl.ops._library import OPS
 from sadcl.testing import error_budgets, make_features, make_labels
