@@ -1,10 +1,10 @@
 """What NVRTC and the assembler say of every CUDA C++ kernel, on any machine.
 
 ``python -m benchmarks.gpu_static_cuda`` compiles what a training step of the published shape launches for sm_80, sm_90,
-sm_100 and sm_120 and writes docs/gpu_static_cuda.md; ``--check`` takes bfloat16 and float32 alone and
-writes nothing. Nothing is executed. Registers and
-spills are read from the very binary that the driver would load, by ``cuobjdump`` of the Triton wheel. The exit status is
-1 if a kernel spills, does not fit, or has no matrix instruction where its operands have one.
+sm_100 and sm_120 and writes docs/gpu_static_cuda.md; ``--check`` takes bfloat16 and float32 alone and writes nothing.
+Nothing is executed. Registers and spills are read from the very binary that the driver would load, by ``cuobjdump`` of
+the Triton wheel. The exit status is 1 if a kernel spills, does not fit, or has no matrix instruction where its operands
+have one.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def write_report(results: list[Result]) -> None:
     lines = [
         "# CUDA C++ kernels, compiled ahead of time",
         "",
-        f"Made by `python -m benchmarks.gpu_static_cuda` with NVRTC {major}.{minor} at the COCO shape (B=32, V=2, C=80,",
-        "D=1024, E=2048). Compiled here, executed as sm_80's PTX on a CPU by tests/ptx, timed by nobody. Registers are of a",
-        "thread, spills are bytes to memory, `fit` is how many blocks a multiprocessor holds at once.",
+        f"Made by `python -m benchmarks.gpu_static_cuda` with NVRTC {major}.{minor} at the COCO shape (B=32, V=2,",
+        "C=80, D=1024, E=2048). Compiled here, executed as sm_80's PTX on a CPU by tests/ptx, timed by nobody.",
+        "Registers are of a thread, spills are bytes to memory, `fit` is how many blocks a multiprocessor holds at once.",
         "",
         "| part | kernel and defines | threads | registers | spills | shared | fit | matrix instruction |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,9 +1,10 @@
 // Asymmetric loss and its derivative, one launch each way.
 //
-// Forward: a block an image. Its threads walk over the classes; nearly all labels are 0, for which half the formula
+// Forward: a block an image, or one for the sum of few. Threads walk over the classes; nearly all labels are 0, for which half the formula
 // does. At B = 32, C = 80 a thread has one element: the launch is the cost.
 //
-// Defines: LOGITS, LABELS (types); WEIGHTED (by class), CLIP, SUM_CLASSES, SAVE (0 or 1). Of the backward: LOGITS.
+// Defines: LOGITS, LABELS (types); WEIGHTED (by class), CLIP, SAVE (0 or 1), SUM (0: of
+// nothing, 1: an image's classes, 2: all, by one block). Of the backward: LOGITS.
 #include "asl_formula.h"
 #include "device.h"
 
@@ -11,19 +12,20 @@ SADCL_KERNELS_BEGIN
 using A = Accumulation<LOGITS>::type;
 
 #ifdef KERNEL_asl_forward
-constexpr int kThreads = 128;
+constexpr int kThreads = SUM == 2 ? 1024 : 128;
 
 struct Strides {
   int64_t logits[2], labels[2], weight;
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    asl_forward(const LOGITS* logits, const LABELS* labels, const A* weight, A* loss, A* slope, int64_t C,
+    asl_forward(const LOGITS* logits, const LABELS* labels, const A* weight, A* loss, A* slope, int64_t B, int64_t C,
                 Strides stride, double gamma_neg, double gamma_pos, double clip, double log_eps, int64_t detach) {
-  const int64_t b = blockIdx.x;
   const Focus<A> focus(gamma_neg, gamma_pos, clip, log_eps, detach != 0);
+  const int64_t first = SUM == 2 ? 0 : int64_t(blockIdx.x) * C, last = SUM == 2 ? B * C : first + C;
   double total = 0;
-  for (int64_t c = threadIdx.x; c < C; c += kThreads) {
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
+    const int64_t b = SUM == 2 ? i / C : blockIdx.x, c = i - b * C;
     const A y = A(widen(labels[b * stride.labels[0] + c * stride.labels[1]]));
     Element<A> e = {0, 0};
     if (y != A(-1)) {
@@ -34,13 +36,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         e.loss *= w, e.grad *= w;
       }
     }
-    if (SAVE) slope[b * C + c] = e.grad;
-    if (!SUM_CLASSES) loss[b * C + c] = e.loss;
+    if (SAVE) slope[i] = e.grad;
+    if (SUM == 0) loss[i] = e.loss;
     total += double(e.loss);
   }
-  if (SUM_CLASSES) {
+  if (SUM != 0) {
     total = block_sum<kThreads>(total, reinterpret_cast<double*>(shared_memory));
-    if (threadIdx.x == 0) loss[b] = A(total);
+    if (threadIdx.x == 0) loss[blockIdx.x] = A(total);
   }
 }
 #endif

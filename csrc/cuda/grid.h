@@ -20,4 +20,14 @@ SADCL_INLINE void grid_barrier(uint32_t* state) {
   __syncthreads();
 }
 
+// How many blocks came before this one; the last leaves the word as it was, 0.
+SADCL_INLINE uint32_t draw(uint32_t* ticket) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(ticket), "r"(gridDim.x - 1)
+               : "memory");
+  return before;
+}
+
 SADCL_KERNELS_END

@@ -1,4 +1,4 @@
-// Prototype-to-sample contrastive loss, one launch each way, without atomics.
+// Prototype-to-sample contrastive loss, one launch each way, without atomics on numbers.
 //
 // Forward: a block a class. A warp takes an image's row at a time (dot product and norm in float64, as csrc/pscl.cpp);
 // then the first warp makes the log-sum-exps of the class's scores. Backward: a block a class and a slice of the width,
@@ -6,8 +6,8 @@
 // At B = 32, C = 80, D = 1024 in bfloat16 5 MB are read, 1.6 us on an H100: below what a launch costs.
 //
 // Defines: FEATURES (type, of the prototypes too), PACK (elements of a load; above 1 rows are contiguous and aligned to
-// it), RELEASED.
-#include "device.h"
+// it), RELEASED, MEAN (1: of op dual_mean, see there).
+#include "grid.h"
 #include "pscl_formula.h"
 
 SADCL_KERNELS_BEGIN
@@ -53,10 +53,16 @@ SADCL_INLINE LogSum log_sum_exp(const double* score, const int8_t* target, int64
   return out;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads)
     pscl_forward(const X* features, const X* prototypes, const int8_t* target, const A* temperature, A* class_loss,
                  double* score, double* norm_x, double* norm_p, double* lse, int64_t B, int64_t C, int64_t D,
-                 Strides stride) {
+                 Strides stride
+#if MEAN
+                 ,
+                 const int32_t* class_ptr, const A* row_loss, int64_t views, A* sample, A* prototype, A* over_rows,
+                 uint32_t* ticket
+#endif
+    ) {
   const int64_t c = blockIdx.x;
   const double tau = double(temperature[0]);
   const X* p = prototypes + c * stride.prototype_c;
@@ -92,19 +98,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   __syncthreads();
-  if (warp() != 0) return;
-  const LogSum all = log_sum_exp(score + c, target + c, B, C, 0);
-  const LogSum some = log_sum_exp(score + c, target + c, B, C, 1);
-  if (lane() == 0) {
-    lse[c] = all.value, lse[C + c] = some.value;
-    class_loss[c] = A(pscl_class_loss(all.value, some.value, all.highest, some.value != -infinity(),
-                                      all.value != -infinity(), RELEASED));
+  if (warp() == 0) {
+    const LogSum all = log_sum_exp(score + c, target + c, B, C, 0);
+    const LogSum some = log_sum_exp(score + c, target + c, B, C, 1);
+    if (lane() == 0) {
+      lse[c] = all.value, lse[C + c] = some.value;
+      class_loss[c] = A(pscl_class_loss(all.value, some.value, all.highest, some.value != -infinity(),
+                                        all.value != -infinity(), RELEASED));
+    }
   }
+#if MEAN  // The block that comes last adds up this loss, and SSCL's, which an earlier launch left.
+  double* shared = reinterpret_cast<double*>(shared_memory);
+  if (threadIdx.x == 0) shared[kWarps] = draw(ticket) == gridDim.x - 1;
+  __syncthreads();
+  if (shared[kWarps] == 0) return;
+  double rows = 0, classes = 0;
+  for (int64_t i = threadIdx.x; i < B * views * C; i += kThreads) rows += double(row_loss[i]);
+  for (int64_t i = threadIdx.x; i < C; i += kThreads) classes += double(class_loss[i]);
+  rows = block_sum<kThreads>(rows, shared), classes = block_sum<kThreads>(classes, shared);
+  if (threadIdx.x == 0) {
+    const int64_t count = class_ptr[C] > 1 ? class_ptr[C] : 1;
+    const int64_t all = class_ptr[C] * views > 1 ? class_ptr[C] * views : 1;
+    sample[0] = A(rows / double(all)), prototype[0] = A(classes / double(count)), over_rows[0] = A(1 / double(all));
+  }
+#endif
 }
 #endif
 
 #ifdef KERNEL_pscl_backward
 constexpr int kThreads = 128, kImages = 128;  // images whose factors are kept at a time
+
+struct Rows {  // strides of the gradient's rows; with MEAN it is added to what is there: SSCL's
+  int64_t b, c;
+};
 
 SADCL_INLINE bool is_active(double some) { return RELEASED || some != -infinity(); }
 SADCL_INLINE double grad_score(double score, int8_t target, double all, double some, double upstream) {
@@ -115,22 +141,35 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     pscl_backward(const A* upstream, int64_t stride_g, const X* features, const X* prototypes, const int8_t* target,
                   const A* temperature, const double* score, const double* norm_x, const double* norm_p,
                   const double* lse, X* grad_features, X* grad_prototypes, A* grad_temperature, int64_t B, int64_t C,
-                  int64_t D, Strides stride) {
+                  int64_t D, Strides stride
+#if MEAN
+                  ,
+                  const int32_t* class_ptr, Rows rows
+#endif
+    ) {
   const double tau = double(temperature[0]);
+#if MEAN  // upstream is of the mean, and may be missing
+  const int64_t count = class_ptr[C] > 1 ? class_ptr[C] : 1;
+  const double mean = upstream == nullptr ? 0 : double(upstream[0]) / double(count);
+#define UPSTREAM(c) mean
+#else
+#define UPSTREAM(c) double(upstream[(c) * stride_g])
+  const Rows rows = {C * D, D};
+#endif
   double* shared = reinterpret_cast<double*>(shared_memory);
   if (blockIdx.x == gridDim.x - 1) {
     double total = 0;
     for (int64_t i = threadIdx.x; i < B * C; i += kThreads) {
       const int64_t c = i % C;
       if (target[i] == -1 || !is_active(lse[C + c])) continue;
-      total += grad_score(score[i], target[i], lse[c], lse[C + c], double(upstream[c * stride_g])) * score[i];
+      total += grad_score(score[i], target[i], lse[c], lse[C + c], UPSTREAM(c)) * score[i];
     }
     total = block_sum<kThreads>(total, shared);
     if (threadIdx.x == 0) grad_temperature[0] = A(-total / tau);
     return;
   }
   const int64_t c = blockIdx.x % C, d = (int64_t(blockIdx.x / C) * kThreads + threadIdx.x) * PACK;
-  const double all = lse[c], some = lse[C + c], norm = norm_p[c], u = double(upstream[c * stride_g]);
+  const double all = lse[c], some = lse[C + c], norm = norm_p[c], u = UPSTREAM(c);
   double *along = shared + kThreads / kWarp, *across = along + kImages;
   Pack q;
   double total[PACK] = {};
@@ -155,13 +194,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const bool read = a != 0 || x != 0;  // NaN is not 0
         const X* row = features + (first + k) * stride.b + c * stride.c;
         const Pack v = read ? load(row, d, stride.d) : Pack{};
+        X* to = grad_features + (first + k) * rows.b + c * rows.c + d;
+        const Pack there = MEAN ? load(to, 0, 1) : Pack{};
 #pragma unroll
         for (int j = 0; j < PACK; ++j) {
           const double wide = double(widen(v.at[j]));
-          out.at[j] = narrow<X>(a * double(widen(q.at[j])) + x * wide);
+          const double made = a * double(widen(q.at[j])) + x * wide;
+          out.at[j] = narrow<X>(MEAN ? made + double(widen(there.at[j])) : made);
           total[j] += a * wide;
         }
-        X* to = grad_features + ((first + k) * C + c) * D + d;
         if (PACK > 1) {
           *reinterpret_cast<Pack*>(to) = out;
         } else {

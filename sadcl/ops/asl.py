@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._checks import check_soft_labels
@@ -92,3 +93,28 @@ asl = Op(
         partial=True,
     ),
 )
+
+
+def _allocate_total(x: Inputs) -> Outputs:
+    out = allocate(x)
+    return out._replace(loss=out.loss.new_empty(()))
+
+
+# The loss of all elements in one number and one launch, for few of them on a GPU.
+asl_total = Op(
+    "asl_total",
+    Inputs,
+    Outputs,
+    _allocate_total,
+    {"cuda": Into(cuda_kernel("asl", "asl"))},
+    Backward(
+        gradients=("logits", "labels", "class_weight"),
+        implementations={"cuda": _with_rare_gradients(cuda_kernel("asl", "asl_backward"))},
+        partial=True,
+    ),
+)
+
+
+def are_few(b: int, c: int) -> bool:
+    """Whether one block may take all elements: 8 a thread. A graph that is compiled knows no batch's size."""
+    return not torch.compiler.is_compiling() and b * c <= 1 << 13

@@ -1,4 +1,4 @@
-"""The runtime of the CUDA C++ kernels without a GPU: compiler, disk cache, arguments, launches on a driver that is none."""
+"""The runtime of the CUDA C++ kernels without a GPU: compiler, disk cache, arguments, launches on a made-up driver."""
 
 from __future__ import annotations
 
@@ -123,12 +123,9 @@ class Driver:
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> int:
             if "Launch" in name:
-                addresses = args[9]
-                values, place = [], 0
-                for letter in self.form.split():  # one word a parameter
-                    size = 8 * len(letter)
-                    values.append(struct.unpack(f"<{letter}", ctypes.string_at(addresses[place], size)))
-                    place += 1
+                words = self.form.split()  # one a parameter
+                places = [ctypes.string_at(args[9][k], 8 * len(word)) for k, word in enumerate(words)]
+                values = [struct.unpack(f"<{word}", place) for word, place in zip(words, places, strict=True)]
                 self.asked.append((name, *args[1:8], values))
             else:
                 self.asked.append((name, *args[1:]))

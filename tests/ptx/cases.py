@@ -33,7 +33,7 @@ OFTEN = ("bf16", "fp32")  # in CI, which has minutes for this; of MLC bf16 alone
 PRODUCTS = ("sscl", "label_attention_core")  # ops with matrix products, which tf32 and the tables concern
 # What is rounded on the way. Forward losses of 16-bit operands are sums in float32; weights of a product are stored in
 # the operands' dtype. tf32 rounds operands to 11 bits, as float16 does.
-FLOAT32_FORWARD = ("asl", "group_classifier", "pscl", "sscl")
+FLOAT32_FORWARD = ("asl", "asl_total", "dual_mean", "group_classifier", "pscl", "sscl")
 
 
 @dataclass(frozen=True)

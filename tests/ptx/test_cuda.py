@@ -29,6 +29,10 @@ def sizes_of(op: str) -> Iterator[Size]:
     """One below, at and one above what a warp, a block or a load takes."""
     if op == "asl":
         yield from (replace(SMALL, b=2, c=c) for c in (127, 128, 129))
+    elif op == "asl_total":  # one block of 1,024 threads
+        yield from (replace(SMALL, b=b, c=c) for b, c in ((3, 341), (2, 512), (5, 205)))
+    elif op == "dual_mean":
+        yield from (replace(SMALL, b=b, d=d) for b, d in ((10, 63), (11, 64), (16, 65)))
     elif op == "compact":
         sizes = ((31, 33), (32, 32), (33, 31), (1, 2), (3, 1023), (2, 1024), (2, 1025))
         yield from (replace(SMALL, b=b, c=c) for b, c in sizes)
@@ -152,7 +156,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = make_features(2, 3), make_labels(2, 3)
     with pytest.raises(RuntimeError, match=r"cannot run asl: it runs on NVIDIA GPUs, not on cpu"):
         functional.asymmetric_loss(logits, labels, backend="cuda")
-    with pytest.raises(RuntimeError, match=r"zlpr has no such implementation.*ops with CUDA kernels: asl, bank, compact"):
+    with pytest.raises(
+        RuntimeError, match=r"zlpr has no such implementation.*ops with CUDA kernels: asl, bank, compact"
+    ):
         functional.zlpr_loss(logits, labels, backend="cuda")
     missing = _backends.BackendInfo(False, reason="NVRTC was not found")
     monkeypatch.setitem(_backends._FOUND, "cuda", missing)
