@@ -153,13 +153,18 @@ void store(Warp& warp, const Instruction& i, u32 mask) {
         if (STRONG_ONE) warp.machine->release(warp, address, u32(i.number[3]), false);
     });
 }
+// operands: the value and, where the address is not known beforehand, a register with a place among the parameters.
 static void load_parameter(Warp& warp, const Instruction& i, u32 mask) {
     const Machine& m = *warp.machine;
-    u64 bits = 0;
-    if (u64(i.number[2]) + u64(i.number[0]) > m.parameters.size())
-        m.fault("bounds", "reads beyond the kernel's parameters");
-    std::memcpy(&bits, m.parameters.data() + i.number[2], size_t(i.number[0]));
-    lanes_of(mask, [&](int lane) { store_lane(warp, i.operand[0], lane, bits); });
+    if (i.count > 1) warp.require_known(i.operand[1], mask, "an address");
+    lanes_of(mask, [&](int lane) {
+        u64 bits = 0;
+        const u64 at = i.count > 1 ? address_of(warp, i, i.operand[1], lane) : u64(i.number[2]);
+        if (at + u64(i.number[0]) > m.parameters.size() || at + u64(i.number[0]) < at)
+            m.fault("bounds", "reads beyond the kernel's parameters");
+        std::memcpy(&bits, m.parameters.data() + at, size_t(i.number[0]));
+        store_lane(warp, i.operand[0], lane, bits);
+    });
     warp.set_known(i.operand[0], mask, ALL);
 }
 // mov of a vector into one register, and back; the widths are the registers'.
