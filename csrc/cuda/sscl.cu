@@ -5,17 +5,9 @@
 //
 // Defines: X (features), NORMALIZE; forward: RELEASED, FUSED (labels are compacted here), LABEL (their type).
 #include "compaction.h"
-#include "grid.h"
-#include "sscl_formula.h"
-#include "sscl_rows.h"
+#include "pair_gradient.h"
 
 SADCL_KERNELS_BEGIN
-
-SADCL_INLINE float* tile_memory() { return reinterpret_cast<float*>(shared_memory); }
-SADCL_INLINE int first_row_of_warp() { return int(blockIdx.x) * kWarps + warp(); }
-SADCL_INLINE int all_warps() { return int(gridDim.x) * kWarps; }
-SADCL_INLINE int64_t thread_of_grid() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
-SADCL_INLINE int64_t all_threads() { return int64_t(gridDim.x) * kThreads; }
 
 #ifdef KERNEL_sscl_forward
 
@@ -79,9 +71,9 @@ SADCL_INLINE float mean_maximum(const R& rows, const int* pairs, const int* inde
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class_ptr, const X* features,
-             const float* temperature, float* row_loss, float* lse, double* norm, X* z, float* scratch,
-             uint32_t* barrier, Sizes sizes) {
+    sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class_ptr, const X* features,
+                 const float* temperature, float* row_loss, float* lse, double* norm, X* z, float* scratch,
+                 uint32_t* barrier, Sizes sizes) {
   const int B = int(sizes.images), C = int(sizes.classes), V = int(sizes.views), capacity = int(sizes.capacity);
 #if FUSED
   const Compacted active = compacted(labels, sizes.other, B, C, capacity, reinterpret_cast<int*>(shared_memory));
@@ -140,8 +132,7 @@ sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class
     float highest = -float(infinity()), sum = 0, positive = 0;
     for (int t = 0; t < rows.tiles; ++t) {
       const float other = partials.of(0, t)[i], grown = fmaxf(highest, other);
-      if (grown != -float(infinity()))
-        sum = sum * power(highest - grown) + partials.of(1, t)[i] * power(other - grown);
+      if (grown != -float(infinity())) sum = sum * power(highest - grown) + partials.of(1, t)[i] * power(other - grown);
       highest = grown;
       positive += partials.of(2, t)[i];
     }
@@ -164,76 +155,30 @@ sscl_forward(const LABEL* labels, int8_t* target, int32_t* pairs, int32_t* class
 
 #ifdef KERNEL_sscl_backward
 
-// Weights are stored in X: those of float16 times a power of two, which a softmax weight of a large batch needs.
-template <class R>
-SADCL_INLINE float weight_scale(const R&) {
-  return 1;
-}
-SADCL_INLINE float weight_scale(const Rows<f16>& rows) {
-  float peak = 0;
-  for (int i = int(threadIdx.x); i < rows.n; i += kThreads) peak = fmaxf(peak, fabsf(rows.plane(kAnchor)[i]));
-  peak = warp_max(peak);
-  float* peaks = tile_memory();
-  __syncthreads();
-  if (lane() == 0) peaks[warp()] = peak;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, peaks[w]);
-  return peak > 1e-30f ? scale_of(double(peak)) * 4096 : 1;
-}
-
-// Weights of a tile's rows, `weight` [.][pitch] from row `first` on, and what they add to z.g of each row.
-template <class R, class W>
-SADCL_INLINE void row_weights(const R& rows, const float* tile, int row_tile, int column_tile, bool across,
-                              float over_tau, float alpha, W* weight, int first, int pitch, float* radial) {
-  const int j = column_tile * kTile + lane();
-  const bool there = j < rows.n;
-  const float over_j = there ? rows.plane(kOver)[j] : 0, m_j = there ? rows.plane(kAnchor)[j] : 0;
-  const float pivot_j = there ? rows.plane(kPivot)[j] : 0, factor_j = there ? rows.plane(kFactor)[j] : 0;
-#pragma unroll
-  for (int r = 0; r < kTile / kWarps; ++r) {
-    const int local = warp() * (kTile / kWarps) + r, i = row_tile * kTile + local;
-    float product = 0, w = 0;
-    if (i < rows.n && there && i != j) {
-      product = across ? tile[lane() * kPitch + local] : tile[local * kPitch + lane()];
-      const float s = score(product, rows.plane(kOver)[i], over_j, over_tau);
-      w = rows.plane(kFactor)[i] * power(s - rows.plane(kPivot)[i]) + factor_j * power(s - pivot_j);
-      const int peers = rows.numbers(kLast)[i] - rows.numbers(kFirst)[i] - 1;
-      if (rows.same(i, j)) w -= (rows.plane(kAnchor)[i] + m_j) / float(peers);
-      w *= alpha * over_j;
-    }
-    const W stored = narrow<W>(w);
-    weight[int64_t(i - first) * pitch + j] = stored;
-    if (i < rows.n) {
-      const float sum = warp_sum(widen(stored) * product) * rows.plane(kOver)[i];
-      if (lane() == 0) radial[i] = sum;
-    }
+// What moves a pair, m_i e^(s_ij - lse_i) + m_j e^(s_ij - lse_j) - [same class] (m_i + m_j) / k.
+struct Pull {
+  const Rows<X>& rows;
+  struct Vector {
+    float anchor, pivot, factor;
+  };
+  SADCL_INLINE Vector of(int i) const {
+    return {rows.plane(kAnchor)[i], rows.plane(kPivot)[i], rows.plane(kFactor)[i]};
   }
-}
-
-// Of 32 rows from `first` on: z.g, times what the weights were scaled by.
-template <class R>
-SADCL_INLINE void add_radials(const R& rows, const float* radial, int first, float* out) {
-#pragma unroll
-  for (int r = 0; r < kTile / kWarps; ++r) {
-    const int local = warp() * (kTile / kWarps) + r, i = first + local;
-    float sum = 0;
-    if (i < rows.n)
-      for (int t = lane(); t < rows.tiles; t += kWarp) sum += radial[int64_t(t) * rows.room + i];
-    sum = warp_sum(sum);
-    if (lane() == 0) out[local] = sum;
+  SADCL_INLINE float weight(int i, int j, const Vector& a, const Vector& b, float s) const {
+    const int first = rows.numbers(kFirst)[i], last = rows.numbers(kLast)[i];
+    const float w = a.factor * power(s - a.pivot) + b.factor * power(s - b.pivot);
+    return j >= first && j < last ? w - (a.anchor + b.anchor) / float(last - first - 1) : w;
   }
-}
+};
 
 // `weights` has room for `entries` of them, at least 32 rows of all columns: few rows take one round, many several.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-sscl_backward(const float* upstream, const X* features, const int32_t* pairs, const int32_t* class_ptr,
-              const float* temperature, const float* lse, const double* norm, X* grad, float* grad_temperature, X* z,
-              float* scratch, X* weights, int64_t entries, uint32_t* barrier, Sizes sizes) {
+    sscl_backward(const float* upstream, const X* features, const int32_t* pairs, const int32_t* class_ptr,
+                  const float* temperature, const float* lse, const double* norm, X* grad, float* grad_temperature,
+                  X* z, float* scratch, X* weights, int64_t entries, uint32_t* barrier, Sizes sizes) {
   const int C = int(sizes.classes), V = int(sizes.views), D = int(sizes.depth), capacity = int(sizes.capacity);
   const Rows<X> rows(z, scratch, sizes, class_ptr[sizes.segments]);
-  const int room = capacity * V, pitch = rows.tiles * kTile;
-  float* radial = rows.behind();
+  const int room = capacity * V;
 
   for (int i = first_row_of_warp(); i < rows.n; i += all_warps()) {
     Range range = segment_of(class_ptr, int(sizes.segments), i / V);
@@ -255,58 +200,9 @@ sscl_backward(const float* upstream, const X* features, const int32_t* pairs, co
     grad[t] = narrow<X>(0.0f);
   grid_barrier(barrier);
 
-  const float tau = *temperature, over_tau = kLog2E / tau, alpha = weight_scale(rows), factor = 1 / (alpha * tau);
-  const int slices = (D + kSlice - 1) / kSlice;
-  const int height = rows.tiles == 0 ? 1 : int(min(entries / (int64_t(pitch) * kTile), int64_t(rows.tiles)));
-  const bool whole = height == rows.tiles;
-  for (int first = 0; first < rows.tiles; first += height) {
-    const int stop = min(first + height, rows.tiles), origin = first * kTile;
-    const int items = whole ? rows.tiles * (rows.tiles + 1) / 2 : (stop - first) * rows.tiles;
-    for (int item = int(blockIdx.x); item < items; item += int(gridDim.x)) {
-      int row_tile = first + item / rows.tiles, column_tile = item % rows.tiles;
-      if (whole) triangle(item, row_tile, column_tile);
-      const int high = max(row_tile, column_tile), low = min(row_tile, column_tile);
-      tile_of_products<X>(rows.z, rows.width, rows.n, high * kTile, low * kTile, tile_memory());
-      row_weights(rows, tile_memory(), row_tile, column_tile, row_tile < column_tile, over_tau, alpha, weights, origin,
-                  pitch, radial + int64_t(column_tile) * rows.room);
-      if (whole && row_tile != column_tile)
-        row_weights(rows, tile_memory(), column_tile, row_tile, true, over_tau, alpha, weights, origin, pitch,
-                    radial + int64_t(row_tile) * rows.room);
-    }
-    grid_barrier(barrier);
-    for (int item = int(blockIdx.x); item < (stop - first) * slices; item += int(gridDim.x)) {
-      const int row0 = (first + item / slices) * kTile, d0 = item % slices * kSlice;
-      float* radials = tile_memory() + kSlice * kSlicePitch;
-      __syncthreads();
-      add_radials(rows, radial, row0, radials);
-      float sums[kSums];
-      weighted_rows<X>(weights + int64_t(row0 - origin) * pitch, pitch, rows.z, rows.width, rows.n, d0, tile_memory(),
-                       sums);
-      __syncthreads();
-#pragma unroll
-      for (int e = 0; e < kSums; ++e) {
-        const int local = SumsOf<X>::row(e), i = row0 + local, d = d0 + SumsOf<X>::column(e);
-        if (i >= rows.n || d >= D) continue;
-        float g = sums[e] * factor;
-        if (NORMALIZE) {
-          const float over = rows.plane(kOver)[i], unit = widen(rows.z[int64_t(i) * rows.width + d]) * over;
-          // 1 / |x| by its two factors: the product may leave the range.
-          g = sscl_tangential(g, unit, radials[local] * factor) * over * rows.plane(kScale)[i];
-        }
-        grad[int64_t(rows.numbers(kSlot)[i]) * D + d] = narrow<X>(g);
-      }
-    }
-    if (stop < rows.tiles) grid_barrier(barrier);
-  }
-
-  // Half, because a pair is counted from both sides.
-  if (blockIdx.x != gridDim.x - 1) return;
-  double total = 0;
-  for (int i = int(threadIdx.x); i < rows.n; i += kThreads)
-    for (int t = 0; t < rows.tiles; ++t) total += double(radial[int64_t(t) * rows.room + i]);
-  __syncthreads();
-  total = block_sum<kThreads>(total, reinterpret_cast<double*>(shared_memory));
-  if (threadIdx.x == 0) *grad_temperature = float(-0.5 * total * double(factor) / double(tau));
+  pair_gradient<NORMALIZE>(
+      rows, Pull{rows}, [&](int i) { return grad + int64_t(rows.numbers(kSlot)[i]) * D; }, D, *temperature,
+      rows.behind(), weights, entries, barrier, grad_temperature);
 }
 #endif
 

@@ -1,7 +1,8 @@
-// The active rows of an SSCL call in the scratch of a launch: where row i = p V + v comes from, its class, its unit vector.
+// The active rows of an SSCL call in the scratch of a launch: where row i = p V + v comes from, its class, its unit
+// vector.
 //
-// z holds x times a power of two that brings |x| into [1, 2), in x's dtype, which loses no bit; normalisation multiplies
-// the products instead. All that is not z stands in planes of `room` numbers of 4 bytes.
+// z holds x times a power of two that brings |x| into [1, 2), in x's dtype, which loses no bit; normalisation
+// multiplies the products instead. All that is not z stands in planes of `room` numbers of 4 bytes.
 #pragma once
 #include "tiles.h"
 
@@ -26,6 +27,9 @@ struct Rows {
   int n, room, tiles, width, views;
   bool overflowed;
 
+  SADCL_INLINE Rows(T* z_, float* scratch, int vectors, int depth)
+      : z(z_), planes(scratch), n(vectors), room((vectors + kTile - 1) / kTile * kTile),
+        tiles((vectors + kTile - 1) / kTile), width(width_of(depth)), views(1), overflowed(false) {}
   SADCL_INLINE Rows(T* z_, float* scratch, const Sizes& s, int pairs)
       : z(z_), planes(scratch), room(int(s.capacity * s.views + kTile - 1) / kTile * kTile), width(width_of(s.depth)),
         views(int(s.views)), overflowed(pairs > s.capacity) {
@@ -59,20 +63,17 @@ SADCL_INLINE float scale_of(double norm) {
   return __int_as_float(min(max(254 - exponent, 1), 254) << 23);
 }
 
-// What a warp does for a row: the norm, unless it is known; its entries in the planes; z. `pair` is its place in
-// [B, C], `range` its class. Of a row of norm 0 nothing but that is used.
+// What a warp does for row i, x of `stride`: the norm, which it returns, unless it is known; its factors; z. Of a row
+// of norm 0 nothing but that is used.
 template <class T, bool UNIT>
-SADCL_INLINE double stage_row(const Rows<T>& rows, const Sizes& s, const T* features, int i, int pair, Range range,
-                              const double* known) {
-  const int C = int(s.classes), b = pair / C, c = pair % C, v = i % rows.views, D = int(s.depth);
-  const T* x = features + b * s.features[0] + v * s.features[1] + c * s.features[2];
+SADCL_INLINE double stage_vector(const Rows<T>& rows, const T* x, int64_t stride, int D, int i, const double* known) {
   double norm = 1;
   if (known) {
     norm = *known;
   } else if (UNIT) {
     double squares = 0;
     for (int d = lane(); d < D; d += kWarp) {
-      const double wide = double(widen(x[d * s.features[3]]));
+      const double wide = double(widen(x[d * stride]));
       squares += wide * wide;
     }
     norm = sqrt(warp_sum(squares));
@@ -80,16 +81,26 @@ SADCL_INLINE double stage_row(const Rows<T>& rows, const Sizes& s, const T* feat
   const float scale = UNIT ? scale_of(norm) : 1;
   const double length = UNIT ? norm * double(scale) : 1;
   for (int d = lane(); d < rows.width; d += kWarp)
-    rows.z[int64_t(i) * rows.width + d] =
-        narrow<T>(d < D && norm != 0 ? float(widen(x[d * s.features[3]])) * scale : 0.0f);
+    rows.z[int64_t(i) * rows.width + d] = narrow<T>(d < D && norm != 0 ? float(widen(x[d * stride])) * scale : 0.0f);
   if (lane() == 0) {
     rows.plane(kOver)[i] = length == 0 ? 0 : float(1 / length);
     rows.plane(kScale)[i] = scale;
+  }
+  return norm;
+}
+
+// The same of an active row, `pair` in [B, C], and its class.
+template <class T, bool UNIT>
+SADCL_INLINE double stage_row(const Rows<T>& rows, const Sizes& s, const T* features, int i, int pair, Range range,
+                              const double* known) {
+  const int C = int(s.classes), b = pair / C, c = pair % C, v = i % rows.views;
+  const T* x = features + b * s.features[0] + v * s.features[1] + c * s.features[2];
+  if (lane() == 0) {
     rows.numbers(kFirst)[i] = range.first * rows.views;
     rows.numbers(kLast)[i] = range.last * rows.views;
     rows.numbers(kSlot)[i] = int((int64_t(b) * s.views + v) * C + c);
   }
-  return norm;
+  return stage_vector<T, UNIT>(rows, x, s.features[3], int(s.depth), i, known);
 }
 
 // s_ij in base 2. No product is fused into what comes after: the softmax hangs on differences of these very bits.

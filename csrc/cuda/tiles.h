@@ -1,8 +1,8 @@
 // Products of staged rows, 32 by 32: tensor cores for 16-bit rows, fused multiply-adds for float32.
 //
-// A block of 8 warps shares a tile by depth: where rows are few there are few tiles, and what a tile takes is the time of
-// its loads, which are then all under way at once. Operands go from global memory (L2) to registers, 16 bytes at a time;
-// the order of the depth within 32 is free, so a thread's 16 bytes are the fragments of two steps of mma.
+// A block of 8 warps shares a tile by depth: where rows are few there are few tiles, and what a tile takes is the time
+// of its loads, which are then all under way at once. Operands go from global memory (L2) to registers, 16 bytes at a
+// time; the order of the depth within 32 is free, so a thread's 16 bytes are the fragments of two steps of mma.
 #pragma once
 #include "device.h"
 
@@ -11,6 +11,12 @@ SADCL_KERNELS_BEGIN
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTile = 32, kPitch = kTile + 1;  // a row of the tile in shared memory; odd: columns don't share a bank
 constexpr int kTileBytes = kWarps * kTile * kPitch * 4;
+
+SADCL_INLINE float* tile_memory() { return reinterpret_cast<float*>(shared_memory); }
+SADCL_INLINE int first_row_of_warp() { return int(blockIdx.x) * kWarps + warp(); }
+SADCL_INLINE int all_warps() { return int(gridDim.x) * kWarps; }
+SADCL_INLINE int64_t thread_of_grid() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
+SADCL_INLINE int64_t all_threads() { return int64_t(gridDim.x) * kThreads; }
 
 struct alignas(16) Four {
   uint32_t x, y, z, w;
@@ -121,9 +127,9 @@ struct SumsOf<float> {
   SADCL_INLINE static int column(int e) { return lane() * 2 + e % 2; }
 };
 
-// sums: rows of weight [32][pitch] times columns [d0, d0 + 64) of z [n][width], pitch a multiple of 32 and >= n, weights
-// 0 beyond n. 16-bit rows pass through `shared` [64][kSlicePitch], permuted so that a thread's 16 bytes of weights are
-// the fragments of two steps.
+// sums: rows of weight [32][pitch] times columns [d0, d0 + 64) of z [n][width], pitch a multiple of 32 and >= n,
+// weights 0 beyond n. 16-bit rows pass through `shared` [64][kSlicePitch], permuted so that a thread's 16 bytes of
+// weights are the fragments of two steps.
 template <class T>
 SADCL_INLINE void weighted_rows(const T* weight, int pitch, const T* z, int width, int n, int d0, void* scratch,
                                 float (&sums)[kSums]) {

@@ -17,7 +17,7 @@ from sadcl.testing import error_budgets, make_features, make_labels
 from sadcl.testing.examples import Size
 from tests.ptx.cases import KINDS, Case, OnGpu, check, hold, ours, truth
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
-from tests.ptx.mutants import mutants_of
+from tests.ptx.mutants import Bench, mutants_of, outcomes_of
 from tests.ptx.ptxemu import Fault, Kernel
 
 pytestmark = pytest.mark.skipif(_nvrtc.path() is None, reason="NVRTC is not installed")
@@ -168,8 +168,17 @@ def fused(x: sscl.Inputs, labels: Tensor, capacity: int | None = None, **options
     return active, out
 
 
-@pytest.mark.parametrize("b, c, dtype", [(30, 3, torch.float32), (9, 33, torch.int64), (3, 257, torch.bool),
-                                         (40, 1, torch.bfloat16), (255, 2, torch.int8), (0, 3, torch.int8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "b, c, dtype",
+    [
+        (30, 3, torch.float32),
+        (9, 33, torch.int64),
+        (3, 257, torch.bool),
+        (40, 1, torch.bfloat16),
+        (255, 2, torch.int8),
+        (0, 3, torch.int8),
+    ],
+)
 @pytest.mark.parametrize("released", [False, True])
 def test_compaction_in_the_same_launch(b: int, c: int, dtype: torch.dtype, released: bool) -> None:
     labels = make_labels(b, c, "random" if dtype == torch.bool else "ignored").to(dtype)
@@ -226,3 +235,17 @@ def test_a_missing_barrier_of_the_grid_is_found(order: int) -> None:
         edit = lambda n, kernel, name=name, faulty=faulty: faulty if n == name else kernel  # noqa: E731
         with executing_cuda(CudaExecutor({"order": order}, edit), 3) as executor, pytest.raises(Fault, match="race"):
             ours("sscl", x, executor, "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize("number", [PAPER, RELEASED])
+def test_most_planted_faults_are_seen(kind: str, number: int) -> None:
+    """What no case sees leaves all bits as they were, or moves them by less than rounding does."""
+    bench = Bench([case_of(kind, size, number) for size in (*EDGES[2:9:2], MANY[1])], "cuda")
+    outcomes = list(outcomes_of(bench, "sscl", kind, per_class=4))
+    survivors = [outcome for outcome in outcomes if outcome.verdict in ("unseen", "no effect")]
+    unseen = [outcome for outcome in survivors if outcome.verdict == "unseen"]
+    assert len(unseen) <= 0.05 * (len(outcomes) - len(survivors) + len(unseen)), unseen
+    assert len(survivors) <= 0.35 * len(outcomes), survivors
+    assert not [outcome for outcome in survivors if outcome.what.startswith(("barrier of the grid", "order"))], survivors
