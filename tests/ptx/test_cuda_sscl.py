@@ -248,4 +248,6 @@ def test_most_planted_faults_are_seen(kind: str, number: int) -> None:
     unseen = [outcome for outcome in survivors if outcome.verdict == "unseen"]
     assert len(unseen) <= 0.05 * (len(outcomes) - len(survivors) + len(unseen)), unseen
     assert len(survivors) <= 0.35 * len(outcomes), survivors
-    assert not [outcome for outcome in survivors if outcome.what.startswith(("barrier of the grid", "order"))], survivors
+    assert not [outcome for outcome in survivors if outcome.what.startswith(("barrier of the grid", "order"))], (
+        survivors
+    )
