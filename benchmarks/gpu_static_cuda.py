@@ -94,7 +94,7 @@ def write_report(results: list[Result]) -> None:
         "",
         f"Made by `python -m benchmarks.gpu_static_cuda` with NVRTC {major}.{minor} at the COCO shape (B=32, V=2,",
         "C=80, D=1024, E=2048). Compiled here, executed as sm_80's PTX on a CPU by tests/ptx, timed by nobody.",
-        "Registers are of a thread, spills are bytes to memory, `fit` is how many blocks a multiprocessor holds at once.",
+        "Registers are of a thread, spills are bytes to memory, `fit` is how many blocks a multiprocessor holds.",
         "",
         "| part | kernel and defines | threads | registers | spills | shared | fit | matrix instruction |",
         "|---|---|---|---|---|---|---|---|",

@@ -129,7 +129,7 @@ def launch(
     if any(recorder.part is not None for recorder in _recorders):
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device(device):
+    with _on(device.index):
         function = _function(program, device.index, shared)
         packed, addresses = pack(args)
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
@@ -139,6 +139,26 @@ def launch(
         else:
             _check(driver().cuLaunchKernel(function, *sizes, None), f"launch of {program.label}")
     del packed  # the driver has copied it
+
+
+@contextlib.contextmanager
+def _on(index: int) -> Iterator[None]:
+    """Inside, a device is torch's and its context the driver's: a thread of autograd's may not have met one yet."""
+    with torch.cuda.device(index):
+        context = ctypes.c_void_p()
+        _check(driver().cuCtxGetCurrent(ctypes.byref(context)), "context")
+        if context.value is None:
+            _check(driver().cuCtxSetCurrent(_primary(index)), f"context of device {index}")
+        yield
+
+
+@functools.cache
+def _primary(index: int) -> ctypes.c_void_p:
+    """The context of a device that torch uses; kept for as long as the process lives."""
+    ordinal, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(driver().cuDeviceGet(ctypes.byref(ordinal), index), f"device {index}")
+    _check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal), f"context of device {index}")
+    return context
 
 
 def pack(args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -195,7 +215,7 @@ def blocks_that_fit(program: Program, threads: int, shared: int, device: torch.d
 
 @functools.cache
 def _blocks_of(program: Program, threads: int, shared: int, index: int) -> int:
-    with torch.cuda.device(index):
+    with _on(index):
         count = ctypes.c_int()
         function = _function(program, index, shared)
         _check(

@@ -28,7 +28,7 @@ LIMITS: dict[str, tuple[int, str]] = {
     "sscl": (
         1 << 13,
         "rows that there is room for, B C V or less: one launch in place of 3 and 4. A COCO step has room for 5,120, "
-        "of which 190 are active, 21 tiles of 32 x 32; 1,024 that are active are 4 tiles a processor",
+        "of which 190 are active, 21 tiles of 32 x 32; a million products (1,024 active rows) are 4 tiles a processor",
     ),
     "dual": (1 << 13, "rows that there is room for: as SSCL alone; its means then come out of the launches too"),
     "supcon": (

@@ -2,8 +2,8 @@
 
 Forward, three launches: a copy of both views side by side; compaction and SSCL; PSCL, whose last block adds up both
 losses. Backward, three: the upstream gradient over the rows, SSCL, PSCL, which adds to SSCL's gradient of the first
-view. CUDA C++ only, for the paper's formulation without weights; elsewhere the functional ``dual_contrastive_loss`` runs
-the ops. Its oracle is theirs.
+view. CUDA C++ only, for the paper's formulation without weights; elsewhere ``dual_contrastive_loss`` runs the ops,
+whose oracles are also this op's.
 """
 
 from __future__ import annotations

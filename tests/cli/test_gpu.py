@@ -43,7 +43,7 @@ def test_gate_sees_a_fault_of_four_digits(
     monkeypatch.setattr(torch.autograd, "grad", lambda total, leaves, **_: [torch.zeros_like(x) for x in leaves])
     assert gpu.gate(torch.float32, CPU) == (0 if spoil == 1.0 else 1)
     shown = capsys.readouterr().out
-    assert "right compact, example 0" in shown and (("WRONG zlpr" in shown) == (spoil != 1.0))
+    assert "right compact by triton, example 0" in shown and (("WRONG zlpr" in shown) == (spoil != 1.0))
 
 
 def test_a_run_goes_on_where_it_was(
