@@ -24,7 +24,7 @@ _SUMS = 5  # of an anchor and a tile of columns
 
 def _labels(x: Any) -> tuple[Tensor, Tensor]:
     """Labels and key labels of one dtype, as the kernels read them; the images' own where there are no keys."""
-    found = []
+    found: list[Tensor] = []
     for name, labels in (("labels", x.labels), ("key_labels", x.key_labels)):
         if labels is None:
             labels = found[0]
