@@ -22,6 +22,11 @@ TAKEN = {0: "all", 1: "any", 3: "jaccard", 4: "overlap", 5: "simdis"}  # as in s
 _SUMS = 5  # of an anchor and a tile of columns
 
 
+def takes(x: Any) -> bool:
+    """Whether these kernels compute the weighting of ``x``."""
+    return x.weighting in TAKEN and x.prototypes is None
+
+
 def _labels(x: Any) -> tuple[Tensor, Tensor]:
     """Labels and key labels of one dtype, as the kernels read them; the images' own where there are no keys."""
     found: list[Tensor] = []
@@ -38,7 +43,7 @@ def _labels(x: Any) -> tuple[Tensor, Tensor]:
 
 def _problem(x: Any, upstream: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """Labels, key labels, keys, and the sizes that both kernels are given."""
-    if x.weighting not in TAKEN or x.prototypes is not None:
+    if not takes(x):
         raise ValueError(f"weighting: backend='cuda' computes {', '.join(TAKEN.values())}; use 'triton' for the others")
     require_dtype(x.features)
     (b, v, d), (labels, key_labels) = x.features.shape, _labels(x)

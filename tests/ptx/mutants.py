@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import sys
@@ -186,9 +187,10 @@ class Bench:
         """How the fault was seen: the kind of a report, ``result``; or ``unseen``, ``no effect``."""
         faulty, effect = mutant.kernel(), False
         edit: Callable[[str, Kernel], Kernel] = lambda _, kernel: faulty if kernel is target.kernel else kernel  # noqa: E731
-        for number, case in enumerate(target.cases):
-            # Blocks that meet may do so in an order in which nothing goes wrong.
-            options = {"limit": LIMIT, "order": 0 if self.backend == "triton" else number % 2}
+        # Blocks that meet may do so in an order in which nothing goes wrong.
+        orders = (0,) if self.backend == "triton" else (0, 1)
+        for case, order in itertools.product(target.cases, orders):
+            options = {"limit": LIMIT, "order": order}
             try:
                 with precise(case), self.executing(self.executor(options, edit), case.processors) as executor:
                     results, _, _ = ours(case.op, self.inputs[case], executor, self.backend)
