@@ -63,20 +63,18 @@ SADCL_INLINE float scale_of(double norm) {
   return __int_as_float(min(max(254 - exponent, 1), 254) << 23);
 }
 
-// What a warp does for row i, x of `stride`: the norm, which it returns, unless it is known; its factors; z. Of a row
+// What a warp does for row i, x of `stride`: the norm, which it returns, unless that is known; its factors; z. Of a row
 // of norm 0 nothing but that is used.
 template <class T, bool UNIT>
-SADCL_INLINE double stage_vector(const Rows<T>& rows, const T* x, int64_t stride, int D, int i, const double* known) {
-  double norm = 1;
-  if (known) {
-    norm = *known;
-  } else if (UNIT) {
+SADCL_INLINE double stage_vector(const Rows<T>& rows, const T* x, int64_t stride, int D, int i, bool known,
+                                 double norm) {
+  if (!known) {
     double squares = 0;
-    for (int d = lane(); d < D; d += kWarp) {
+    for (int d = lane(); UNIT && d < D; d += kWarp) {
       const double wide = double(widen(x[d * stride]));
       squares += wide * wide;
     }
-    norm = sqrt(warp_sum(squares));
+    norm = UNIT ? sqrt(warp_sum(squares)) : 1;
   }
   const float scale = UNIT ? scale_of(norm) : 1;
   const double length = UNIT ? norm * double(scale) : 1;
@@ -100,7 +98,7 @@ SADCL_INLINE double stage_row(const Rows<T>& rows, const Sizes& s, const T* feat
     rows.numbers(kLast)[i] = range.last * rows.views;
     rows.numbers(kSlot)[i] = int((int64_t(b) * s.views + v) * C + c);
   }
-  return stage_vector<T, UNIT>(rows, x, s.features[3], int(s.depth), i, known);
+  return stage_vector<T, UNIT>(rows, x, s.features[3], int(s.depth), i, known != nullptr, known ? *known : 0);
 }
 
 // s_ij in base 2. No product is fused into what comes after: the softmax hangs on differences of these very bits.

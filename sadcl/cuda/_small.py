@@ -35,6 +35,11 @@ LIMITS: dict[str, tuple[int, str]] = {
         1 << 10,
         "rows, all of which are active: as above. Above, tiles of 128 and a pipeline are worth two launches more",
     ),
+    "mlc": (
+        1 << 10,
+        "vectors, B V and keys, of the weightings that follow from a pair's labels: one launch in place of 6 or 7 each "
+        "way. Above, Triton multiplies keys with anchors alone, and here it is all with all",
+    ),
     "bank_update": (
         1 << 23,
         "B C E: one launch of a block a row, as Triton's; this one knows no threshold when compiled",

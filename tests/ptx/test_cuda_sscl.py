@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_blocks_nor_on_the_order_of_warps_and_blocks(kind:
 def test_several_rounds_of_weights_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs(make_labels(50, 3, "random"), v=2, kind=kind)
     want = results(x)
-    monkeypatch.setattr(launcher, "_WEIGHTS", 0)  # 32 rows a round
+    monkeypatch.setattr(launcher, "WEIGHTS", 0)  # 32 rows a round
     assert same(want, results(x, 3, order=3))
 
 
@@ -216,7 +216,7 @@ def test_the_barrier_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) ->
     x = inputs(make_labels(30, 3, "random"))
     want = results(x, 5)
     for processors, weights in ((2, 1 << 20), (4, 0)):
-        monkeypatch.setattr(launcher, "_WEIGHTS", weights)
+        monkeypatch.setattr(launcher, "WEIGHTS", weights)
         assert same(want, results(x, processors))
         assert not state.any()
 
@@ -248,6 +248,4 @@ def test_most_planted_faults_are_seen(kind: str, number: int) -> None:
     unseen = [outcome for outcome in survivors if outcome.verdict == "unseen"]
     assert len(unseen) <= 0.05 * (len(outcomes) - len(survivors) + len(unseen)), unseen
     assert len(survivors) <= 0.35 * len(outcomes), survivors
-    assert not [outcome for outcome in survivors if outcome.what.startswith(("barrier of the grid", "order"))], (
-        survivors
-    )
+    assert not [o for o in survivors if o.what.startswith(("barrier of the grid", "order"))], survivors

@@ -212,6 +212,18 @@ def test_a_signed_load_fills_a_wider_register(bits: int) -> None:
     assert (result == numbers).all()
 
 
+def test_parameters_have_addresses() -> None:
+    """Those of a struct that is passed by value are chosen by address."""
+    body = "mov.b64 %d0, k_param_1;\nadd.s64 %d1, %d0, 8;\nsetp.lt.s32 %p0, %t, 3;\nselp.b64 %d0, %d0, %d1, %p0;\n"
+    body += "ld.param.b32 %r1, [%d0+8];\n"
+    kernel = text(body + lanes("%r1"), 1).replace("\n)\n.reqntid", ",\n.param .align 8 .b8 k_param_1[24]\n)\n.reqntid")
+    result = out()
+    run(kernel, 1, [result, (5, 6, 7)])
+    assert result.tolist() == [6] * 3 + [7] * 61
+    with pytest.raises(Fault, match="bounds"):
+        run(kernel.replace("[%d0+8]", "[%d0+16]"), 1, [result, (5, 6, 7)])
+
+
 def test_misaligned_access_is_a_fault() -> None:
     expect("misaligned", "st.global.b32 [%a0+2], %t;\nret;", out())
     expect("misaligned", "mov.b32 %r0, smem;\nst.shared.v2.b32 [%r0+4], {%t, %t};\nret;", out(), shared=64)

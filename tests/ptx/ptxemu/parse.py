@@ -239,6 +239,8 @@ class _Parser:
         assert width is not None, text
         if text in self.shared:
             return self._constant(0, width)
+        if text in self.offsets:  # an address among the parameters is where it stands there
+            return self._constant(self.offsets[text], width)
         return self._constant(_number(text, self.line), width)
 
     def _address(self, text: str) -> tuple[int, int]:
@@ -335,10 +337,14 @@ class _Parser:
         if len(registers) != count or any(self.widths[register] < bits for register in registers):
             raise UnknownOpcode(f"line {self.line}: {found[0]} of {values}")
         if space == "param":
-            name = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", address)
-            if kind != "ld" or count != 1 or name is None or name[1] not in self.offsets:
+            name = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", address)
+            if kind != "ld" or count != 1 or name is None:
                 raise UnknownOpcode(f"line {self.line}: {found[0]} {address}")
-            offset = self.offsets[name[1]] + int(name[2] or 0)
+            offset = int(name[2] or 0)
+            if name[1] in self.offsets:
+                offset += self.offsets[name[1]]
+            else:
+                registers.append(self._operand(name[1]))
             return make("ld.param", operands=registers, numbers=(bits // 8, 1, offset))  # type: ignore[operator]
         register, offset = self._address(address)
         return make(f"{kind}.{space}", operands=[*registers, register], results=count if kind == "ld" else 0,

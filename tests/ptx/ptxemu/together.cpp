@@ -1,4 +1,5 @@
 // The meaning of instructions that move data or that a warp's lanes do together; opcodes.h has all the others.
+#include "atomics.h"
 #include "machine.h"
 #include "matrices.h"
 #include "opcodes.h"
@@ -84,8 +85,6 @@ static Opcode op3(const char* name, F) {
     return {name, Letters<R, A, B, C>::text, select ? SELECT : EACH_LANE, map3<R, A, B, C, F>, nullptr};
 }
 
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, u32, u64>;
 template <class R, class A, class B, class C, class D, class F>
 static Opcode op4(const char* name, F) {
     return {name, Letters<R, A, B, C, D>::text, EACH_LANE, map4<R, A, B, C, D, F>, nullptr};
@@ -153,13 +152,18 @@ void store(Warp& warp, const Instruction& i, u32 mask) {
         if (STRONG_ONE) warp.machine->release(warp, address, u32(i.number[3]), false);
     });
 }
+// operands: the value and, where the address is not known beforehand, a register with a place among the parameters.
 static void load_parameter(Warp& warp, const Instruction& i, u32 mask) {
     const Machine& m = *warp.machine;
-    u64 bits = 0;
-    if (u64(i.number[2]) + u64(i.number[0]) > m.parameters.size())
-        m.fault("bounds", "reads beyond the kernel's parameters");
-    std::memcpy(&bits, m.parameters.data() + i.number[2], size_t(i.number[0]));
-    lanes_of(mask, [&](int lane) { store_lane(warp, i.operand[0], lane, bits); });
+    if (i.count > 1) warp.require_known(i.operand[1], mask, "an address");
+    lanes_of(mask, [&](int lane) {
+        u64 bits = 0;
+        const u64 at = i.count > 1 ? address_of(warp, i, i.operand[1], lane) : u64(i.number[2]);
+        if (at + u64(i.number[0]) > m.parameters.size() || at + u64(i.number[0]) < at)
+            m.fault("bounds", "reads beyond the kernel's parameters");
+        std::memcpy(&bits, m.parameters.data() + at, size_t(i.number[0]));
+        store_lane(warp, i.operand[0], lane, bits);
+    });
     warp.set_known(i.operand[0], mask, ALL);
 }
 // mov of a vector into one register, and back; the widths are the registers'.
@@ -184,52 +188,6 @@ static void unpack(Warp& warp, const Instruction& i, u32 mask) {
     });
     for (u32 k = 0; k + 1 < i.count; ++k) warp.set_known(i.operand[k], mask, known);
 }
-
-// atom and red: operands old value, address, b, c. Lanes one after another, from the last where the order is turned round.
-template <class T, class F>
-static void atomic(Warp& warp, const Instruction& i, u32 mask) {
-    Machine& m = *warp.machine;
-    warp.require_known(i.operand[1], mask, "an address");
-    for (u32 k = 2; k < i.count; ++k) warp.require_known(i.operand[k], mask, "an operand of an atomic operation");
-    for (int n = 0; n < LANES; ++n) {
-        const int lane = m.order == 1 ? LANES - 1 - n : n;
-        if (!(mask >> lane & 1)) continue;
-        const u64 address = address_of(warp, i, i.operand[1], lane);
-        m.acquire(warp, address, u32(i.number[3]));
-        T old;
-        if (!m.read_global(warp, lane, address, sizeof(T), &old, false, true))
-            m.fault("uninitialised", warp, lane, "changes global memory that holds no value");
-        const T b = std::bit_cast<T>(warp.lanes<Bits<T>>(i.operand[2])[lane]);
-        const T c = i.count > 3 ? std::bit_cast<T>(warp.lanes<Bits<T>>(i.operand[3])[lane]) : T();
-        const T made = F{}(old, b, c);
-        m.write_global(warp, lane, address, sizeof(T), &made, true);
-        m.release(warp, address, u32(i.number[3]), true);
-        warp.lanes<Bits<T>>(i.operand[0])[lane] = std::bit_cast<Bits<T>>(old);
-    }
-    warp.set_known(i.operand[0], mask, ALL);
-}
-#define ATOMIC(name, T, value)                                                                       \
-    Opcode{"atom." name, "", STRONG, nullptr, [](Warp& warp, const Instruction& i, u32 mask) {       \
-               const auto of = [](T a, T b, [[maybe_unused]] T c) -> T { return T(value); };         \
-               atomic<T, decltype(of)>(warp, i, mask);                                               \
-           }},
-#define ATOMICS(N, U, S)                                                                             \
-    ATOMIC("add.u" N, U, a + b)                                                                      \
-    ATOMIC("add.s" N, U, a + b)                                                                      \
-    ATOMIC("min.u" N, U, a < b ? a : b)                                                              \
-    ATOMIC("min.s" N, S, a < b ? a : b)                                                              \
-    ATOMIC("max.u" N, U, a > b ? a : b)                                                              \
-    ATOMIC("max.s" N, S, a > b ? a : b)                                                              \
-    ATOMIC("and.b" N, U, a & b)                                                                      \
-    ATOMIC("or.b" N, U, a | b)                                                                       \
-    ATOMIC("xor.b" N, U, a ^ b)                                                                      \
-    ATOMIC("exch.b" N, U, (void(a), b))                                                              \
-    ATOMIC("cas.b" N, U, a == b ? c : a)
-
-static void fence(Warp& warp, const Instruction&, u32) {
-    if (warp.machine->meeting) warp.fence();
-}
-static void nothing(Warp&, const Instruction&, u32) {}
 
 // cp.async: operands destination, source, bytes given; number: bytes, -, offset of the source, of the destination.
 // What arrives, arrives at the wait: until then the destination must not be read, nor what was there before.
