@@ -61,6 +61,10 @@ def gate(dtype: torch.dtype, device: torch.device, ops: Sequence[str] = ()) -> i
             try:
                 with _running(backend, device):
                     _check(name, x, device, backend)
+            except ValueError as error:
+                if "use 'triton'" not in str(error):  # a weighting that CUDA C++ has not
+                    raise
+                print(f"not by {backend}: {name}, example {number}")
             except (AssertionError, RuntimeError) as error:
                 wrong += 1
                 print(f"WRONG {name} by {backend}, example {number}: {' '.join(str(error).split())[:500]}")
