@@ -18,6 +18,7 @@ from sadcl.testing import make_features, make_labels
 from sadcl.testing.examples import Size
 from tests.ptx.cases import KINDS, Case, check, ours
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
+from tests.ptx.mutants import Bench, outcomes_of
 
 pytestmark = pytest.mark.skipif(_nvrtc.path() is None, reason="NVRTC is not installed")
 SMALL = Size(b=4, v=1, c=3, d=20, e=24, length=1, heads=1)
@@ -169,3 +170,16 @@ def test_other_weightings_are_refused_and_not_chosen() -> None:
     for weighting in mlc.WEIGHTINGS:
         assert bool(mlc.size_of(features[:, None], None, weighting, False)) == (weighting in NAMES)
     assert mlc.size_of(features[:, None].double(), None, "all", False) == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, number", [("fp32", 3), ("bf16", 5), ("fp32", 0)])
+def test_most_planted_faults_are_seen(kind: str, number: int) -> None:
+    """What no case sees leaves all bits as they were, or moves them by less than rounding does."""
+    bench = Bench([Case("mlc", kind, size, number, processors=3) for size in EDGES[1:6:2]], "cuda")
+    outcomes = list(outcomes_of(bench, "mlc", kind, per_class=4))
+    survivors = [outcome for outcome in outcomes if outcome.verdict in ("unseen", "no effect")]
+    unseen = [outcome for outcome in survivors if outcome.verdict == "unseen"]
+    assert len(unseen) <= 0.05 * (len(outcomes) - len(survivors) + len(unseen)), unseen
+    assert len(survivors) <= 0.35 * len(outcomes), survivors
+    assert not [o for o in survivors if o.what.startswith(("barrier of the grid", "order"))], survivors
