@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks import device as bench
 from sadcl import _json
 from sadcl.checkpoint import write_atomically
-from sadcl.cuda import _nvrtc, mlc
+from sadcl.cuda import _nvrtc
 from sadcl.ops._library import OPS
 from sadcl.testing import assert_within_budget, error_budgets
 from sadcl.testing.examples import EXAMPLES, SMALL, Maker
@@ -56,11 +56,15 @@ def gate(dtype: torch.dtype, device: torch.device, ops: Sequence[str] = ()) -> i
         if backend not in OPS[name].backends or (ops and FAMILY.get(name, name) not in ops):
             continue
         for number, x in enumerate(EXAMPLES[name](Maker(SMALL, dtype))):
-            if _has_no_oracle(name, x) or (name == "mlc" and backend == "cuda" and not mlc.takes(x)):
+            if _has_no_oracle(name, x):
                 continue
             try:
                 with _running(backend, device):
                     _check(name, x, device, backend)
+            except ValueError as error:
+                if "use 'triton'" not in str(error):  # a weighting that CUDA C++ has not
+                    raise
+                print(f"not by {backend}: {name}, example {number}")
             except (AssertionError, RuntimeError) as error:
                 wrong += 1
                 print(f"WRONG {name} by {backend}, example {number}: {' '.join(str(error).split())[:500]}")

@@ -1,7 +1,7 @@
 // Asymmetric loss and its derivative, one launch each way.
 //
-// Forward: a block an image, or one for the sum of few. Threads walk over the classes; nearly all labels are 0, for which half the formula
-// does. At B = 32, C = 80 a thread has one element: the launch is the cost.
+// Forward: a block an image, or one for the sum of few. Threads walk over the classes; nearly all labels are 0, for
+// which half the formula does. At B = 32, C = 80 a thread has one element: the launch is the cost.
 //
 // Defines: LOGITS, LABELS (types); WEIGHTED (by class), CLIP, SAVE (0 or 1), SUM (0: of
 // nothing, 1: an image's classes, 2: all, by one block). Of the backward: LOGITS.

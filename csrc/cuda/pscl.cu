@@ -53,7 +53,7 @@ SADCL_INLINE LogSum log_sum_exp(const double* score, const int8_t* target, int64
   return out;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     pscl_forward(const X* features, const X* prototypes, const int8_t* target, const A* temperature, A* class_loss,
                  double* score, double* norm_x, double* norm_p, double* lse, int64_t B, int64_t C, int64_t D,
                  Strides stride
