@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
 .PHONY: help demo test gpu docs wheel fuzz matrix tritons sanitize races compilers lint clean
 .DEFAULT_GOAL = help
@@ -121,7 +121,7 @@ compilers: ## the kernels by aarch64 gcc and clang (installed), compiled alone
 
 lint: $(VENV)/test.stamp ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cuda/*
 	$(BIN)/mypy
 
 clean: ## remove what these made

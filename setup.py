@@ -197,9 +197,14 @@ class BuildExt(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["sadcl", "sadcl.*"]), "sadcl.kernels"],
-    package_dir={"sadcl.kernels": "kernels"},
-    package_data={"sadcl": ["py.typed", "data/*.json"]},
+    # sadcl/csrc has no module: what NVRTC compiles on a machine with a GPU, and the formulas that it shares with sadcl._C.
+    packages=[*find_packages(include=["sadcl", "sadcl.*"]), "sadcl.kernels", "sadcl.csrc"],
+    include_package_data=False,
+    package_dir={"sadcl.kernels": "kernels", "sadcl.csrc": "csrc"},
+    package_data={
+        "sadcl": ["py.typed", "data/*.json"],
+        "sadcl.csrc": ["cuda/*.cu", "cuda/*.h", "vmath.h", "*_formula.h"],
+    },
     ext_modules=[
         Extension("sadcl._C", SOURCES, depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")))
     ],

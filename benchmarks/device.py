@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,6 +42,7 @@ from sadcl.reference.label_attention import label_attention as attention_oracle
 from sadcl.testing import Shape, make_features, make_labels
 
 Function = Callable[..., Any]
+BOTH = ("sscl", "pscl", "dual", "asl", "supcon", "bank_update")  # by Triton and by CUDA C++
 L2_BYTES = 256 << 20  # larger than any part's last-level cache
 
 
@@ -267,6 +269,11 @@ def measure(work: Workload, device: torch.device, rounds: int) -> list[Row]:
     """Gate, then time, every entry of one workload."""
     backend = "triton" if device.type == "cuda" else "cpp"
     rows = {name: Row(work.name, work.shape, name, backend if name == "sadcl" else "") for name in work.entries}
+    if device.type == "cuda" and work.name in BOTH:
+        for asked in ("triton", "cuda"):
+            work.entries[f"sadcl {asked}"] = partial(_by, asked, work.entries["sadcl"])
+            rows[f"sadcl {asked}"] = Row(work.name, work.shape, f"sadcl {asked}", asked)
+        rows["sadcl"].backend = "by size"
     want = step(work, "oracle")()
     runs = {}
     for name in work.entries:
@@ -282,6 +289,19 @@ def measure(work: Workload, device: torch.device, rounds: int) -> list[Row]:
         rows[name].median_ms, rows[name].fastest_ms = round(timing.median, 4), round(timing.fastest, 4)
         rows[name].peak_mb = round(peak(runs[name], device), 3)
     return list(rows.values())
+
+
+def _by(backend: str, function: Function, *inputs: Any) -> Any:
+    """What ``backend`` gives where none is asked for."""
+    before = os.environ.get("SADCL_BACKEND")
+    os.environ["SADCL_BACKEND"] = backend
+    try:
+        return function(*inputs)
+    finally:
+        if before is None:
+            del os.environ["SADCL_BACKEND"]
+        else:
+            os.environ["SADCL_BACKEND"] = before
 
 
 def table(rows: Sequence[Row]) -> str:

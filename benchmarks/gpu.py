@@ -1,17 +1,18 @@
 """``make gpu``: build, check, sanitize and time everything on a machine with a GPU, without a network; one JSON.
 
 Steps run in processes of their own, in this order: ``build`` (in place, with what is installed), ``gate DTYPE`` (every
-op that Triton has, values and gradients on its examples, against the float64 oracle within its error budget),
+op that Triton or CUDA C++ has, values and gradients on its examples, against the float64 oracle within its budget),
 ``memcheck``, ``racecheck`` and ``initcheck`` (the float32 gate under compute-sanitizer, where that is on the PATH),
 ``time OP`` (``sadcl bench``: gate, then interleaved rounds against eager torch, torch.compile, SDPA and FlexAttention).
 What a step gave is in the JSON as soon as it ends: a run that is stopped, or that ran out of ``--minutes``, goes on
 where it was. ``python -m benchmarks.gpu_table JSON`` makes README's table of it. ``--dry`` runs the same script without
-a GPU: Triton's interpreter, tiny sizes, no sanitizer; its times mean nothing.
+a GPU: Triton's interpreter, CUDA C++ executed by tests/ptx, tiny sizes, no sanitizer; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ from torch import Tensor
 from benchmarks import device as bench
 from sadcl import _json
 from sadcl.checkpoint import write_atomically
+from sadcl.cuda import _nvrtc
 from sadcl.ops._library import OPS
 from sadcl.testing import assert_within_budget, error_budgets
 from sadcl.testing.examples import EXAMPLES, SMALL, Maker
@@ -38,6 +40,8 @@ from sadcl.testing.oracles import ORACLES
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+BACKENDS = ("triton", "cuda")
+FAMILY = {"asl_total": "asl", "dual_mean": "dual"}  # fewer launches for what the other op gives
 TAIL = 4000  # characters of a step's output that are kept
 
 
@@ -47,20 +51,35 @@ TAIL = 4000  # characters of a step's output that are kept
 def gate(dtype: torch.dtype, device: torch.device, ops: Sequence[str] = ()) -> int:
     """Hold every op against its oracle; returns how many examples were wrong, each of them printed."""
     wrong = 0
-    for name, op in sorted(OPS.items()):
-        if "triton" not in op.backends or (ops and name not in ops):
+    backends = ("triton",) if device.type == "cpu" and _nvrtc.path() is None else BACKENDS
+    for backend, name in ((backend, name) for backend in backends for name in sorted(OPS)):
+        if backend not in OPS[name].backends or (ops and FAMILY.get(name, name) not in ops):
             continue
         for number, x in enumerate(EXAMPLES[name](Maker(SMALL, dtype))):
             if _has_no_oracle(name, x):
                 continue
             try:
-                _check(name, x, device)
+                with _running(backend, device):
+                    _check(name, x, device, backend)
+            except ValueError as error:
+                if "use 'triton'" not in str(error):  # a weighting that CUDA C++ has not
+                    raise
+                print(f"not by {backend}: {name}, example {number}")
             except (AssertionError, RuntimeError) as error:
                 wrong += 1
-                print(f"WRONG {name}, example {number}: {' '.join(str(error).split())[:500]}")
+                print(f"WRONG {name} by {backend}, example {number}: {' '.join(str(error).split())[:500]}")
             else:
-                print(f"right {name}, example {number}")
+                print(f"right {name} by {backend}, example {number}")
     return wrong
+
+
+def _running(backend: str, device: torch.device) -> Any:
+    """Without a GPU Triton's kernels are interpreted, and CUDA C++ is executed as sm_80's PTX."""
+    if backend != "cuda" or device.type == "cuda":
+        return contextlib.nullcontext()
+    from tests.ptx.launching_cuda import executing_cuda
+
+    return executing_cuda()
 
 
 def _has_no_oracle(name: str, x: Any) -> bool:
@@ -68,11 +87,11 @@ def _has_no_oracle(name: str, x: Any) -> bool:
     return (name == "sscl" and not x.normalize) or (name == "label_attention_core" and x.dropout > 0)
 
 
-def _check(name: str, x: Any, device: torch.device) -> None:
+def _check(name: str, x: Any, device: torch.device, backend: str) -> None:
     op = OPS[name]
     moved = type(x)(*(v.to(device, copy=True) if isinstance(v, Tensor) else v for v in x))
     if op.mutates or op.backward is None:
-        out = op.run(moved, "triton")
+        out = op.run(moved, backend)
         got = (getattr(moved, op.mutates),) if op.mutates else out
         for field, ours, truth in zip(op.outputs._fields or ("slots",), got, ORACLES[name](x), strict=False):
             torch.testing.assert_close(ours.double().cpu(), truth.double(), rtol=1e-6, atol=1e-6, msg=f"{name}.{field}")
@@ -91,7 +110,7 @@ def _check(name: str, x: Any, device: torch.device) -> None:
 
     budgets = error_budgets(truth, x[0].dtype)
     leaves = {field: getattr(moved, field).requires_grad_() for field in wanted}
-    values = op(moved._replace(**leaves), "triton")[: len(weights)]
+    values = op(moved._replace(**leaves), backend)[: len(weights)]
     grads = torch.autograd.grad(_total(values, weights), list(leaves.values()), materialize_grads=True)
     fields = (*op.outputs._fields[: len(weights)], *(f"grad_{field}" for field in wanted))
     for field, ours, budget in zip(fields, (*values, *grads), budgets, strict=True):

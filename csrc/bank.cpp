@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "bank_formula.h"
 #include "convert.h"
 #include "parallel.h"
 
@@ -47,12 +48,10 @@ std::vector<int64_t> positives(const Array& labels) {
   return found;
 }
 
-// Compared in the scores' dtype, as torch does: float32 0.8 does not exceed a threshold of 0.8.
 bool exceeds(const BankUpdate& a, int64_t b, int64_t c) {
   const bool wide = a.scores.dtype == kF64;
   const double score = wide ? at<double>(a.scores, b, c) : at<float>(a.scores, b, c);
-  const double p = a.probabilities ? score : 1 / (1 + std::exp(-score));
-  return wide ? p > a.threshold : float(p) > float(a.threshold);
+  return bank_exceeds(score, wide, a.probabilities, a.threshold);
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 // Two planes of words as wide as T, so that a lane of labels meets its lane of scores: `has` and `ignores`,
 // [panels][words][P]. Of a row i only its words that are not empty are visited, few in a multi-label batch.
 #pragma once
+#include "mlc_formula.h"
 #include "mlc_vectors.h"
 
 SADCL_KERNELS_BEGIN
@@ -172,8 +173,6 @@ class Pairs {
     return c;
   }
 
-  SADCL_INLINE static vec<T> at_least_one(vec<T> x) { return x < T(1) ? splat(T(1)) : x; }
-
   // Sum over the classes c of row i that the lanes have of value(c).
   template <class F>
   SADCL_INLINE void for_shared(int64_t i, int64_t j, F f) const {
@@ -206,16 +205,16 @@ class Pairs {
     } else if (kind_ == kAny) {
       out.ij = c.both > T(0) ? one : zero;
     } else if (kind_ == kJaccard || kind_ == kOverlap) {
-      const vec<T> value = c.both / at_least_one(either);
+      const vec<T> value = overlap_of<T>(c.both, either);
       // A positive whose overlap is 0 (threshold 0) counts, too: it weighs next to nothing.
       if (kind_ == kOverlap) out.ij = value;
       else out.ij = ((either > T(0)) & (value >= T(in_.threshold))) ? vmax<T>(value, splat(kLeast)) : zero;
     } else if (kind_ == kSimDis) {
-      out.ij = c.both / (at_least_one(c.own) * (T(1) + c.theirs - c.both));
-      out.ji = c.both / (at_least_one(c.theirs) * (T(1) + c.own - c.both));
+      out.ij = similarity_of<T>(c.both, c.own, c.theirs);
+      out.ji = similarity_of<T>(c.both, c.theirs, c.own);
       return out;
     } else {
-      const vec<T> term = T(in_.alpha) / at_least_one(either);
+      const vec<T> term = T(in_.alpha) / at_least_one<T>(either);
       vec<T> forth = {}, back = {};
       for_shared(i, j, [&](int64_t k, vec<T> there) {
         forth += there * entry(i, k);
@@ -357,7 +356,7 @@ class Pairs {
     for_labels(i, [&](int64_t c) { entry(i, c) = 1, active[i] = 1; });
     for_columns(i, [&](int64_t j, int, const typename Simd<T>::I& seen) {
       const Counts c = counts(i, j);
-      const vec<T> zero = {}, term = seen ? T(in_.alpha) / at_least_one(c.own + c.theirs - c.both) : zero;
+      const vec<T> zero = {}, term = seen ? T(in_.alpha) / at_least_one<T>(c.own + c.theirs - c.both) : zero;
       for_shared(i, j, [&](int64_t k, vec<T> there) { entry(i, k) += sum<T>(term * there); });
     });
     for_labels(i,

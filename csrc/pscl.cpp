@@ -6,14 +6,12 @@
 #include "pscl.h"
 
 #include "class_rows.h"
-#include "vmath.h"
+#include "pscl_formula.h"
 
 SADCL_KERNELS_BEGIN
 namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
-
-SADCL_INLINE double over(double x, double norm) { return norm == 0 ? 0 : x / norm; }
 
 int pscl_threads(const Array& features, int requested) {
   const int64_t size = features.shape[0] * features.shape[1] * features.shape[2];
@@ -69,7 +67,7 @@ void class_loss(const PsclForward& a, int64_t c, double* x) {
   for (int64_t b = 0; b < B; ++b) {
     const int64_t i = b * C + c;
     if (a.target[i] == -1) continue;
-    a.score[i] = over(over(a.score[i], a.norm_x[i]), a.norm_p[c]) / a.temperature;
+    a.score[i] = pscl_score(a.score[i], a.norm_x[i], a.norm_p[c], a.temperature);
     highest = a.score[i] > highest ? a.score[i] : highest;
     x[valid++] = a.score[i];
   }
@@ -79,13 +77,7 @@ void class_loss(const PsclForward& a, int64_t c, double* x) {
   const double some = log_sum_exp(x, positive);
   a.lse[c] = all;
   a.lse[C + c] = some;
-  double loss = 0;
-  if (positive > 0) {
-    loss = all - some;
-  } else if (valid > 0 && (a.released || all != all)) {
-    loss = all - highest;  // NaN stays NaN in either formulation
-  }
-  static_cast<T*>(a.class_loss)[c] = T(loss);
+  static_cast<T*>(a.class_loss)[c] = T(pscl_class_loss(all, some, highest, positive > 0, valid > 0, a.released));
 }
 
 template <class T>
@@ -130,15 +122,12 @@ double factors(const PsclBackward& a, int64_t c, double* x, double* along, doubl
     along[i] = across[i] = 0;
     if (a.target[i] == -1) continue;
     const double grad_score = (x[b] - y[b]) * upstream;
-    // In one dimension a cosine is a sign: its gradient is 0, and not what rounding leaves of a difference.
-    const double grad_cosine = a.features.shape[2] == 1 ? 0 * grad_score : grad_score / a.temperature;
-    const double cosine = a.score[i] * a.temperature;
-    turning += grad_score * a.score[i];
-    cosines += grad_cosine * cosine;
-    along[i] = over(over(grad_cosine, a.norm_p[c]), a.norm_x[i]);
-    across[i] = -over(over(grad_cosine * cosine, a.norm_x[i]), a.norm_x[i]);
+    const PsclFactors f =
+        pscl_factors(grad_score, a.score[i], a.norm_x[i], a.norm_p[c], a.temperature, a.features.shape[2]);
+    turning += f.turning, cosines += f.cosines;
+    along[i] = f.along, across[i] = f.across;
   }
-  own[c] = -over(over(cosines, a.norm_p[c]), a.norm_p[c]);
+  own[c] = pscl_own(cosines, a.norm_p[c]);
   return turning;
 }
 

@@ -109,6 +109,29 @@ SADCL_INLINE vec<T> vmax(vec<T> a, vec<T> b) {
   return a > b ? a : b;
 }
 
+// The bits of numbers, numbers of bits, and integers as numbers.
+template <class T>
+SADCL_INLINE typename Simd<T>::I bits_of(vec<T> x) {
+  return (typename Simd<T>::I)x;
+}
+template <class T>
+SADCL_INLINE vec<T> number_of(typename Simd<T>::I bits) {
+  return (vec<T>)bits;
+}
+template <class T>
+SADCL_INLINE vec<T> converted(typename Simd<T>::I integer) {
+  return __builtin_convertvector(integer, vec<T>);
+}
+
+// Is any lane of a comparison set?
+template <class T>
+SADCL_INLINE bool any(const typename Simd<T>::I& mask) {
+  uint64_t part[kVecBytes / 8], all = 0;
+  __builtin_memcpy(part, &mask, sizeof part);
+  for (uint64_t p : part) all |= p;
+  return all != 0;
+}
+
 // A factor in two parts: rounded to float alone, log2(e) / temperature would shift every score by up to 3e-8 of itself,
 // all in the same direction.
 template <class T>

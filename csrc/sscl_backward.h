@@ -129,7 +129,7 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
     const int64_t count = rows.D - d0 < kSlice ? rows.D - d0 : kSlice;
     for (int64_t d = d0; d < d0 + count; ++d)
       for (int l = 0; l < P; ++l)
-        g[d * P + l] = T((double(g[d * P + l]) - double(z[d * P + l]) * radial[l]) * factor[l]);
+        g[d * P + l] = T(sscl_tangential(double(g[d * P + l]), double(z[d * P + l]), radial[l]) * factor[l]);
     for (int l = 0; l < lanes; ++l) {
       const Place place = rows.place(first + l);
       const int64_t out = rows.offset(place, args.grad_features) + d0;

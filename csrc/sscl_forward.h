@@ -1,6 +1,7 @@
 // SSCL forward: one visit to each pair of blocks of rows, half of the N x N scores; `kept` takes what it has room for.
 #pragma once
 #include "sscl_blocks.h"
+#include "sscl_formula.h"
 #include "sscl_released.h"
 
 SADCL_KERNELS_BEGIN
@@ -238,13 +239,11 @@ void write_rows(Rows<T>& rows, const SsclForward& args, const Statistics<T>& sta
       continue;
     }
     const double pivot = double(pivots[i]) / temperature;
-    double log_sum = log(stats.sum[i]), subtract = 0;
-    if (args.released) {
-      log_sum = log(1e-5 + stats.sum[i] * exp(double(peak) / temperature - pivot));
-      subtract = pivot - maxima[i];
-    }
+    const double moved = args.released ? exp(double(peak) / temperature - pivot) : 1;
+    const double log_sum = sscl_log_sum(stats.sum[i], moved, args.released);
     log_sums[i] = T(log_sum);
-    row_loss[rows.flat(rows.place(i))] = T(pivot + log_sum - subtract - stats.positive[i] / positives / temperature);
+    row_loss[rows.flat(rows.place(i))] = T(sscl_row_loss(pivot, log_sum, stats.positive[i] / positives / temperature,
+                                                         args.released ? maxima[i] : 0, args.released));
   }
 }
 

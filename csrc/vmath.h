@@ -1,5 +1,6 @@
 // exp, log and log1p on vectors, without libm: a lane's bits depend on its number alone, not on its place or
-// neighbours. They do depend on the instruction set (with FMA or without) and on the compiler.
+// neighbours. They do depend on the instruction set (with FMA or without) and on the compiler. On a GPU, where simd.h
+// is csrc/cuda's, a vector is one number.
 //
 // Polynomials interpolate at Chebyshev nodes; the fit's relative error (in parentheses) is well under half an ulp, the
 // rest is rounding. Bounds hold without FMA too; tests/test_cpp_asl.py holds what the ops make of them: a sigmoid
@@ -76,7 +77,7 @@ SADCL_INLINE vec<T> exp(vec<T> x) {
   const vec<T> n = shifted - (M::kRound + M::kBias);
   const vec<T> r = (x - n * M::kLn2High) - n * M::kLn2Low;
   const vec<T> p = polynomial<T>(M::kExp, r) * (r * r) + r + T(1);
-  const vec<T> scale = (vec<T>)((typename Simd<T>::I)shifted << Simd<T>::kMantissa);
+  const vec<T> scale = number_of<T>(bits_of<T>(shifted) << Simd<T>::kMantissa);
   return x < M::kMinExp ? vec<T>{} : p * scale;
 }
 
@@ -94,10 +95,10 @@ struct Split {
   vec<T> exponent, fraction;
   SADCL_INLINE explicit Split(vec<T> x) {
     using I = typename Simd<T>::I;
-    const I bits = (I)x;
+    const I bits = bits_of<T>(x);
     const I k = (bits - Math<T>::kSqrtHalf) >> Simd<T>::kMantissa;
-    exponent = __builtin_convertvector(k, vec<T>);
-    fraction = (vec<T>)(bits - (k << Simd<T>::kMantissa)) - T(1);
+    exponent = converted<T>(k);
+    fraction = number_of<T>(bits - (k << Simd<T>::kMantissa)) - T(1);
   }
 };
 
@@ -118,15 +119,6 @@ SADCL_INLINE vec<T> log(vec<T> x) {
 template <class T>
 SADCL_INLINE vec<T> log1p_of(vec<T> s) {
   return twice_atanh<T>(Math<T>::kLog1p, s);
-}
-
-// Is any lane of a comparison set?
-template <class T>
-SADCL_INLINE bool any(const typename Simd<T>::I& mask) {
-  uint64_t part[kVecBytes / 8], all = 0;
-  __builtin_memcpy(part, &mask, sizeof part);
-  for (uint64_t p : part) all |= p;
-  return all != 0;
 }
 
 SADCL_KERNELS_END

@@ -11,15 +11,15 @@ which of f_ij and f_ji the launch needs.
 
 from __future__ import annotations
 
-import functools
 import math
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sadcl._thresholds import least_share
 
 from ._device import widen
 from ._launch import INTERPRET, ceil_div, launch
@@ -312,21 +312,6 @@ def _class_table_kernel(pairs, class_weight_ptr, stride_w, out_ptr, POLICY: tl.c
     place = out_ptr + rows.to(tl.int64)[:, None] * pairs.n_classes + offs_c[None, :]
     mask = mask_r[:, None] & (offs_c < pairs.n_classes)[None, :]
     tl.store(place, has / (1.0 + total), mask=mask)
-
-
-@functools.lru_cache(maxsize=64)
-def least_share(threshold: float, classes: int) -> tuple[int, int]:
-    """The smallest ``I / U`` with ``U <= classes`` that is at least ``threshold`` in float64, in lowest terms.
-
-    ``I / U >= threshold`` is then a comparison of whole numbers, whose products int32 holds up to 46,340 classes.
-    """
-    found = Fraction(1)
-    for union in range(1, classes + 1):
-        shared = max(0, math.ceil(threshold * union) - 1)
-        while shared / union < threshold:
-            shared += 1
-        found = min(found, Fraction(shared, union))
-    return found.numerator, found.denominator
 
 
 def policy_of(x: Any) -> tuple[Any, ...]:

@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 from ._checks import check_choice
+from .cuda import _cache, _nvrtc, _small
 
-NAMES = ("cpp", "triton", "torch", "reference")
+NAMES = ("cpp", "triton", "cuda", "torch", "reference")
 _MIN_TRITON = (3, 6)
 # What the launchers know how to ask (ROCm's devices are "cuda" to torch); meta tensors only have their shapes worked
 # out. Others (xpu, mps, ...) run portable torch, Triton installed or not.
 _TRITON_DEVICES = ("cuda", "meta")
+_CUDA_DEVICES = ("cuda", "meta")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,14 @@ def backends() -> dict[str, BackendInfo]:
     """Say which backends work here and why the others do not.
 
     Returns:
-        A dict from backend name (``"cpp"``, ``"triton"``, ``"torch"``, ``"reference"``) to :class:`BackendInfo`.
+        A dict from backend name (``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``) to
+        :class:`BackendInfo`.
     """
     found = dict(_FOUND)
+    if found["cuda"].available and not torch.cuda.is_available():
+        found["cuda"] = BackendInfo(False, reason=f"no GPU that torch can use; its compiler is there: {_cuda_detail()}")
+    elif found["cuda"].available:
+        found["cuda"] = BackendInfo(True, detail=_cuda_detail())
     if found["triton"].available and not (torch.cuda.is_available() or triton_interprets()):
         found["triton"] = BackendInfo(False, reason="no GPU that torch can use, and TRITON_INTERPRET=1 is not set")
     return found
@@ -94,9 +101,27 @@ def _probe_triton() -> BackendInfo:
     return BackendInfo(True, detail=f"triton {version}")
 
 
+def _probe_cuda() -> BackendInfo:
+    """Looks for files and loads nothing: that takes a quarter of a second."""
+    if torch.version.hip:
+        return BackendInfo(False, reason="it runs on NVIDIA GPUs, and this torch is for AMD's")
+    if _nvrtc.path() is None:
+        return BackendInfo(False, reason="NVRTC was not found; it comes with torch's CUDA wheels and the CUDA toolkit")
+    return BackendInfo(True, detail="NVRTC")
+
+
+def _cuda_detail() -> str:
+    try:
+        major, minor = _nvrtc.version()
+    except RuntimeError as error:
+        return str(error)
+    return f"NVRTC {major}.{minor} ({_nvrtc.path()}), programs are kept in {_cache.folder()}"
+
+
 _FOUND = {
     "cpp": _probe_cpp(),
     "triton": _probe_triton(),
+    "cuda": _probe_cuda(),
     "torch": BackendInfo(True, detail=f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
     "reference": BackendInfo(True, detail="eager float64 oracle, for checking"),
 }
@@ -119,6 +144,8 @@ def _why_not(name: str, device_type: str) -> str:
         return "it runs on GPU tensors, and on CPU tensors only under TRITON_INTERPRET=1"
     if name == "triton" and device_type not in (*_TRITON_DEVICES, "cpu"):
         return f"it runs on CUDA and ROCm GPUs, not on {device_type}"
+    if name == "cuda" and device_type not in _CUDA_DEVICES:
+        return f"it runs on NVIDIA GPUs, not on {device_type}"
     return ""
 
 
@@ -139,6 +166,16 @@ def takes_cpp(device: torch.device) -> bool:
     return os.environ.get("SADCL_BACKEND", "") in ("", "cpp") and not _why_not("cpp", device.type)
 
 
+def _prefers_cuda(op: str, device_type: str, sizes: tuple[int, ...]) -> bool:
+    """Whether a call without a backend is one for the CUDA C++ kernels.
+
+    Not where a graph is made: it serves any number of images, so nothing may be compared with that.
+    """
+    if device_type == "meta" or torch.compiler.is_compiling() or _why_not("cuda", device_type):
+        return False
+    return _small.is_small(op, sizes)
+
+
 def makes_program() -> bool:
     """Whether torch.export (so torch.onnx.export too) or torch.jit traces, for a program that may run elsewhere.
 
@@ -149,7 +186,7 @@ def makes_program() -> bool:
     return (exporting() or torch.jit.is_tracing()) and not os.environ.get("SADCL_BACKEND")
 
 
-def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
+def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...], sizes: tuple[int, ...] = ()) -> str:
     """The backend of a call that has no ``backend`` argument (classifier, bank): ``SADCL_BACKEND`` or the best.
 
     ``"reference"`` asks the losses for their oracles; here it means ``"torch"``.
@@ -157,11 +194,13 @@ def resolve_implicit(op: str, device: torch.device, implemented: tuple[str, ...]
     Raises:
         RuntimeError: if the backend that ``SADCL_BACKEND`` names cannot run.
     """
-    asked = resolve(None, op, device, implemented)
+    asked = resolve(None, op, device, implemented, sizes)
     return "torch" if asked == "reference" else asked
 
 
-def resolve(backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...]) -> str:
+def resolve(
+    backend: str | None, op: str, device: torch.device, implemented: tuple[str, ...], sizes: tuple[int, ...] = ()
+) -> str:
     """Choose the backend of one call.
 
     Args:
@@ -169,6 +208,7 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
         op: name of the op, for the error message.
         device: where the tensors are.
         implemented: the backends that have this op, best first.
+        sizes: of the problem; small ones go to "cuda" on a GPU that can run it, whatever is best for large ones.
 
     Returns:
         One of :data:`NAMES`.
@@ -182,6 +222,8 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
     if asked is None:
         if kind == "cpu" and implemented[0] == "cpp" and _FOUND["cpp"].available and not _OUTNUMBERED:
             return "cpp"
+        if kind in _CUDA_DEVICES and "cuda" in implemented and _prefers_cuda(op, kind, sizes):
+            return "cuda"
         for name in implemented:
             _refuse_misconfigured(name, kind)
             if not _why_not(name, kind) and not (name == "cpp" and _OUTNUMBERED):
@@ -193,7 +235,8 @@ def resolve(backend: str | None, op: str, device: torch.device, implemented: tup
         return asked
     if asked not in implemented:
         have = ", ".join((*implemented, "reference"))
-        raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have})")
+        others = f"; ops with CUDA kernels: {', '.join(_small.implemented())}" if asked == "cuda" else ""
+        raise RuntimeError(f"{source}={asked!r}: {op} has no such implementation (it has {have}{others})")
     _refuse_misconfigured(asked, kind)
     why_not = _why_not(asked, kind)
     if why_not:

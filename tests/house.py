@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sadcl._C", "sadcl.kernels", "sadcl.cuda", "sadcl.portable"),
     ("sadcl._checks",),
     ("sadcl._groups",),
-    ("sadcl._dtypes", "sadcl._files", "sadcl._json", "sadcl._own", "sadcl._collectives"),
+    ("sadcl._dtypes", "sadcl._files", "sadcl._json", "sadcl._own", "sadcl._collectives", "sadcl._thresholds"),
 )
 
 # (importer, imported): what the order alone does not forbid. The oracles are for the tests and the backend "reference".

@@ -53,7 +53,7 @@ def asymmetric_loss(
             ``"released"`` (``sum / B / C * 1000``).
         class_weight: ``[C]``, multiplies the elements of a class.
         sample_weight: ``[B]``, multiplies the elements of an image.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         float32 (float64 for float64 logits): a 0-d tensor, or ``[B, C]``.
@@ -71,7 +71,7 @@ def asymmetric_loss(
     check.check_choice("reduction", reduction, (*REDUCTIONS, "released"))
     focus = arguments.check_focus(gamma_neg, gamma_pos, clip, eps)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, logits)
-    name = resolve(backend, "asl", logits.device, BACKENDS)
+    name = resolve(backend, "asl", logits.device, BACKENDS, (b, c))
 
     by_image = reduction != "none"
     if name == "reference":
@@ -83,12 +83,15 @@ def asymmetric_loss(
     else:
         save = torch.is_grad_enabled() and logits.requires_grad
         x = _asl.Inputs(logits, labels, weights.of_class, *focus, detach_focal_weight, by_image, save)
-        loss = _asl.asl(x, name).loss
+        if name == "cuda" and by_image and weights.of_sample is None and _asl.are_few(b, c):
+            loss = _asl.asl_total(x, name).loss
+        else:
+            loss = _asl.asl(x, name).loss
     loss = Weights(None, weights.of_sample).apply(loss)
     if reduction == "none":
         return loss
     if reduction == "sum":  # before the labels are counted, which costs a fourth of the loss
-        return loss.sum()
+        return loss if loss.dim() == 0 else loss.sum()
     if reduction == "released":
         return loss.sum() / b / c * 1000.0
     return reduce(loss, (labels != -1).count_nonzero(), "mean")

@@ -31,8 +31,8 @@ def bank_update(
         labels: ``[B, C]`` of any real dtype.
         threshold: probability that must be exceeded.
         probabilities: what the scores are.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"`` or ``"torch"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
     """
-    name = backend or resolve_implicit("bank_update", slots.device, BACKENDS)
+    name = backend or resolve_implicit("bank_update", slots.device, BACKENDS, tuple(features.shape))
     with torch.no_grad():
         _bank.bank_update(_bank.Inputs(slots, features, scores, labels, float(threshold), probabilities), name)

@@ -32,7 +32,7 @@ def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int 
 
     Args:
         labels: ``[B, C]`` of any real dtype (but float8 and unsigned ones above uint8); 1 active, 0 not, -1 ignored.
-        backend: ``None``, ``"cpp"``, ``"triton"`` or ``"torch"``.
+        backend: ``None``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"torch"``.
         capacity: the most active pairs there can be; the losses' buffers follow it. Default: ``B * C``.
 
     Returns:
@@ -47,7 +47,7 @@ def compact_labels(labels: Tensor, backend: str | None = None, *, capacity: int 
     check.check_tensor("labels", labels, (2,), "[B, C]")
     check.check_nonempty("labels", labels)
     check.check_real("labels", labels)
-    name = resolve(backend, "compact", labels.device, BACKENDS)
+    name = resolve(backend, "compact", labels.device, BACKENDS, tuple(labels.shape))
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
         raise ValueError(f"capacity: expected None or an integer > 0, got {capacity!r}")
     return _compact.compact(labels, capacity, "torch" if name == "reference" else name)
@@ -67,7 +67,7 @@ def contrastive_stats(labels: Tensor, views: int = 1, *, active: Active | None =
 def check_active(active: Active | None, labels: Tensor, name: str) -> Active:
     """``active``, or ``labels [B, C]``, which were checked, compacted by the backend ``name``."""
     if active is None:
-        return _compact.compact(labels, None, "torch" if name == "reference" else name)
+        return _compact.compact(labels, None, name if name in BACKENDS else "torch")
     if not isinstance(active, Active):
         raise TypeError(f"active: expected the result of compact_labels, got {type(active).__name__}")
     if active.target.shape != labels.shape:

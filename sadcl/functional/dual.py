@@ -10,6 +10,7 @@ from .. import _checks as check
 from .._backends import resolve
 from .._groups import GroupLike
 from ..ops import dual as _dual
+from ..ops import dual_mean as _dual_mean
 from ..ops import sscl as _sscl
 from ..ops.compact import Active
 from . import _arguments as arguments
@@ -63,7 +64,7 @@ def dual_contrastive_loss(
         formulation: ``"paper"`` or ``"released"``, for both.
         class_weight: ``[C]``, for both.
         active: :func:`compact_labels` of these labels.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
         group, ring, capacity: over the ranks of a process group, for both, as :func:`sample_contrastive_loss` says.
 
     Returns:
@@ -85,6 +86,13 @@ def dual_contrastive_loss(
         group, embeddings, checked
     )
     over = over_group(group, embeddings.shape[0])
+    plain = formulation == "paper" and class_weight is None and active is None and over is None
+    if name == "cuda" and plain and bank_embeddings is not None and _dual_mean.serves(embeddings):
+        temperatures = (sample_temperature, prototype_temperature)
+        means = _dual_mean.dual_mean(
+            _dual_mean.Inputs(embeddings, bank_embeddings, prototypes, labels, *temperatures), name
+        )
+        return DualParts(means.sample, means.prototype)
     if over is not None or name not in _dual.dual.backends:
         active = together(group, embeddings, lambda: check_active(active, labels, name))
         same: dict[str, Any] = {"formulation": formulation, "class_weight": class_weight, "active": active}
@@ -151,7 +159,9 @@ def _check(
     sample = check.as_temperature(sample_temperature, embeddings, "sample_temperature")
     prototype = check.as_temperature(prototype_temperature, embeddings, "prototype_temperature")
     weights = arguments.check_weights(class_weight, None, b, c, embeddings)
-    return bank, prototypes, sample, prototype, weights, resolve(backend, "dual", embeddings.device, BACKENDS)
+    rows = b * c * (1 if bank is None else 2)
+    name = resolve(backend, "dual", embeddings.device, BACKENDS, _sscl.size_of(embeddings, rows))
+    return bank, prototypes, sample, prototype, weights, name
 
 
 def _check_bank(bank: Tensor, embeddings: Tensor) -> Tensor:

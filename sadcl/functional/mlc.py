@@ -218,7 +218,7 @@ def _check(
         _check_values(labels, key_labels, weights)
         name = "torch"
     else:
-        name = resolve(backend, "mlc", x.device, BACKENDS)
+        name = resolve(backend, "mlc", x.device, BACKENDS, _mlc.size_of(x, keys, weighting, weights is not None))
     if normalize:
         x = arguments.in_range(x)
         keys = None if keys is None else arguments.in_range(keys)

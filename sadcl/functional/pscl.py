@@ -63,7 +63,7 @@ def prototype_contrastive_loss(
         class_weight: ``[C]``, multiplies the loss of a class.
         sample_weight: ``[B]``, multiplies the shares of an image's positives.
         active: :func:`compact_labels` of these labels.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
         group: over the images of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension, as for
             :func:`sample_contrastive_loss`. The prototypes are the same on all ranks.
 
@@ -121,14 +121,14 @@ def _check(
     group: GroupLike,
 ) -> Checked:
     check_features("features", features, (3,), "[B, C, D]", group)
-    b, c, _ = features.shape
+    b, c, d = features.shape
     prototypes = arguments.check_prototypes(prototypes, features)
     arguments.check_labels(labels, b, c, features)
     check.check_choice("formulation", formulation, FORMULATIONS)
     check.check_choice("reduction", reduction, REDUCTIONS)
     tau = check.as_temperature(temperature, features)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
-    name = resolve(backend, "pscl", features.device, BACKENDS)
+    name = resolve(backend, "pscl", features.device, BACKENDS, (b, c, d))
     active = check_active(active, labels, name)
     if group is not None and name == "reference":
         raise ValueError("backend: expected a backend that computes over a group, got 'reference'")

@@ -157,7 +157,8 @@ def _check(
     if group is not None:
         check_backend(backend, "sscl", features.device)
         backend = None
-    name = resolve(backend, "sscl", features.device, BACKENDS)
+    pairs = active.pairs.shape[0] if isinstance(active, Active) else b * c
+    name = resolve(backend, "sscl", features.device, BACKENDS, _sscl.size_of(features, pairs * v))
     active = check_active(active, labels, name)
     return _Checked(arguments.in_range(features), tau, scale, weights, active, name)
 

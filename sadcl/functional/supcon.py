@@ -103,7 +103,7 @@ def supcon_loss(
         rows = reference.supcon(features, mask, tau) if name == "reference" else _masked(features, mask, tau, name)
     else:
         group = arguments.check_groups(labels, b, features)
-        name = resolve(backend, "supcon", features.device, BACKENDS)
+        name = resolve(backend, "supcon", features.device, BACKENDS, _sscl.size_of(features, b * v))
         if name == "reference":
             rows = reference.supcon(features, group[:, None] == group[None, :], tau)
         else:

@@ -27,7 +27,7 @@ from ._transforms import refuse_forward_mode, transformable, watched
 LIBRARY = torch.library.Library("sadcl", "DEF")
 
 # Best first; resolve() takes the first that runs on the tensors' device.
-PREFERENCE = ("cpp", "triton", "torch")
+PREFERENCE = ("cpp", "triton", "cuda", "torch")
 
 _TENSORS = (Tensor, Optional[Tensor])  # noqa: UP045 (as get_type_hints spells it)
 _SCHEMA = {Tensor: "Tensor", _TENSORS[1]: "Tensor?", bool: "bool", int: "SymInt", float: "float", str: "str"}

@@ -1,4 +1,4 @@
-"""The way into the C++ extension and to the Triton launchers: by field name, never by position."""
+"""The way into the C++ extension and to the launchers of Triton and CUDA kernels: by field name, never by position."""
 
 from __future__ import annotations
 
@@ -54,6 +54,15 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module(f"sadcl.kernels.{module}"), function)(*args)
+
+    return run
+
+
+def cuda_kernel(module: str, function: str) -> Callable[..., Any]:
+    """The launcher ``sadcl.cuda.<module>.<function>``, imported by its first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"sadcl.cuda.{module}"), function)(*args)
 
     return run
 

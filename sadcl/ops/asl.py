@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._checks import check_soft_labels
 from .._dtypes import accumulation_dtype
 from ..portable import asl as portable
 from ._library import Backward, Into, Op
-from ._native import native, triton_kernel
+from ._native import cuda_kernel, native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -75,14 +76,45 @@ asl = Op(
     Inputs,
     Outputs,
     allocate,
-    {"cpp": Into(_cpp), "triton": Into(triton_kernel("asl", "asl")), "torch": portable.forward},
+    {
+        "cpp": Into(_cpp),
+        "triton": Into(triton_kernel("asl", "asl")),
+        "cuda": Into(cuda_kernel("asl", "asl")),
+        "torch": portable.forward,
+    },
     Backward(
         gradients=("logits", "labels", "class_weight"),
         implementations={
             "cpp": _with_rare_gradients(native("asl_backward")),
             "triton": _with_rare_gradients(triton_kernel("asl", "asl_backward")),
+            "cuda": _with_rare_gradients(cuda_kernel("asl", "asl_backward")),
             "torch": _with_rare_gradients(portable.backward),
         },
         partial=True,
     ),
 )
+
+
+def _allocate_total(x: Inputs) -> Outputs:
+    out = allocate(x)
+    return out._replace(loss=out.loss.new_empty(()))
+
+
+# The loss of all elements in one number and one launch, for few of them on a GPU.
+asl_total = Op(
+    "asl_total",
+    Inputs,
+    Outputs,
+    _allocate_total,
+    {"cuda": Into(cuda_kernel("asl", "asl"))},
+    Backward(
+        gradients=("logits", "labels", "class_weight"),
+        implementations={"cuda": _with_rare_gradients(cuda_kernel("asl", "asl_backward"))},
+        partial=True,
+    ),
+)
+
+
+def are_few(b: int, c: int) -> bool:
+    """Whether one block may take all elements: 8 a thread. A graph that is compiled knows no batch's size."""
+    return not torch.compiler.is_compiling() and b * c <= 1 << 13

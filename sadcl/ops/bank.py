@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..portable import bank as portable
 from ._library import Into, Op
-from ._native import native, triton_kernel
+from ._native import cuda_kernel, native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -47,6 +47,11 @@ bank_update = Op(
     Inputs,
     Outputs,
     lambda x: Outputs(),
-    {"cpp": Into(_cpp), "triton": Into(triton_kernel("bank", "bank_update")), "torch": Into(portable.update)},
+    {
+        "cpp": Into(_cpp),
+        "triton": Into(triton_kernel("bank", "bank_update")),
+        "cuda": Into(cuda_kernel("bank", "bank_update")),
+        "torch": Into(portable.update),
+    },
     mutates="slots",
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..portable import compact as portable
 from ._library import Op
-from ._native import native, triton_kernel
+from ._native import cuda_kernel, native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -88,6 +88,7 @@ _compact = Op(
     {
         "cpp": _bounded(native("compact")),
         "triton": _bounded(triton_kernel("compact", "compact")),
+        "cuda": _bounded(cuda_kernel("compact", "compact")),
         "torch": _bounded(portable.compact),
     },
 )

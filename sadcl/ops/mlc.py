@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _checks
@@ -18,7 +19,7 @@ from .._dtypes import accumulation_dtype, norm_dtype, without_autocast
 from ..portable import mlc as portable
 from ..portable.mlc import DENSE, MSC, WEIGHTINGS
 from ._library import Backward, Into, Op
-from ._native import extension, native, triton_kernel
+from ._native import cuda_kernel, extension, native, triton_kernel
 from ._transforms import watched
 
 __all__ = [
@@ -74,6 +75,16 @@ def numbers_to_keep(features: Tensor, keys: Tensor | None, include_batch: bool, 
     if keys is None or keys.requires_grad:
         return 0
     return b * v * d + 1
+
+
+_BY_PAIR = ("all", "any", "jaccard", "overlap", "simdis")
+
+
+def size_of(features: Tensor, keys: Tensor | None, weighting: str, dense: bool) -> tuple[int, ...]:
+    """What resolve() is told of a problem: its vectors; nothing where the CUDA kernels cannot take it."""
+    if dense or weighting not in _BY_PAIR or features.dtype == torch.float64:
+        return ()
+    return (features.shape[0] * features.shape[1] + (0 if keys is None else keys.shape[0]),)
 
 
 def allocate(x: Inputs) -> Outputs:
@@ -139,6 +150,12 @@ def _backward_triton(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None
         _fill_rare(upstream, x, saved, out)
 
 
+def _backward_cuda(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
+    cuda_kernel("mlc", "mlc_backward")(upstream, x, saved, out)
+    with without_autocast(x.features.device):
+        _fill_rare(upstream, x, saved, out)
+
+
 def _fill_rare(upstream: Any, x: Inputs, saved: Outputs, out: Any) -> None:
     rare = tuple(name for name in _RARE if getattr(out, f"grad_{name}") is not None)
     if rare:
@@ -151,12 +168,18 @@ mlc = Op(
     Inputs,
     Outputs,
     allocate,
-    {"cpp": Into(_cpp), "triton": Into(_triton), "torch": lambda x: portable.forward(_checked(x))},
+    {
+        "cpp": Into(_cpp),
+        "triton": Into(_triton),
+        "cuda": Into(cuda_kernel("mlc", "mlc")),
+        "torch": lambda x: portable.forward(_checked(x)),
+    },
     Backward(
         gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
         implementations={
             "cpp": Into(_backward_cpp),
             "triton": Into(_backward_triton),
+            "cuda": Into(_backward_cuda),
             "torch": portable.backward,
         },
         partial=True,

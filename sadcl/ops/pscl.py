@@ -14,7 +14,7 @@ from torch import Tensor
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import pscl as portable
 from ._library import Backward, Into, Op
-from ._native import native, triton_kernel
+from ._native import cuda_kernel, native, triton_kernel
 
 
 class Inputs(NamedTuple):
@@ -58,6 +58,7 @@ pscl = Op(
     {
         "cpp": Into(native("pscl_forward")),
         "triton": Into(triton_kernel("pscl", "pscl")),
+        "cuda": Into(cuda_kernel("pscl", "pscl")),
         "torch": portable.forward,
     },
     Backward(
@@ -65,6 +66,7 @@ pscl = Op(
         implementations={
             "cpp": Into(native("pscl_backward")),
             "triton": Into(triton_kernel("pscl", "pscl_backward")),
+            "cuda": Into(cuda_kernel("pscl", "pscl_backward")),
             "torch": portable.backward,
         },
     ),

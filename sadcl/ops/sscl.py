@@ -21,7 +21,7 @@ from .._backends import backends
 from .._dtypes import accumulation_dtype, norm_dtype
 from ..portable import sscl as portable
 from ._library import Backward, Into, Op
-from ._native import extension, native, triton_kernel
+from ._native import cuda_kernel, extension, native, triton_kernel
 from ._transforms import watched
 
 
@@ -72,6 +72,11 @@ def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperatu
     return extension().sscl_keep(v * int(class_ptr[-1]), d)
 
 
+def size_of(features: Tensor, rows: int) -> tuple[int, ...]:
+    """What resolve() is told of a problem with room for ``rows``; nothing where the CUDA kernels cannot take it."""
+    return () if features.dtype == torch.float64 else (rows,)
+
+
 def allocate(x: Inputs) -> Outputs:
     """Uninitialised outputs."""
     features = x.features
@@ -93,6 +98,7 @@ sscl = Op(
     {
         "cpp": Into(native("sscl_forward")),
         "triton": Into(triton_kernel("sscl", "sscl")),
+        "cuda": Into(cuda_kernel("sscl", "sscl")),
         "torch": portable.forward,
     },
     Backward(
@@ -100,6 +106,7 @@ sscl = Op(
         implementations={
             "cpp": Into(native("sscl_backward")),
             "triton": Into(triton_kernel("sscl_backward", "sscl_backward")),
+            "cuda": Into(cuda_kernel("sscl", "sscl_backward")),
             "torch": portable.backward,
         },
         needs=("features", "pairs", "class_ptr", "temperature", "normalize", "lse", "norm", "kept"),

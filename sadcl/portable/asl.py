@@ -132,4 +132,4 @@ def rare_gradients(upstream: Any, x: Any, out: Any) -> None:
 
 def _of_elements(upstream: Any) -> Tensor:
     grad = upstream.grad_loss
-    return grad if grad.dim() == 2 else grad[:, None]
+    return grad[:, None] if grad.dim() == 1 else grad

@@ -19,6 +19,7 @@ from ..ops import (
     bank,
     compact,
     dual,
+    dual_mean,
     group_classifier,
     group_pscl,
     group_rows,
@@ -124,6 +125,11 @@ def _asl(make: Maker) -> Iterator[Any]:
     yield asl.Inputs(logits, make.labels().to(torch.int8), None, 4.0, 0.0, 0.0, 1e-5, True, False, True)
 
 
+def _asl_total(make: Maker) -> Iterator[Any]:
+    for x in _asl(make):
+        yield x._replace(sum_classes=True)
+
+
 def _mlc(make: Maker) -> Iterator[Any]:
     """Every weighting, over the batch, keys, or both; then dense weights."""
     s = make.size
@@ -184,6 +190,15 @@ def _dual(make: Maker) -> Iterator[Any]:
         yield dual.Inputs(first, bank_view, p, *active, make.number(0.3), make.number(0.2), released, 0)
 
 
+def _dual_mean(make: Maker) -> Iterator[Any]:
+    if make.dtype == torch.float64:  # which its kernels do not have
+        return
+    s = make.size
+    first, second = (make.normal(s.b, s.c, s.d, seed=seed) for seed in (1, 2))
+    p = make.normal(s.c, s.d, seed=9)
+    yield dual_mean.Inputs(first, second, p, make.labels(), make.number(0.3), make.number(0.2))
+
+
 def _group_classifier(make: Maker) -> Iterator[Any]:
     s = make.size
     yield group_classifier.Inputs(make.normal(s.b, s.c, s.e), make.normal(s.c, s.e, seed=2), make.normal(s.c, seed=3))
@@ -232,9 +247,11 @@ def _label_attention_core(make: Maker) -> Iterator[Any]:
 
 EXAMPLES: dict[str, Callable[[Maker], Iterator[Any]]] = {
     "asl": _asl,
+    "asl_total": _asl_total,
     "bank_update": _bank_update,
     "compact": _compact,
     "dual": _dual,
+    "dual_mean": _dual_mean,
     "group_classifier": _group_classifier,
     "group_pscl": _group_pscl,
     "group_rows": _group_rows,

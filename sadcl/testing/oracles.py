@@ -74,6 +74,14 @@ def _dual(x: Any) -> Results:
     return rows, reference.pscl(x.embeddings, x.prototypes, x.target, x.prototype_temperature, x.released)
 
 
+def _dual_mean(x: Any) -> Results:
+    views, target = torch.stack([x.embeddings, x.bank], 1), x.labels.double()
+    count = (x.labels == 1).sum()
+    rows = reference.sscl(views, target, x.sample_temperature, False)
+    classes = reference.pscl(x.embeddings, x.prototypes, target, x.prototype_temperature, False)
+    return rows.sum() / (2 * count).clamp(min=1), classes.sum() / count.clamp(min=1)
+
+
 def _linear(x: Any) -> Results:
     product = x.x.double() @ x.weight.double().t()
     return (product if x.bias is None else product + x.bias.double(),)
@@ -111,9 +119,11 @@ def _label_attention_core(x: Any) -> Results:
 # Results of an op's inputs, as float64; by op.
 ORACLES: dict[str, Callable[[Any], Results]] = {
     "asl": _asl,
+    "asl_total": lambda x: (_asl(x)[0].sum(),),
     "bank_update": lambda x: (reference.bank_update(*x),),
     "compact": _compact,
     "dual": _dual,
+    "dual_mean": _dual_mean,
     "group_classifier": lambda x: (reference.group_classifier(*x),),
     "group_pscl": _pscl,
     "group_rows": _group_rows,

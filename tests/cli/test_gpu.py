@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_table
+from benchmarks import device, gpu, gpu_table
 from benchmarks.gpu import Step
 from sadcl.ops._library import OPS
 
@@ -43,7 +44,7 @@ def test_gate_sees_a_fault_of_four_digits(
     monkeypatch.setattr(torch.autograd, "grad", lambda total, leaves, **_: [torch.zeros_like(x) for x in leaves])
     assert gpu.gate(torch.float32, CPU) == (0 if spoil == 1.0 else 1)
     shown = capsys.readouterr().out
-    assert "right compact, example 0" in shown and (("WRONG zlpr" in shown) == (spoil != 1.0))
+    assert "right compact by triton, example 0" in shown and (("WRONG zlpr" in shown) == (spoil != 1.0))
 
 
 def test_a_run_goes_on_where_it_was(
@@ -111,3 +112,13 @@ def test_steps_are_all_there() -> None:
     assert names[0] == "build" and {"gate float32", "gate bfloat16", "gate float16", *gpu.SANITIZERS} <= set(names)
     timed = {name.removeprefix("time ") for name in names if name.startswith("time ")}
     assert {"sscl", "pscl", "asl", "mlc", "label_attention", "bank_update"} <= timed
+
+
+@pytest.mark.parametrize("before", [None, "torch"])
+def test_an_entry_is_timed_by_the_backend_that_it_names(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    if before is None:
+        monkeypatch.delenv("SADCL_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("SADCL_BACKEND", before)
+    assert device._by("cuda", lambda suffix: os.environ["SADCL_BACKEND"] + suffix, "!") == "cuda!"
+    assert os.environ.get("SADCL_BACKEND") == before

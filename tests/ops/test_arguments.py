@@ -45,7 +45,7 @@ VALUE_ERRORS: list[tuple[Callable[..., Tensor], dict[str, object], str]] = [
     ),
     (sscl, {"formulation": "original"}, "formulation: expected one of paper, released, got 'original'"),
     (sscl, {"reduction": "average"}, "reduction: expected one of mean, sum, none, got 'average'"),
-    (sscl, {"backend": "cuda"}, "backend: expected one of cpp, triton, torch, reference, got 'cuda'"),
+    (sscl, {"backend": "fast"}, "backend: expected one of cpp, triton, cuda, torch, reference, got 'fast'"),
     (sscl, {"class_weight": torch.ones(4)}, r"class_weight: expected C=3"),
     (sscl, {"sample_weight": torch.ones(3)}, r"sample_weight: expected B=4"),
     (sscl, {"active": F.compact_labels(Y[:2])}, r"active: expected it from labels \(4, 3\), got \(2, 3\)"),
@@ -101,7 +101,7 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
         sscl()
     assert sscl(backend="torch").isfinite()
     monkeypatch.setenv("SADCL_BACKEND", "fast")
-    with pytest.raises(ValueError, match="SADCL_BACKEND: expected one of cpp, triton, torch, reference, got 'fast'"):
+    with pytest.raises(ValueError, match="SADCL_BACKEND: expected one of cpp, triton, cuda, torch, .*, got 'fast'"):
         sscl()
 
 
@@ -115,7 +115,7 @@ def test_sadcl_backend_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_backends_say_what_they_are_or_why_not() -> None:
     found = sadcl.backends()
-    assert list(found) == ["cpp", "triton", "torch", "reference"]
+    assert list(found) == ["cpp", "triton", "cuda", "torch", "reference"]
     assert found["torch"].available and found["reference"].available
     for info in found.values():
         assert bool(info.reason) != info.available

@@ -18,6 +18,7 @@ from sadcl.testing import Budget, Rounded, assert_within_budget, error_budgets, 
 from sadcl.testing.examples import EXAMPLES, Maker, Size
 from sadcl.testing.oracles import ORACLES
 from tests.ptx.launching import ARCH, Executor, executing
+from tests.ptx.launching_cuda import executing_cuda
 
 TRITON = sorted(name for name, op in OPS.items() if "triton" in op.backends and name in EXAMPLES and name in ORACLES)
 KINDS = {
@@ -32,7 +33,7 @@ OFTEN = ("bf16", "fp32")  # in CI, which has minutes for this; of MLC bf16 alone
 PRODUCTS = ("sscl", "label_attention_core")  # ops with matrix products, which tf32 and the tables concern
 # What is rounded on the way. Forward losses of 16-bit operands are sums in float32; weights of a product are stored in
 # the operands' dtype. tf32 rounds operands to 11 bits, as float16 does.
-FLOAT32_FORWARD = ("asl", "group_classifier", "pscl", "sscl")
+FLOAT32_FORWARD = ("asl", "asl_total", "dual_mean", "group_classifier", "pscl", "sscl")
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,14 @@ def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False
     return [*(result.detach() for result in results), *zeros]
 
 
-def ours(op: str, x: Any, executor: Executor) -> tuple[list[Tensor], list[str], list[Tensor]]:
+def ours(op: str, x: Any, executor: Executor, backend: str = "triton") -> tuple[list[Tensor], list[str], list[Tensor]]:
     """Results and gradients of the kernels, their names, and the upstream gradients.
 
     Everything that is given out must have been written, what only the backward reads included.
     """
     declared = OPS[op]
     x = x._replace(**{name: value.clone() for name, value in x._asdict().items() if isinstance(value, Tensor)})
-    out = declared.run(x, "triton")
+    out = declared.run(x, backend)
     if declared.mutates:
         return [getattr(x, declared.mutates)], [declared.mutates], []
     if declared.derivative is None:
@@ -129,7 +130,7 @@ def ours(op: str, x: Any, executor: Executor) -> tuple[list[Tensor], list[str], 
     assert derivative is not None
     wanted = differentiable(op, x)
     saved = derivative.saved_of(derivative.tensors_of(x, out))
-    grads: Any = derivative.grads(derivative.upstream(*upstream), x, saved, wanted, "triton")
+    grads: Any = derivative.grads(derivative.upstream(*upstream), x, saved, wanted, backend)
     spread = declared.backward.spread  # type: ignore[union-attr]
     by_name = spread(grads, x) if spread else grads._asdict()
     found = [by_name[f"grad_{name}"] for name in wanted]
@@ -138,12 +139,13 @@ def ours(op: str, x: Any, executor: Executor) -> tuple[list[Tensor], list[str], 
     return [*results, *found], names, upstream
 
 
-def check(case: Case, executor: Executor | None = None) -> Executor:
+def check(case: Case, executor: Executor | None = None, backend: str = "triton") -> Executor:
     """Execute a case and hold results and gradients against the oracle."""
     dtype, precision = KINDS[case.kind]
     x = case.inputs()
-    with precise(case), executing(executor, case.processors) as done:
-        got, names, upstream = ours(case.op, x, done)
+    start = executing if backend == "triton" else executing_cuda
+    with precise(case), start(executor, case.processors) as done:
+        got, names, upstream = ours(case.op, x, done, backend)
     hold(case, got, names, budgets_of(case, x, upstream, dtype, precision))
     return done
 

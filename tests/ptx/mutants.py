@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, budgets_of, cases_of, hold, ours, precise
 from tests.ptx.launching import Executor, executing
+from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
 from tests.ptx.ptxemu import Fault, Kernel, opcodes
 from tests.ptx.ptxemu.parse import Instruction, Program
 
@@ -31,6 +33,7 @@ ARITHMETIC = {
 COMPARISONS = {"lt": ("le", "ge"), "le": ("lt", "gt"), "gt": ("ge", "le"), "ge": ("gt", "lt"), "eq": ("ne",),
                "ne": ("eq",), "geu": ("gtu", "lt"), "gtu": ("geu", "le"), "ltu": ("leu", "ge"), "leu": ("ltu", "gt"),
                "neu": ("eq",), "equ": ("ne",), "num": ("nan",), "nan": ("num",)}  # fmt: skip
+WAITS = ("ld.acquire.", "ld.relaxed.", "ld.volatile.")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,16 @@ def _changes(
             yield to("store removed", **removed)
         if i.guard >= 0:
             yield to("guard turned round", negated=not i.negated)
+    elif i.name.startswith(("atom.", "red.", *WAITS, "st.release.")) and i.numbers[3]:
+        yield to("order removed", numbers=(*i.numbers[:3], 0))
+    elif i.name.startswith(("membar.", "fence.")):
+        yield to("order removed", **removed)
     elif i.name == "bra" and i.guard >= 0:
-        yield to("guard turned round", negated=not i.negated)
+        loop = program.code[i.numbers[0] : program.code.index(i)]
+        if any(o.name.startswith(WAITS) for o in loop) and not any(o.name == "bar.sync" for o in loop):
+            yield to("barrier of the grid removed", **removed)
+        else:
+            yield to("guard turned round", negated=not i.negated)
     elif i.name.startswith("setp."):
         _, how, *rest = i.name.split(".")
         for other in COMPARISONS.get(how, ()):
@@ -142,15 +153,17 @@ class Target:
 
 
 class Bench:
-    """The cases of an op and a kind of operand, and what comes of them without a fault."""
+    """Cases of an op and a kind of operand, and what comes of them without a fault."""
 
-    def __init__(self, op: str, kind: str) -> None:
+    def __init__(self, cases: Iterable[Case], backend: str = "triton") -> None:
+        self.backend = backend
+        self.executor, self.executing = (Executor, executing) if backend == "triton" else (CudaExecutor, executing_cuda)
         self.targets: dict[int, Target] = {}
         self.inputs: dict[Case, Any] = {}
         self.results: dict[Case, list[torch.Tensor]] = {}
         self.budgets: dict[Case, Any] = {}
-        dtype, precision = KINDS[kind]
-        for case in cases_of(op, kind):
+        for case in cases:
+            dtype, precision = KINDS[case.kind]
             used: list[tuple[str, Kernel]] = []
 
             def note(name: str, kernel: Kernel, used: list[tuple[str, Kernel]] = used) -> Kernel:
@@ -158,9 +171,9 @@ class Bench:
                 return kernel
 
             self.inputs[case] = x = case.inputs()
-            executor = Executor(edit=note)
-            with precise(case), executing(executor, case.processors):
-                results, names, upstream = ours(op, x, executor)
+            executor = self.executor(edit=note)
+            with precise(case), self.executing(executor, case.processors):
+                results, names, upstream = ours(case.op, x, executor, backend)
             self.results[case] = results
             self.budgets[case] = names, budgets_of(case, x, upstream, dtype, precision)
             hold(case, results, *self.budgets[case])
@@ -174,10 +187,13 @@ class Bench:
         """How the fault was seen: the kind of a report, ``result``; or ``unseen``, ``no effect``."""
         faulty, effect = mutant.kernel(), False
         edit: Callable[[str, Kernel], Kernel] = lambda _, kernel: faulty if kernel is target.kernel else kernel  # noqa: E731
-        for case in target.cases:
+        # Blocks that meet may do so in an order in which nothing goes wrong.
+        orders = (0,) if self.backend == "triton" else (0, 1)
+        for case, order in itertools.product(target.cases, orders):
+            options = {"limit": LIMIT, "order": order}
             try:
-                with precise(case), executing(Executor({"limit": LIMIT}, edit), case.processors) as executor:
-                    results, _, _ = ours(case.op, self.inputs[case], executor)
+                with precise(case), self.executing(self.executor(options, edit), case.processors) as executor:
+                    results, _, _ = ours(case.op, self.inputs[case], executor, self.backend)
                 hold(case, results, *self.budgets[case])
             except Fault as fault:
                 return fault.kind
@@ -201,7 +217,12 @@ class Outcome:
 
 def sampled(op: str, kind: str, per_class: int, seed: int = 0) -> Iterator[Outcome]:
     """Outcomes of ``per_class`` faults of every class in every kernel of an op."""
-    bench, generator = Bench(op, kind), random.Random(f"{seed} {op} {kind}")
+    yield from outcomes_of(Bench(cases_of(op, kind)), op, kind, per_class, seed)
+
+
+def outcomes_of(bench: Bench, op: str, kind: str, per_class: int, seed: int = 0) -> Iterator[Outcome]:
+    """The same of a bench."""
+    generator = random.Random(f"{seed} {op} {kind}")
     largest: dict[str, Target] = {}
     for target in bench.targets.values():  # of a kernel's compiled versions, the one that most cases run
         if target.name not in largest or len(target.cases) > len(largest[target.name].cases):

@@ -184,6 +184,13 @@ def _bytes_of(a: int, b: int, selector: int) -> int:
     return int.from_bytes(bytes(picked), "little")
 
 
+def _inserted(a: int, b: int, position: int, length: int, size: int) -> int:
+    position, length = position & 255, min(length & 255, size)
+    source, into = format(a, f"0{size}b")[::-1], list(format(b, f"0{size}b")[::-1])
+    into[position : position + length] = source[:length][: max(size - position, 0)]
+    return int("".join(into)[:size][::-1], 2)
+
+
 def _field(a: int, position: int, length: int, kind: str) -> int:
     size, position, length = int(kind[1:]), position & 255, length & 255
     text = format(a & ((1 << size) - 1), f"0{size}b")[::-1]
@@ -222,6 +229,9 @@ def _of_integers(op: str, kind: str, x: list[int]) -> int:
         "shr": lambda: a >> b if b < size else (-1 if a < 0 else 0), "mov": lambda: a, "selp": lambda: a if c else b,
         "mul.wide": lambda: a * b, "mad.wide": lambda: a * b + c, "bfe": lambda: _field(a, b, c, kind),
         "prmt": lambda: _bytes_of(a, b, c), "popc": lambda: format(a, "b").count("1"),
+        "brev": lambda: int(format(a, f"0{size}b")[::-1], 2), "bfind": lambda: a.bit_length() - 1,
+        "bfind.shiftamt": lambda: size - a.bit_length() if a else -1,
+        "bfi": lambda: _inserted(a, b, c, x[3], size),
         "clz": lambda: size - a.bit_length(), "shf.l.wrap": lambda: ((b << 32 | a) << (c % 32)) >> 32,
         "shf.r.wrap": lambda: (b << 32 | a) >> (c % 32),
     }[op]()  # fmt: skip
@@ -273,10 +283,12 @@ def kinds_of(name: str) -> list[str]:
     if parts[1] == "wide":
         wide = f"{last[0]}{2 * int(last[1:])}"
         return [wide, last, last, wide][: 3 if op == "mul" else 4]
-    if op in ("popc", "clz"):
+    if op == "bfi":
+        return [last, last, last, "u32", "u32"]
+    if op in ("popc", "clz", "bfind"):
         return ["u32", last]
     count = {"fma": 3, "mad": 3, "prmt": 3, "shf": 3, "neg": 1, "abs": 1, "not": 1, "mov": 1, "sqrt": 1, "rcp": 1,
-             "ex2": 1, "lg2": 1, "rsqrt": 1}.get(op, 2)  # fmt: skip
+             "brev": 1, "ex2": 1, "lg2": 1, "rsqrt": 1}.get(op, 2)  # fmt: skip
     return [last] * (count + 1)
 
 
@@ -294,7 +306,7 @@ def evaluate(name: str, x: list[Number]) -> Number:
         rest = ".".join([*parts[:-1], last[:-2]])
         return tuple(evaluate(rest, [pair[half] for pair in x]) for half in (0, 1))
     if last not in FLOATS:
-        op = ".".join(parts[:-1]) if op in ("mul", "mad", "shf") else op
+        op = ".".join(parts[:-1]) if op in ("mul", "mad", "shf", "bfind") else op
         return _of_integers(op, last, x)
     form = FLOATS[last]
     flush = form.flush if "ftz" in parts else lambda value: value

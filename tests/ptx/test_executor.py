@@ -203,6 +203,27 @@ def test_bounds_of_overlapping_and_torch_arrays() -> None:
     expect("bounds", lanes().replace("%t, 4", "%t, 56"), columns)
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_a_signed_load_fills_a_wider_register(bits: int) -> None:
+    numbers = np.arange(-32, 32).astype(f"int{bits}")
+    result, size = np.zeros(64, np.int64), bits // 8
+    body = f"mad.wide.u32 %a1, %t, {size}, %a1;\nld.global.s{bits} %d0, [%a1];\nmad.wide.u32 %a0, %t, 8, %a0;\n"
+    run(text(body + "st.global.b64 [%a0], %d0;\nret;", 2), 1, [result, numbers])
+    assert (result == numbers).all()
+
+
+def test_parameters_have_addresses() -> None:
+    """Those of a struct that is passed by value are chosen by address."""
+    body = "mov.b64 %d0, k_param_1;\nadd.s64 %d1, %d0, 8;\nsetp.lt.s32 %p0, %t, 3;\nselp.b64 %d0, %d0, %d1, %p0;\n"
+    body += "ld.param.b32 %r1, [%d0+8];\n"
+    kernel = text(body + lanes("%r1"), 1).replace("\n)\n.reqntid", ",\n.param .align 8 .b8 k_param_1[24]\n)\n.reqntid")
+    result = out()
+    run(kernel, 1, [result, (5, 6, 7)])
+    assert result.tolist() == [6] * 3 + [7] * 61
+    with pytest.raises(Fault, match="bounds"):
+        run(kernel.replace("[%d0+8]", "[%d0+16]"), 1, [result, (5, 6, 7)])
+
+
 def test_misaligned_access_is_a_fault() -> None:
     expect("misaligned", "st.global.b32 [%a0+2], %t;\nret;", out())
     expect("misaligned", "mov.b32 %r0, smem;\nst.shared.v2.b32 [%r0+4], {%t, %t};\nret;", out(), shared=64)
@@ -243,8 +264,8 @@ ret;
 def test_unknown_opcodes_are_named() -> None:
     with pytest.raises(UnknownOpcode, match=r"line \d+: the executor does not know tanh.approx.f32 %r0, %r1"):
         parse(text("tanh.approx.f32 %r0, %r1;\nret;"))
-    with pytest.raises(UnknownOpcode, match="atom.global.add.u32"):
-        parse(text("atom.global.add.u32 %r0, [%a0], 1;\nret;"))
+    with pytest.raises(UnknownOpcode, match="atom.cta.global.add.u32"):
+        parse(text("atom.cta.global.add.u32 %r0, [%a0], 1;\nret;"))
     with pytest.raises(UnknownOpcode, match="%a0 has 64 bits, not 32"):
         parse(text("add.s32 %r0, %a0, 1;\nret;"))
 
@@ -272,6 +293,17 @@ def test_reductions(op: str, of: object) -> None:
     run(text(f"sub.s32 %r0, %t, 40;\nredux.sync.{op} %r1, %r0, -1;\n" + lanes("%r1")), 1, [result])
     want = [of(np.arange(start, start + 32) - 40) for start in (0, 32)]  # type: ignore[operator]
     assert result.tolist() == [want[0]] * 32 + [want[1]] * 32
+
+
+@pytest.mark.parametrize("below, any_of, all_of", [(0, 0, 0), (1, 1, 0), (31, 1, 0), (32, 1, 1)])
+def test_votes(below: int, any_of: int, all_of: int) -> None:
+    body = f"setp.lt.s32 %p0, %t, {below};\nvote.sync.ballot.b32 %r1, %p0, -1;\n"
+    body += "vote.sync.any.pred %p1, %p0, -1;\nvote.sync.all.pred %p2, %p0, -1;\n"
+    body += "selp.b32 %r2, 1, 0, %p1;\nselp.b32 %r3, 2, 0, %p2;\nadd.s32 %r2, %r2, %r3;\n"
+    body += "mad.wide.u32 %a1, %t, 4, %a1;\nst.global.b32 [%a1], %r2;\n"
+    bits, which = np.zeros(32, np.uint32), out(32)
+    run(text(body + lanes("%r1"), 2, threads=32), 1, [bits, which])
+    assert (bits == (1 << below) - 1).all() and (which == any_of + 2 * all_of).all()
 
 
 @pytest.mark.parametrize("count, transposed", list(itertools.product([1, 2, 4], [False, True])))

@@ -72,8 +72,8 @@ def operands(name: str) -> list[list[int]]:
     ]
     for row in rows[1:]:
         generator.shuffle(row)
-    if name.startswith(("shl", "shr", "bfe")):  # positions and lengths, most of them inside
-        for row in rows[1:]:
+    if name.startswith(("shl", "shr", "bfe", "bfi")):  # positions and lengths, most of them inside
+        for row in rows[2 if name.startswith("bfi") else 1 :]:
             row[LANES:] = [generator.randrange(70) for _ in row[LANES:]]
     return rows
 

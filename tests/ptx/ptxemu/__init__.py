@@ -95,6 +95,7 @@ class Kernel:
         seed: int = 0,
         limit: int = LIMIT,
         strict_warps: bool = False,
+        resident: int = 0,
     ) -> Result:
         """Launch, see :func:`run`."""
         if len(args) != len(self.program.parameters):
@@ -111,7 +112,7 @@ class Kernel:
         answer = self._library.ptx_launch(
             self._machine, _at(dimensions), _at(parameters), len(parameters), _at(regions), len(regions), _at(views),
             len(views), shared, ctypes.c_uint64(order), ctypes.c_uint64(limit), ctypes.c_double(approximation),
-            ctypes.c_uint64(seed), int(strict_warps), _at(hits),
+            ctypes.c_uint64(seed), int(strict_warps), resident, _at(hits),
         )  # fmt: skip
         if answer is not None:
             raise Fault(*answer.decode().split("\n", 1))
@@ -125,7 +126,8 @@ def run(ptx: str | Program, grid: int | Sequence[int], args: Sequence[Any], **op
         ptx: text with one kernel.
         grid: blocks, up to three numbers.
         args: one a parameter: numpy arrays and CPU tensors (of any strides: bytes between their elements are out of
-            bounds), ints, floats, None for a null pointer. Arrays are written in place.
+            bounds), ints, floats, None for a null pointer, tuples of ints for structs of 64-bit integers that are
+            passed by value. Arrays are written in place.
         shared: bytes of dynamic shared memory.
         order: of warps between barriers, and of blocks: 0 ascending, 1 descending, others draw one.
         uninitialised: those of the arrays that hold no values yet; or pairs of an array and a mask of its bytes
@@ -133,6 +135,7 @@ def run(ptx: str | Program, grid: int | Sequence[int], args: Sequence[Any], **op
         approximation: the share of their documented error that approximate instructions make, drawn by ``seed``.
         limit: of warps' instructions, after which the launch is taken to hang.
         strict_warps: whether lanes of one warp race too, unless ``bar.warp.sync`` stands between.
+        resident: blocks that run at once, where the kernel has atomic operations or the like; 0: all.
 
     Raises:
         Fault: the kernel reads, writes, or waits as it must not; says where.
@@ -155,6 +158,8 @@ class _Memory:
 
     def bits_of(self, value: Any, width: int) -> np.ndarray:
         """The bytes of a parameter."""
+        if isinstance(value, tuple):
+            return np.array(value, np.int64).view(np.uint8)
         if value is None or isinstance(value, (int, np.integer)):
             number = int(value or 0) & ((1 << 8 * width) - 1)
         elif isinstance(value, float):

@@ -57,7 +57,8 @@ void ptx_free(Machine* m) { delete m; }
 
 // Null, or "kind\nwhat" of the fault that stopped the launch.
 const char* ptx_launch(Machine* m, const u32* grid, const u8* parameters, u32 parameter_bytes, const PlainRegion* regions,
-                       u32 region_count, const PlainView* views, u32 view_count, u32 shared, u64 order, u64 limit, f64 scale, u64 seed, s32 strict, u64* hits) {
+                       u32 region_count, const PlainView* views, u32 view_count, u32 shared, u64 order, u64 limit, f64 scale, u64 seed, s32 strict,
+                       u32 resident, u64* hits) {
     static thread_local std::string message;
     std::copy(grid, grid + 3, m->grid);
     m->parameters.assign(parameters, parameters + parameter_bytes);
@@ -79,7 +80,7 @@ const char* ptx_launch(Machine* m, const u32* grid, const u8* parameters, u32 pa
         view.dense = view.span() == elements * view.item;
         m->regions[given.region].views.push_back(view);
     }
-    m->shared_size = shared, m->order = order, m->limit = limit, m->strict_warps = strict;
+    m->shared_size = shared, m->order = order, m->limit = limit, m->strict_warps = strict, m->resident = resident;
     approximation = {scale, seed};
     const char* answer = nullptr;
     try {

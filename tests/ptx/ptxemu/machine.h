@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "values.h"
@@ -17,7 +18,7 @@ struct Fault {
     std::string kind, what;
 };
 
-enum Kind : u8 { EACH_LANE, SELECT, MEMORY, TOGETHER, BRANCH, BARRIER, EXIT };
+enum Kind : u8 { EACH_LANE, SELECT, MEMORY, TOGETHER, BRANCH, BARRIER, EXIT, STRONG };  // STRONG: others may see it, or wait
 
 struct Operand {
     u32 at, id;  // byte offset into a warp's registers; number of the register
@@ -62,6 +63,8 @@ struct View {
 struct Page {
     static constexpr u64 SIZE = 1024;
     u32 writer[SIZE] = {}, interval[SIZE] = {}, reader[SIZE] = {};  // thread of the grid + 1; block + 1 (ALL: several)
+    // Where blocks meet, `interval` is the writer's own time, and `reader` a number of Readers.
+    bool strong[SIZE] = {};  // written by an atomic operation, or a store with an order
 };
 struct Region {
     u64 base, size;
@@ -87,6 +90,24 @@ struct Group {
     bool waiting;
 };
 
+// For each warp of the grid how much of it has happened, as far as one of them can know: its number of intervals.
+using Clock = std::vector<u32>;
+// What orders accesses of several blocks: the bits of an instruction's number[3].
+enum Order : u8 { RELAXED = 0, ACQUIRE = 1, RELEASE = 2 };
+
+// What happened before what stands in a place was written, and the warp that wrote it.
+struct Released {
+    Clock clock;
+    u32 by = ALL;
+};
+// Sets of (warp, its time) that read a byte, each of them once: accesses are alike, so there are few.
+struct Readers {
+    using Set = std::vector<std::pair<u32, u32>>;
+    std::vector<Set> sets = {{}};
+    std::unordered_map<u64, std::vector<std::pair<u64, u32>>> next;  // by set and warp: (time, set with it)
+    u32 with(u32 set, u32 warp, const Clock& clock);
+};
+
 struct Machine;
 struct Warp {
     Machine* machine = nullptr;
@@ -97,7 +118,10 @@ struct Warp {
     std::vector<std::deque<Copy>> copies;  // of each lane, not delivered
     std::vector<u32> committed;
     u32 live = ALL;
-    s32 barrier = -1;  // that it waits at
+    s32 barrier = -1;      // that it waits at
+    bool yielded = false;  // after an instruction at which others may go on
+    // Where blocks meet: what happened before now; before its last fence; before what it read and may rely on after one.
+    Clock clock, fenced, seen;
 
     template <class T>
     T* lanes(const Operand& operand) {
@@ -109,11 +133,22 @@ struct Warp {
         u32& bits = known[operand.id];
         bits = (bits & ~mask) | (which & mask);
     }
-    void run();  // up to the next barrier of the block, or the end
+    void run();  // up to the next barrier of the block, or an instruction at which others may go on, or the end
+    void fence();
+    void learn(const Clock& other);
+    u32 number() const;  // in the grid
 
    private:
     void merge();
     void execute(Group& group, u32 stop);
+};
+
+// A block that is not the one that runs.
+struct Block {
+    u32 index = 0, interval = 0;
+    std::vector<u8> shared;
+    std::vector<SharedByte> shadow;
+    std::vector<Warp> warps;
 };
 
 struct Machine {
@@ -132,7 +167,12 @@ struct Machine {
     u64 order = 0;  // of warps and blocks: 0 ascending, 1 descending, else drawn
     u64 steps = 0, limit = 0;
     bool strict_warps = false;
+    u32 resident = 0;  // blocks that run at once, 0: all
     // State.
+    bool meeting = false;  // the program has instructions by which blocks may wait for each other
+    u64 progress = 0;      // grows with whatever others could wait for
+    Readers readers;
+    std::unordered_map<u64, Released> released;  // by address
     u32 block = 0, interval = 0, line = 0;
     std::vector<u8> shared;
     std::vector<SharedByte> shadow;
@@ -141,15 +181,23 @@ struct Machine {
     u64 random = 0;
 
     void launch();
-    void run_block();
+    void start(u32 index);
+    bool turn();  // of the block: whether it is done
+    void meet(const std::vector<u32>& blocks);
+    void exchange(Block& other);
+    [[noreturn]] void report_standstill(std::vector<std::unique_ptr<Block>>& blocks);
+    bool before(const Warp& warp, u32 writer, u32 time) const;
+    void check_order(Warp& warp, int lane, Region& region, u64 at, bool writes, bool strong);
     std::vector<u32> ordered(u32 count);
     [[noreturn]] void fault(const char* kind, std::string what) const;
     [[noreturn]] void fault(const char* kind, const Warp& warp, int lane, const std::string& what) const;
 
     Region& region_of(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing);
     // Reads answer whether all that was read held a value.
-    bool read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to, bool copying);
-    void write_global(Warp& warp, int lane, u64 address, u32 bytes, const void* from);
+    bool read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to, bool copying, bool strong = false);
+    void write_global(Warp& warp, int lane, u64 address, u32 bytes, const void* from, bool strong = false);
+    void acquire(Warp& warp, u64 address, u32 order);
+    void release(Warp& warp, u64 address, u32 order, bool keep);
     bool read_shared(Warp& warp, int lane, u64 address, u32 bytes, void* to);
     void write_shared(Warp& warp, int lane, u64 address, u32 bytes, const void* from, bool known = true);
     void check_shared(const Warp& warp, int lane, u64 address, u32 bytes, const char* doing) const;

@@ -60,13 +60,83 @@ Region& Machine::region_of(const Warp& warp, int lane, u64 address, u32 bytes, c
     fault("bounds", warp, lane, std::string(doing) + " " + std::to_string(bytes) + " bytes outside of all arrays" + nearest);
 }
 
-bool Machine::read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to, bool copying) {
+// --- Where blocks meet: an access is in order with another if a chain of barriers, fences and atomic operations, or loads
+// and stores with an order, leads from one to the other. A warp is one thread of that chain, not each lane. ---
+
+u32 Warp::number() const { return machine->block * (machine->threads / LANES) + index; }
+
+static void join(Clock& into, const Clock& other) {
+    if (into.size() < other.size()) into.resize(other.size());
+    for (size_t k = 0; k < other.size(); ++k) into[k] = std::max(into[k], other[k]);
+}
+void Warp::learn(const Clock& other) {
+    join(clock, other);
+    ++clock[number()];  // a time of a warp belongs to one clock
+}
+void Warp::fence() {
+    join(clock, seen);
+    seen.clear();
+    fenced = clock;
+    ++clock[number()];
+}
+void Machine::acquire(Warp& warp, u64 address, u32 order) {
+    const auto found = released.find(address);
+    if (found == released.end()) return;
+    if (order & ACQUIRE) warp.learn(found->second.clock);
+    else join(warp.seen, found->second.clock);
+}
+// `keep`: what was read and written in one goes on where the last one left off, and so does who wrote last.
+void Machine::release(Warp& warp, u64 address, u32 order, bool keep) {
+    auto& [clock, by] = released[address];
+    if (!keep && by != warp.number()) clock.clear();
+    by = warp.number();
+    join(clock, order & RELEASE ? warp.clock : warp.fenced);
+    ++warp.clock[warp.number()];
+}
+
+u32 Readers::with(u32 set, u32 warp, const Clock& clock) {
+    const u64 key = u64(set) << 32 | warp;
+    for (auto [time, found] : next[key])
+        if (time == clock[warp]) return found;
+    Set made;
+    for (auto [other, time] : sets[set])
+        if (time > clock[other]) made.push_back({other, time});
+    made.push_back({warp, clock[warp]});
+    u32 found = u32(sets.size());
+    if (sets[set] == made) found = set;
+    else sets.push_back(made);
+    next[key].push_back({clock[warp], found});
+    return found;
+}
+bool Machine::before(const Warp& warp, u32 writer, u32 time) const { return time <= warp.clock[writer]; }
+
+void Machine::check_order(Warp& warp, int lane, Region& region, u64 at, bool writes, bool strong) {
+    Page& page = region.page(at);
+    const u64 k = at % Page::SIZE;
+    const auto place = [&] { return std::to_string(at) + " of array " + std::to_string(region.index); };
+    const u32 writer = page.writer[k];
+    if (writer != 0 && !(strong && page.strong[k]) && !before(warp, (writer - 1) / LANES, page.interval[k]))
+        fault("race", warp, lane, std::string(writes ? "writes" : "reads") + " byte " + place() + ", which " +
+                                      thread_of(writer - 1, threads) + " wrote, with nothing that orders the two");
+    if (!writes) return;
+    for (auto [other, time] : readers.sets[page.reader[k]])
+        if (!before(warp, other, time))
+            fault("race", warp, lane, "writes byte " + place() + ", which " + thread_of(other * LANES, threads) +
+                                          " or another of its warp read, with nothing that orders the two");
+}
+
+bool Machine::read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to, bool copying, bool strong) {
     Region& region = region_of(warp, lane, address, bytes, copying ? "copies" : "reads");
     const u64 at = address - region.base;
     const u32 self = block * threads + warp.thread(lane) + 1;
     for (u64 i = at; i < at + bytes; ++i) {
         Page& page = region.page(i);
         const u64 k = i % Page::SIZE;
+        if (meeting) {
+            check_order(warp, lane, region, i, false, strong);
+            if (!strong) page.reader[k] = readers.with(page.reader[k], warp.number(), warp.clock);
+            continue;
+        }
         const u32 writer = page.writer[k];
         if (writer != 0 && writer != self) {
             const bool other_block = (writer - 1) / threads != block;
@@ -82,7 +152,7 @@ bool Machine::read_global(Warp& warp, int lane, u64 address, u32 bytes, void* to
     return !region.known || std::all_of(region.known + at, region.known + at + bytes, [](u8 known) { return known; });
 }
 
-void Machine::write_global(Warp& warp, int lane, u64 address, u32 bytes, const void* from) {
+void Machine::write_global(Warp& warp, int lane, u64 address, u32 bytes, const void* from, bool strong) {
     Region& region = region_of(warp, lane, address, bytes, "writes");
     const u64 at = address - region.base;
     const u32 self = block * threads + warp.thread(lane) + 1;
@@ -92,18 +162,26 @@ void Machine::write_global(Warp& warp, int lane, u64 address, u32 bytes, const v
         const u8 value = static_cast<const u8*>(from)[k];
         Page& page = region.page(i);
         u32 &writer = page.writer[i % Page::SIZE], &since = page.interval[i % Page::SIZE];
-        const u32 reader = page.reader[i % Page::SIZE];
+        u32& reader = page.reader[i % Page::SIZE];
         const bool same = memory[i] == value;
-        if (!same && writer != 0 && writer != self &&
-            ((writer - 1) / threads != block || since == interval))
-            fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
-                                          ", where " + thread_of(writer - 1, threads) +
-                                          " wrote something else in the same launch");
-        if (!same && reader != 0 && reader != block + 1)
-            fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
-                                          ", which another block read in the same launch");
+        if (meeting) {
+            if (!same || strong) check_order(warp, lane, region, i, true, strong);
+            if (!same) ++progress;
+            reader = 0;
+            page.strong[i % Page::SIZE] = strong;
+            since = warp.clock[warp.number()];
+        } else {
+            if (!same && writer != 0 && writer != self &&
+                ((writer - 1) / threads != block || since == interval))
+                fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
+                                              ", where " + thread_of(writer - 1, threads) +
+                                              " wrote something else in the same launch");
+            if (!same && reader != 0 && reader != block + 1)
+                fault("race", warp, lane, "writes byte " + std::to_string(i) + " of array " + std::to_string(region.index) +
+                                              ", which another block read in the same launch");
+            since = interval;
+        }
         writer = self;
-        since = interval;
         if (region.known) region.known[i] = 1;
         memory[i] = value;
     }

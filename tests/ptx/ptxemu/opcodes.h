@@ -179,6 +179,14 @@ bf16 brain(bf16 a, bf16 b) {
     OP1("popc.b64", u32, u64, u32(std::popcount(a)))                                               \
     OP1("clz.b32", u32, u32, u32(std::countl_zero(a)))                                             \
     OP1("clz.b64", u32, u64, u32(std::countl_zero(a)))                                             \
+    OP1("brev.b32", u32, u32, turned(a))                                                           \
+    OP1("brev.b64", u64, u64, turned(a))                                                           \
+    OP1("bfind.u32", u32, u32, u32(31 - std::countl_zero(a)))                                      \
+    OP1("bfind.u64", u32, u64, u32(63 - std::countl_zero(a)))                                      \
+    OP1("bfind.shiftamt.u32", u32, u32, a == 0 ? u32(-1) : u32(std::countl_zero(a)))               \
+    OP1("bfind.shiftamt.u64", u32, u64, a == 0 ? u32(-1) : u32(std::countl_zero(a)))               \
+    OP4("bfi.b32", u32, u32, u32, u32, u32, inserted(a, b, c, d))                                  \
+    OP4("bfi.b64", u64, u64, u64, u32, u32, inserted(a, b, c, d))                                  \
     /* predicates */                                                                               \
     OP2("and.pred", bool, bool, bool, a && b)                                                      \
     OP2("or.pred", bool, bool, bool, a || b)                                                       \

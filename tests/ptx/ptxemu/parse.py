@@ -17,6 +17,15 @@ _SPECIAL = ("%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%cta
 _HINTS = re.compile(r"\.(L1::[a-z_]+|L2::[A-Za-z0-9_]+|nc|level::[a-z_]+|uni)\b")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([248]))?\.[busf](8|16|32|64)")
+# Accesses by which blocks may wait for each other; those of a narrower scope than the grid are not known.
+_STRONG = re.compile(
+    r"(ld|st)\.(?:volatile|(relaxed|acquire|release)\.(?:gpu|sys))(?:\.global)?(?:\.v([248]))?\.[busf](8|16|32|64)"
+)
+_ATOMIC = re.compile(
+    r"(atom|red)(?:\.(relaxed|acquire|release|acq_rel))?(?:\.(?:gpu|sys))?(?:\.global)?\.(\w+\.[busf](?:32|64))"
+)
+_FENCE = re.compile(r"(?:membar|fence(?:\.sc|\.acq_rel)?)(?:\.(?:(gl|gpu|sys)|(cta)))?")
+_ORDERS = {None: 0, "relaxed": 0, "acquire": 1, "release": 2, "acq_rel": 3}
 _MATRICES = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global")
 
@@ -93,9 +102,10 @@ class _Parser:
                 if instruction.target not in self.labels:
                     raise ValueError(f"line {instruction.line}: no label {instruction.target}")
                 instruction.numbers = (self.labels[instruction.target],)
-        threads = re.search(r"\.reqntid\s+(\d+)", header)
+        # NVRTC knows an upper bound alone (__launch_bounds__): a launch has as many.
+        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", header)
         if threads is None:
-            raise ValueError(".reqntid: expected the number of threads of a block, which the executor needs")
+            raise ValueError(".reqntid or .maxntid: expected the threads of a block, which the executor needs")
         name = re.search(r"\.entry\s+([\w$]+)", header)
         assert name is not None
         special = [self.numbers.get(register, -1) for register in _SPECIAL]
@@ -116,9 +126,12 @@ class _Parser:
 
     def _parameters(self, header: str) -> list[tuple[int, int]]:
         found, offset = [], 0
-        for kind, name in re.findall(r"\.param\s+\.(\w+)(?:\s+\.ptr[^,\n)]*?)?\s+([\w$]+)\s*[,\n)]", header):
-            size = _WIDTHS["b" + kind[1:]] // 8 if kind[1:] != "8" else 1
-            offset = -(-offset // size) * size
+        form = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^,\n)]*?)?\s+([\w$]+)(?:\[(\d+)\])?\s*[,\n)]"
+        for alignment, kind, name, count in re.findall(form, header):
+            item = _WIDTHS["b" + kind[1:]] // 8 if kind[1:] != "8" else 1
+            size = item * int(count or 1)  # an array is a struct that is passed by value
+            whole = int(alignment or item)
+            offset = -(-offset // whole) * whole
             self.offsets[name] = offset
             found.append((offset, size))
             offset += size
@@ -168,11 +181,30 @@ class _Parser:
             raise ValueError(f"line {self.line}: cannot read {text!r}")
         negated, guard, name, rest = found.groups()
         name = _HINTS.sub("", name).replace("shared::cta", "shared").removesuffix(".uni")
+        name = name.replace("cvta.to.global.", "mov.")  # a generic address of global memory is that address
         instruction = self._instruction(name, _operands(rest))
         if guard is not None:
             instruction.guard, instruction.negated = self._lookup(guard), negated == "!"
         instruction.source = self.source
         self.code.append(instruction)
+        if found := re.fullmatch(r"ld\..*\.s(8|16|32)", name):
+            self._extend_sign(instruction, int(found[1]))
+
+    def _extend_sign(self, load: Instruction, bits: int) -> None:
+        """A signed load into a wider register, which fills it, is a load and a conversion."""
+        for register in load.operands[: load.results]:
+            width = self.widths[register]
+            if width > bits:
+                opcode, source = f"cvt.s{width}.s{bits}", register
+                size = _LETTERS[self.table[opcode].registers[1]]
+                if size < width:  # the conversion takes a register of its own width
+                    source = self._register(size)
+                    self._follow(load, f"cvt.u{size}.u{width}", [source, register])
+                self._follow(load, opcode, [register, source])
+
+    def _follow(self, load: Instruction, opcode: str, operands: list[int]) -> None:
+        index = self.table[opcode].index
+        self.code.append(Instruction(opcode, index, load.line, load.guard, load.negated, operands, source=load.source))
 
     def _register(self, width: int) -> int:
         self.widths.append(width)
@@ -207,6 +239,8 @@ class _Parser:
         assert width is not None, text
         if text in self.shared:
             return self._constant(0, width)
+        if text in self.offsets:  # an address among the parameters is where it stands there
+            return self._constant(self.offsets[text], width)
         return self._constant(_number(text, self.line), width)
 
     def _address(self, text: str) -> tuple[int, int]:
@@ -221,6 +255,8 @@ class _Parser:
         make = lambda opcode, *rest, **more: Instruction(name, self.table[opcode].index, self.line, *rest, **more)  # noqa: E731
         if found := _MEMORY.fullmatch(name):
             return self._memory(found, make, operands)
+        if ordered := self._ordered(name, make, operands):
+            return ordered
         if found := _MATRICES.fullmatch(name):
             values = [self._operand(part, 32) for part in _vector(operands[0])]
             register, offset = self._address(operands[1])
@@ -259,6 +295,31 @@ class _Parser:
             numbers.append(self._operand(second, 1))
         return make(name, operands=numbers, results=len(_vector(operands[0])))
 
+    def _ordered(self, name: str, make: object, operands: list[str]) -> Instruction | None:
+        """Loads, stores and changes of global memory with an order among blocks, and fences."""
+        if found := _STRONG.fullmatch(name):
+            kind, order, count, bits = found[1], found[2], int(found[3] or 1), int(found[4])
+            values, address = operands if kind == "ld" else operands[::-1]
+            registers = [
+                self._operand(part, None if part.startswith("%") else max(bits, 16)) for part in _vector(values)
+            ]
+            register, offset = self._address(address)
+            return make(f"{kind}.strong", operands=[*registers, register], results=count if kind == "ld" else 0,
+                        numbers=(bits // 8, count, offset, _ORDERS[order]))  # type: ignore[operator]  # fmt: skip
+        if (found := _ATOMIC.fullmatch(name)) and f"atom.{found[3]}" in self.table:
+            width = int(found[3][-2:])
+            old, address, *values = operands if found[1] == "atom" else ["_", *operands]
+            if len(values) != 1 + found[3].startswith("cas"):
+                raise UnknownOpcode(f"line {self.line}: {name} with {len(operands)} operands")
+            register, offset = self._address(address)
+            registers = [self._operand(old, width), register, *(self._operand(value, width) for value in values)]
+            return make(f"atom.{found[3]}", operands=registers, numbers=(width // 8, 1, offset, _ORDERS[found[2]]))  # type: ignore[operator]  # fmt: skip
+        if (found := _FENCE.fullmatch(name)) and (found[1] or found[2]):
+            return make("fence" if found[1] else "fence.cta", results=0)  # type: ignore[operator]
+        if name == "nanosleep.u32":
+            return make(name, operands=[self._operand(operands[0], 32)], results=0)  # type: ignore[operator]
+        return None
+
     def _low_bits(self, text: str, width: int, make: object) -> str:
         """A conversion takes the low bits of a wider register: they are put into one of their own first."""
         if not text.startswith("%") or self.widths[self._lookup(text)] <= width:
@@ -276,10 +337,14 @@ class _Parser:
         if len(registers) != count or any(self.widths[register] < bits for register in registers):
             raise UnknownOpcode(f"line {self.line}: {found[0]} of {values}")
         if space == "param":
-            name = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", address)
-            if kind != "ld" or count != 1 or name is None or name[1] not in self.offsets:
+            name = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", address)
+            if kind != "ld" or count != 1 or name is None:
                 raise UnknownOpcode(f"line {self.line}: {found[0]} {address}")
-            offset = self.offsets[name[1]] + int(name[2] or 0)
+            offset = int(name[2] or 0)
+            if name[1] in self.offsets:
+                offset += self.offsets[name[1]]
+            else:
+                registers.append(self._operand(name[1]))
             return make("ld.param", operands=registers, numbers=(bits // 8, 1, offset))  # type: ignore[operator]
         register, offset = self._address(address)
         return make(f"{kind}.{space}", operands=[*registers, register], results=count if kind == "ld" else 0,

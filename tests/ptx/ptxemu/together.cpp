@@ -1,4 +1,5 @@
 // The meaning of instructions that move data or that a warp's lanes do together; opcodes.h has all the others.
+#include "atomics.h"
 #include "machine.h"
 #include "matrices.h"
 #include "opcodes.h"
@@ -54,6 +55,14 @@ void map3(u8* file, const Instruction& i, u32 mask) {
     const Read<C> c(file, i.operand[3]);
     for_lanes<R>(file, i.operand[0], mask, [&](int lane) { return F{}(a[lane], b[lane], c[lane]); });
 }
+template <class R, class A, class B, class C, class D, class F>
+void map4(u8* file, const Instruction& i, u32 mask) {
+    const Read<A> a(file, i.operand[1]);
+    const Read<B> b(file, i.operand[2]);
+    const Read<C> c(file, i.operand[3]);
+    const Read<D> d(file, i.operand[4]);
+    for_lanes<R>(file, i.operand[0], mask, [&](int lane) { return F{}(a[lane], b[lane], c[lane], d[lane]); });
+}
 template <class T>
 constexpr char letter() {
     return std::is_same_v<T, bool> ? 'p' : sizeof(T) == 2 ? 'h' : sizeof(T) == 4 ? 'w' : 'd';
@@ -74,6 +83,11 @@ template <class R, class A, class B, class C, class F>
 static Opcode op3(const char* name, F) {
     const bool select = std::is_same_v<C, bool>;
     return {name, Letters<R, A, B, C>::text, select ? SELECT : EACH_LANE, map3<R, A, B, C, F>, nullptr};
+}
+
+template <class R, class A, class B, class C, class D, class F>
+static Opcode op4(const char* name, F) {
+    return {name, Letters<R, A, B, C, D>::text, EACH_LANE, map4<R, A, B, C, D, F>, nullptr};
 }
 
 // --- Moves. number: bytes of an element, elements, offset. operand: the values, the address. ---
@@ -97,15 +111,16 @@ static void lanes_of(u32 mask, F of) {
     for (; mask; mask &= mask - 1) of(std::countr_zero(mask));
 }
 
-template <bool SHARED>
+template <bool SHARED, bool STRONG_ONE = false>
 void load(Warp& warp, const Instruction& i, u32 mask) {
     const u32 bytes = u32(i.number[0]), count = u32(i.number[1]);
     warp.require_known(i.operand[count], mask, "an address");
     lanes_of(mask, [&](int lane) {
         u8 buffer[32];
         const u64 address = address_of(warp, i, i.operand[count], lane);
+        if (STRONG_ONE) warp.machine->acquire(warp, address, u32(i.number[3]));
         const bool known = SHARED ? warp.machine->read_shared(warp, lane, address, bytes * count, buffer)
-                                  : warp.machine->read_global(warp, lane, address, bytes * count, buffer, false);
+                                  : warp.machine->read_global(warp, lane, address, bytes * count, buffer, false, STRONG_ONE);
         for (u32 k = 0; k < count; ++k) {
             u64 bits = 0;
             std::memcpy(&bits, buffer + k * bytes, bytes);
@@ -114,7 +129,7 @@ void load(Warp& warp, const Instruction& i, u32 mask) {
         }
     });
 }
-template <bool SHARED>
+template <bool SHARED, bool STRONG_ONE = false>
 void store(Warp& warp, const Instruction& i, u32 mask) {
     const u32 bytes = u32(i.number[0]), count = u32(i.number[1]);
     warp.require_known(i.operand[count], mask, "an address");
@@ -133,16 +148,22 @@ void store(Warp& warp, const Instruction& i, u32 mask) {
         if (SHARED)
             warp.machine->write_shared(warp, lane, address, bytes * count, buffer, known >> lane & 1);
         else
-            warp.machine->write_global(warp, lane, address, bytes * count, buffer);
+            warp.machine->write_global(warp, lane, address, bytes * count, buffer, STRONG_ONE);
+        if (STRONG_ONE) warp.machine->release(warp, address, u32(i.number[3]), false);
     });
 }
+// operands: the value and, where the address is not known beforehand, a register with a place among the parameters.
 static void load_parameter(Warp& warp, const Instruction& i, u32 mask) {
     const Machine& m = *warp.machine;
-    u64 bits = 0;
-    if (u64(i.number[2]) + u64(i.number[0]) > m.parameters.size())
-        m.fault("bounds", "reads beyond the kernel's parameters");
-    std::memcpy(&bits, m.parameters.data() + i.number[2], size_t(i.number[0]));
-    lanes_of(mask, [&](int lane) { store_lane(warp, i.operand[0], lane, bits); });
+    if (i.count > 1) warp.require_known(i.operand[1], mask, "an address");
+    lanes_of(mask, [&](int lane) {
+        u64 bits = 0;
+        const u64 at = i.count > 1 ? address_of(warp, i, i.operand[1], lane) : u64(i.number[2]);
+        if (at + u64(i.number[0]) > m.parameters.size() || at + u64(i.number[0]) < at)
+            m.fault("bounds", "reads beyond the kernel's parameters");
+        std::memcpy(&bits, m.parameters.data() + at, size_t(i.number[0]));
+        store_lane(warp, i.operand[0], lane, bits);
+    });
     warp.set_known(i.operand[0], mask, ALL);
 }
 // mov of a vector into one register, and back; the widths are the registers'.
@@ -263,6 +284,22 @@ void reduce(Warp& warp, const Instruction& i, u32 mask) {
     for (int lane = 0; lane < LANES; ++lane) warp.lanes<T>(i.operand[0])[lane] = total;
     warp.set_known(i.operand[0], mask, warp.known[i.operand[1].id] == ALL ? ALL : 0);
 }
+// operands: result, predicate, members; the predicate's bits, whether any is set, whether all are.
+static u32 votes(Warp& warp, const Instruction& i) {
+    if (*warp.lanes<u32>(i.operand[2]) != ALL) warp.machine->fault("divergence", "asks less than a warp: not supported");
+    return *warp.lanes<u32>(i.operand[1]);
+}
+static void ballot(Warp& warp, const Instruction& i, u32 mask) {
+    const u32 bits = votes(warp, i);
+    for (int lane = 0; lane < LANES; ++lane) warp.lanes<u32>(i.operand[0])[lane] = bits;
+    warp.set_known(i.operand[0], mask, warp.known[i.operand[1].id] == ALL ? ALL : 0);
+}
+template <bool WHOLE>
+void vote(Warp& warp, const Instruction& i, u32 mask) {
+    const u32 bits = votes(warp, i);
+    *warp.lanes<u32>(i.operand[0]) = (WHOLE ? bits == ALL : bits != 0) ? ALL : 0;
+    warp.set_known(i.operand[0], mask, warp.known[i.operand[1].id] == ALL ? ALL : 0);
+}
 static void warp_barrier(Warp& warp, const Instruction&, u32) { ++warp.step; }
 
 struct Add {
@@ -287,12 +324,24 @@ const std::vector<Opcode>& opcodes() {
 #define OP1(name, R, A, value) op1<R, A>(name, [](A a) -> R { return R(value); }),
 #define OP2(name, R, A, B, value) op2<R, A, B>(name, [](A a, B b) -> R { return R(value); }),
 #define OP3(name, R, A, B, C, value) op3<R, A, B, C>(name, [](A a, B b, C c) -> R { return R(value); }),
+#define OP4(name, R, A, B, C, D, value) op4<R, A, B, C, D>(name, [](A a, B b, C c, D d) -> R { return R(value); }),
     static const std::vector<Opcode> table = {
         OPCODES
         {"ld.global", "", MEMORY, nullptr, load<false>},
         {"ld.shared", "", MEMORY, nullptr, load<true>},
         {"st.global", "", MEMORY, nullptr, store<false>},
         {"st.shared", "", MEMORY, nullptr, store<true>},
+        {"ld.strong", "", STRONG, nullptr, load<false, true>},
+        {"st.strong", "", STRONG, nullptr, store<false, true>},
+        ATOMICS("32", u32, s32)
+        ATOMICS("64", u64, s64)
+        ATOMIC("inc.u32", u32, a >= b ? 0 : a + 1)
+        ATOMIC("dec.u32", u32, a == 0 || a > b ? b : a - 1)
+        ATOMIC("add.f32", f32, ftz(ftz(a) + ftz(b)))
+        ATOMIC("add.f64", f64, a + b)
+        {"fence", "", STRONG, nullptr, fence},
+        {"fence.cta", "", MEMORY, nullptr, nothing},  // of a block: a barrier says as much
+        {"nanosleep.u32", "w", STRONG, nullptr, nothing},
         {"ld.param", "", MEMORY, nullptr, load_parameter},
         {"mov.pack", "", MEMORY, nullptr, pack},
         {"mov.unpack", "", MEMORY, nullptr, unpack},
@@ -305,6 +354,9 @@ const std::vector<Opcode>& opcodes() {
         {"ret", "", EXIT, nullptr, nullptr},
         {"exit", "", EXIT, nullptr, nullptr},
         {"bar.warp.sync", "", TOGETHER, nullptr, warp_barrier},
+        {"vote.sync.ballot.b32", "wpw", TOGETHER, nullptr, ballot},
+        {"vote.sync.any.pred", "ppw", TOGETHER, nullptr, vote<false>},
+        {"vote.sync.all.pred", "ppw", TOGETHER, nullptr, vote<true>},
         {"shfl.sync.up.b32", "wwwww", TOGETHER, nullptr, shuffle<UP>},
         {"shfl.sync.down.b32", "wwwww", TOGETHER, nullptr, shuffle<DOWN>},
         {"shfl.sync.bfly.b32", "wwwww", TOGETHER, nullptr, shuffle<BUTTERFLY>},

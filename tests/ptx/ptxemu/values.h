@@ -162,6 +162,22 @@ U extracted(U a, u32 position, u32 length) {  // sign extended where U is signed
     }
     return U(result);
 }
+template <class U>
+U turned(U a) {
+    U result = 0;
+    for (u32 i = 0; i < sizeof(U) * 8; ++i) result |= U(a >> i & 1) << (sizeof(U) * 8 - 1 - i);
+    return result;
+}
+template <class U>
+U inserted(U a, U into, u32 position, u32 length) {  // the low bits of a
+    constexpr u32 size = sizeof(U) * 8;
+    position &= 255, length &= 255;
+    for (u32 i = 0; i < length && position + i < size && i < size; ++i) {
+        const U bit = U(1) << (position + i);
+        into = a >> i & 1 ? into | bit : into & ~bit;
+    }
+    return into;
+}
 template <class T>
 T quotient(T a, T b) {  // unspecified by 0: all ones
     if (b == 0) return T(-1);

@@ -37,6 +37,7 @@ void Warp::merge() {
 
 void Warp::run() {
     barrier = -1;
+    yielded = false;
     while (true) {
         merge();
         if (groups.empty()) return;
@@ -55,7 +56,7 @@ void Warp::run() {
             if (&group != &*next && group.at > next->at) stop = std::min(stop, group.at);
         const size_t place = next - groups.begin();
         execute(groups[place], stop);
-        if (barrier >= 0) return;
+        if (barrier >= 0 || yielded) return;
     }
 }
 
@@ -97,6 +98,12 @@ void Warp::execute(Group& group, u32 stop) {
             case MEMORY:
                 if (mask != 0) i.whole(*this, i, mask);
                 break;
+            case STRONG:
+                if (mask == 0) break;
+                i.whole(*this, i, mask);
+                group.at = at + 1;
+                yielded = true;
+                return;
             case TOGETHER:
                 if (mask == 0) break;
                 if (mask != ALL) {
@@ -135,6 +142,7 @@ void Warp::execute(Group& group, u32 stop) {
             }
             case EXIT:
                 live &= ~mask;
+                ++m.progress;
                 group.mask = all & ~mask;
                 group.at = at + 1;
                 return;
@@ -155,10 +163,12 @@ std::vector<u32> Machine::ordered(u32 count) {
     return result;
 }
 
-void Machine::run_block() {
+void Machine::start(u32 index) {
+    block = index;
     const u32 count = threads / LANES;
-    std::fill(shadow.begin(), shadow.end(), SharedByte{});
-    std::fill(shared.begin(), shared.end(), u8(0xcd));
+    shadow.assign(shared_size, SharedByte{});
+    shared.assign(shared_size, u8(0xcd));
+    warps.resize(count);
     ++interval;
     const u32 x = block % grid[0], y = block / grid[0] % grid[1], z = block / grid[0] / grid[1];
     const u32 fixed[9] = {threads, 1, 1, x, y, z, grid[0], grid[1], grid[2]};
@@ -173,6 +183,12 @@ void Machine::run_block() {
         warp.committed.assign(LANES, 0);
         warp.live = ALL;
         warp.step = 1;
+        warp.barrier = -1;
+        if (meeting) {
+            warp.clock.assign(size_t(grid[0]) * grid[1] * grid[2] * count, 0);
+            warp.clock[warp.number()] = 1;
+            warp.fenced.clear(), warp.seen.clear();
+        }
         auto fill = [&](s32 id, auto value) {
             if (id < 0) return;
             warp.known[id] = ALL;
@@ -194,36 +210,109 @@ void Machine::run_block() {
         fill(lane_register, [](int lane) { return u64(lane); });
         fill(warp_register, [&](int) { return u64(w); });
     }
-    while (true) {
-        bool waits = false, left = false;
-        s32 barrier = -1;
-        for (u32 w : ordered(count)) {
-            Warp& warp = warps[w];
-            if (!warp.groups.empty()) warp.run();
-            if (warp.groups.empty()) {
-                left = true;
-            } else {
-                if (waits && warp.barrier != barrier) fault("deadlock", "warps wait at two different barriers");
-                waits = true;
-                barrier = warp.barrier;
-            }
+}
+
+// Every warp that does not wait goes on to where it stops; if all of them wait, they go on together.
+bool Machine::turn() {
+    bool waits = false, left = false;
+    s32 barrier = -1;
+    for (u32 w : ordered(u32(warps.size())))
+        if (!warps[w].groups.empty() && warps[w].barrier < 0) warps[w].run();
+    for (const Warp& warp : warps) {
+        if (warp.groups.empty()) {
+            left = true;
+        } else if (warp.barrier < 0) {
+            return false;
+        } else {
+            if (waits && warp.barrier != barrier) fault("deadlock", "warps wait at two different barriers");
+            waits = true;
+            barrier = warp.barrier;
         }
-        if (!waits) return;
-        if (left) fault("deadlock", "warps wait at a barrier that others, which have left, never come to");
-        ++interval;
+    }
+    if (!waits) return true;
+    if (left) fault("deadlock", "warps wait at a barrier that others, which have left, never come to");
+    ++interval, ++progress;
+    Clock all;
+    for (Warp& warp : warps) {
+        warp.barrier = -1;
+        if (!meeting) continue;
+        all.resize(warp.clock.size());
+        for (size_t k = 0; k < all.size(); ++k) all[k] = std::max(all[k], warp.clock[k]);
+    }
+    if (meeting)
+        for (Warp& warp : warps) warp.learn(all);
+    return false;
+}
+
+void Machine::exchange(Block& other) {
+    std::swap(block, other.index);
+    std::swap(interval, other.interval);
+    shared.swap(other.shared);
+    shadow.swap(other.shadow);
+    warps.swap(other.warps);
+}
+
+void Machine::report_standstill(std::vector<std::unique_ptr<Block>>& blocks) {
+    std::ostringstream where;
+    where << "no block goes on: ";
+    for (auto& waiting : blocks) {
+        where << "block " << waiting->index << ": ";
+        for (const Warp& warp : waiting->warps)
+            for (const Group& group : warp.groups)
+                where << "warp " << warp.index << (warp.barrier >= 0 ? " waits above" : " is at") << " line "
+                      << code[std::min<size_t>(group.at, code.size() - 1)].line << "; ";
+    }
+    throw Fault{"deadlock", where.str()};
+}
+
+// Blocks in turn, as they may be waiting for each other. One is left where its turn changed nothing; where an order was
+// drawn, after every turn.
+void Machine::meet(const std::vector<u32>& indices) {
+    constexpr u64 PATIENCE = 500;  // turns of each block in which nothing changes
+    std::vector<std::unique_ptr<Block>> running;
+    size_t next = 0, at = 0;
+    u64 idle = 0;
+    while (next < indices.size() || !running.empty()) {
+        const bool room = next < indices.size() && (resident == 0 || running.size() < resident);
+        if (running.empty() || (room && (order > 1 ? ordered(2)[0] == 0 : idle > 0 && at == running.size()))) {
+            running.push_back(std::make_unique<Block>());
+            exchange(*running.back());
+            start(indices[next++]);
+            exchange(*running.back());
+            at = running.size() - 1;
+            idle = 0;
+        } else if (order > 1) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            at = (random >> 33) % running.size();
+        }
+        at %= running.size();
+        const u64 so_far = progress;
+        exchange(*running[at]);
+        const bool done = turn();
+        exchange(*running[at]);
+        if (done) running.erase(running.begin() + at);
+        if (progress != so_far) {
+            idle = 0;
+            continue;
+        }
+        ++at;
+        if (++idle > PATIENCE * running.size() && !(room && order > 1)) report_standstill(running);
     }
 }
 
 void Machine::launch() {
     hits.assign(code.size(), 0);
-    shared.assign(shared_size, 0);
-    shadow.assign(shared_size, {});
-    warps.resize(threads / LANES);
     steps = 0;
     interval = 0;
     random = order;
-    for (u32 b : ordered(grid[0] * grid[1] * grid[2])) {
-        block = b;
-        run_block();
+    progress = 0;
+    readers = {};
+    released.clear();
+    meeting = std::any_of(code.begin(), code.end(), [](const Instruction& i) { return i.kind == STRONG; });
+    const std::vector<u32> blocks = ordered(grid[0] * grid[1] * grid[2]);
+    if (meeting) return meet(blocks);
+    for (u32 b : blocks) {
+        start(b);
+        while (!turn()) {}
     }
 }
