@@ -47,7 +47,8 @@ class Pairs {
   Scratch<uint8_t> active;  // [padded] whether there is a positive
   bool valid = true;        // labels hold nothing but 0, 1, -1
 
-  explicit Pairs(Vectors<T>& v)
+  // known: what `give_terms` gave in the forward, or null: count.
+  explicit Pairs(Vectors<T>& v, const T* known = nullptr)
       : lam(v.padded() + 1), share(v.padded() + 1), active(v.padded() + 1), v_(v), in_(v.in), kind_(v.in.weighting),
         C_(v.in.labels.dims ? v.in.labels.shape[1] : 0), words_((C_ + kBits - 1) / kBits),
         rows_((v.segments[kKeys].first + v.segments[kKeys].panels) * P), has_(rows_ * words_ + 1),
@@ -60,7 +61,7 @@ class Pairs {
     [[maybe_unused]] const int threads = v.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < v_.anchors().rows; ++i) {
-      if (kind_ == kMsc) count_msc(i);
+      if (kind_ == kMsc) known != nullptr ? take_terms(i, known + i * C_) : count_msc(i);
       share[i] = 1;
     }
   }
@@ -79,8 +80,36 @@ class Pairs {
     share[i] = T(1 / divisor), lam[i] = total / divisor;
   }
 
+  // msc: what the classes of an anchor weigh, [N, C], from a pass over all pairs of labels.
+  void give_terms(T* to) const {
+    for (int64_t i = 0; i < v_.anchors().rows; ++i)
+      for (int64_t c = 0; c < C_; ++c) to[i * C_ + c] = entry(i, c);
+  }
+
   // Whether f is the same from both sides.
   bool symmetric() const { return kind_ != kSimDis && kind_ != kMsc && kind_ != kDense; }
+
+  // Whether sums over classes take the place of weights of pairs (mlc_classes.h): mulsupcon, unless the classes are so
+  // many that setting their sums to zero is the work.
+  bool by_classes() const {
+    return kind_ == kMulSupCon && C_ <= (in_.include_batch ? v_.anchors().rows : 0) + v_.segments[kKeys].rows;
+  }
+  int64_t classes() const { return C_; }
+  int64_t rows() const { return rows_; }  // anchors and keys, with their padding
+  int64_t labels() const {                // that they have
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows_; ++i) total += int64_t(ones_[i]);
+    return total;
+  }
+  double class_share(int64_t c) const { return double(of_class_[c]); }
+
+  // Calls f(c) for every label of a row.
+  template <class F>
+  void for_labels(int64_t i, F f) const {
+    const S* has = row_words(has_, i);
+    for (int64_t w = 0; w < words_; ++w)
+      for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
+  }
 
   // f_ij of a block, laid out as it; and f_ji where the block is one of anchors and f is not symmetric.
   void fill(const Block<T>& block, int segment, T* f, T* back) const {
@@ -299,14 +328,6 @@ class Pairs {
     return fine;
   }
 
-  // Calls f(i, c) for every label of the rows of a segment.
-  template <class F>
-  void for_labels(int64_t i, F f) const {
-    const S* has = row_words(has_, i);
-    for (int64_t w = 0; w < words_; ++w)
-      for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
-  }
-
   double class_weight(int64_t c) const {
     return in_.class_weight == nullptr ? 1.0 : double(static_cast<const T*>(in_.class_weight)[c]);
   }
@@ -340,6 +361,10 @@ class Pairs {
     });
     for_labels(i,
                [&](int64_t c) { entry(i, c) = T(class_weight(c) / double(entry(i, c))), lam[i] += class_weight(c); });
+  }
+
+  void take_terms(int64_t i, const T* known) {
+    for_labels(i, [&](int64_t c) { entry(i, c) = known[c], active[i] = 1, lam[i] += class_weight(c); });
   }
 
   // Calls f(first lane, segment, lanes that are columns of i) over rows and keys.
