@@ -197,7 +197,7 @@ class BuildExt(build_ext):
 
 
 setup(
-    # sadcl/csrc has no module: what NVRTC compiles on a machine with a GPU, and the formulas that it shares with sadcl._C.
+    # sadcl/csrc has no module: what NVRTC compiles on a machine with a GPU, and the formulas shared with sadcl._C.
     packages=[*find_packages(include=["sadcl", "sadcl.*"]), "sadcl.kernels", "sadcl.csrc"],
     include_package_data=False,
     package_dir={"sadcl.kernels": "kernels", "sadcl.csrc": "csrc"},
