@@ -36,6 +36,8 @@ SADCL_TABLE(avx512_popcnt)
 namespace avx512_bf16 {
 using namespace avx512;
 #if defined(SADCL_HAS_AVX512_POPCNT)
+using avx512_popcnt::group_rows_backward;
+using avx512_popcnt::group_rows_forward;
 using avx512_popcnt::mlc_backward;
 using avx512_popcnt::mlc_forward;
 #endif

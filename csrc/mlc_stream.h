@@ -8,7 +8,7 @@
 // Blocks have keys for rows and anchors for lanes, so that they are weights of the keys as they stand. Every thread has
 // its keys and sums of its own, which are added up in the order of the threads.
 #pragma once
-#include "mlc_weights.h"
+#include "mlc_sweep.h"
 
 SADCL_KERNELS_BEGIN
 

@@ -8,17 +8,20 @@ in the backward. Oracles: those of the losses on the concatenated batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..portable import group_fused as fused
 from ..portable import group_rows as portable
 from ..portable.group_pairs import IDS, MASK
 from ..portable.group_sweep import gathered_bytes
 from ..portable.mlc import DENSE, MSC, MULSUPCON, WEIGHTINGS
 from ._library import Backward, Op
+from ._native import native
 from ._transforms import watched
 
 __all__ = ["DENSE", "IDS", "MASK", "MSC", "WEIGHTINGS", "Inputs", "Outputs", "group_rows", "what_to_keep"]
@@ -93,15 +96,17 @@ def allocate(x: Inputs) -> Outputs:
     )
 
 
+_CPP = fused.Kernels(native("group_rows_forward"), native("group_rows_backward"))
+
 group_rows = Op(
     "group_rows",
     Inputs,
     Outputs,
     allocate,
-    {"torch": portable.forward},
+    {"cpp": functools.partial(fused.forward, kernels=_CPP), "torch": portable.forward},
     Backward(
         gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
-        implementations={"torch": portable.backward},
+        implementations={"cpp": functools.partial(fused.backward, kernels=_CPP), "torch": portable.backward},
         partial=True,
         instead="the loss of one process, backend='reference'",
     ),

@@ -7,6 +7,7 @@ images) as the largest has, or for ``capacity`` of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -97,8 +98,6 @@ class Sweep:
         self.slot: int = x.capacity or max(met.counts or [0])
         self.own = own_rows(x, met, self.slot)
         self.rows = self.own.raw.shape[0]
-        self.z, self.norm = self.unit(self.own.raw)
-        self.own_tags = self.tags(self.own.tags)
         self.kept = kept
         if x.include_batch:
             self.kept = all_gather(self._packed(), self.group) if kept is None else kept
@@ -111,6 +110,23 @@ class Sweep:
         known = reads_counts(x)
         met = Met(items, images, labels, items.tolist() if known else None, images.tolist() if known else None)
         return cls(x, met, kept if kept.numel() > 0 else None)
+
+    @property
+    def z(self) -> Tensor:
+        """Unit vectors of own rows."""
+        return self._own_units[0]
+
+    @property
+    def norm(self) -> Tensor:
+        return self._own_units[1]
+
+    @functools.cached_property
+    def _own_units(self) -> tuple[Tensor, Tensor]:
+        return self.unit(self.own.raw)
+
+    @functools.cached_property
+    def own_tags(self) -> Tags:
+        return self.tags(self.own.tags)
 
     def _meet(self) -> Met:
         x = self.x
@@ -214,16 +230,12 @@ class Sweep:
         return max(1, rows // max(self.v, 1))
 
     def _of_ranks(self, vectors: bool) -> Iterator[Columns]:
-        world, rank, slot = self.group.world, self.group.rank, self.slot
+        world, slot = self.group.world, self.slot
         if slot == 0:
             return
         if vectors and self.x.ring:
-            travelling = self.own.raw.new_zeros(slot * self.v, self.d)
-            travelling[: self.rows] = self.own.raw
-            for step in range(world):
-                yield from self._of_rank((rank - step) % world, travelling)
-                if step + 1 < world:
-                    travelling = pass_on(travelling, self.group)
+            for ranks, travelling in self.arrivals():
+                yield from self._of_rank(ranks[0], travelling)
             return
         alone = self.x.released or self.x.weights is not None  # what looks at one rank at a time
         several = 1 if alone else max(1, self._step() // slot)
@@ -234,6 +246,22 @@ class Sweep:
                 yield from self._of_rank(first, raw)
             else:
                 yield self._columns(first, last, slice(0, slot), raw)
+
+    def arrivals(self) -> Iterator[tuple[range, Tensor]]:
+        """Vectors ``[ranks, slot V, D]`` of some ranks at a time, flat: of all, or as they come round in a ring."""
+        world, rank, room = self.group.world, self.group.rank, self.slot * self.v
+        if room == 0:
+            return
+        if not self.x.ring:
+            assert self.all_raw is not None
+            yield range(world), self.all_raw.reshape(-1, self.d)
+            return
+        travelling = self.own.raw.new_zeros(room, self.d)
+        travelling[: self.rows] = self.own.raw
+        for step in range(world):
+            yield range((rank - step) % world, (rank - step) % world + 1), travelling
+            if step + 1 < world:
+                travelling = pass_on(travelling, self.group)
 
     def _of_rank(self, rank: int, raw: Tensor | None) -> Iterator[Columns]:
         items = self.slot if self.met.counts is None else self.met.counts[rank]

@@ -55,7 +55,7 @@ class Case:
 
 
 def wants_gradient(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and "label" not in name and name != "mask"
+    return isinstance(value, Tensor) and value.is_floating_point() and "label" not in name
 
 
 def value_and_gradients(case: Case, split: dict[str, Any], **more: Any) -> dict[str, np.ndarray]:
