@@ -254,8 +254,8 @@ def _over_ranks(
     code = WEIGHTINGS.index(weighting) if given["weights"] is None else _mlc.DENSE
     out = rows_of_ranks(
         x.features[:, :, None], x.tau, code, signature("multilabel_supcon_loss", x.features, **same), group,
-        x.backend, keys=x.keys, prototypes=x.prototypes, class_weight=x.weights.of_class, ring=ring, capacity=capacity, **given,
-        **more,
+        x.backend, keys=x.keys, prototypes=x.prototypes, class_weight=x.weights.of_class, ring=ring,
+        capacity=capacity, **given, **more,
     )  # fmt: skip
     return out.row_loss[:, :, 0], out.size
 

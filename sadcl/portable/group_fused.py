@@ -6,8 +6,8 @@ are what a rank has of other ranks' rows, without the gaps behind the shorter on
 rank at a time. Numbers are those of the other sweep but for rounding, so is what ranks tell each other: a rank may
 compute by kernels while another does not.
 
-The released formulation has no kernel. Counting weightings learn how many partners an anchor has in the sweep itself. Mulsupcon counts classes first, and msc
-does its pass over labels alone by torch's operators.
+Counting weightings learn how many partners an anchor has in the sweep itself. Mulsupcon counts classes first, and msc
+does its pass over labels alone by torch's operators. The released formulation has no kernel.
 """
 
 from __future__ import annotations

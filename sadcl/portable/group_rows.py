@@ -61,7 +61,7 @@ def forward(x: Any) -> dict[str, Tensor]:
 
 
 def finish(sweep: Sweep, f: Factors, pivot: Tensor, total: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """Outputs, from the largest product of each own row, its ``sum of e^((z_i.z_j - pivot) / tau)`` and ``sum W z_i.z_j``."""
+    """Outputs, from each own row's largest product, sum of ``e^((z_i.z_j - pivot) / tau)`` and of ``W z_i.z_j``."""
     x, met = sweep.x, sweep.met
     live = f.inverse > 0
     log_sum = torch.log(total + 1e-5 if x.released else total)
