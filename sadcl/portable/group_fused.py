@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _checks
 from . import group_rows as rows
-from .group_pairs import BY_CLASS, GIVEN, IDS, MASK, Factors, class_counts, factors, weighted
+from .group_pairs import BY_CLASS, GIVEN, IDS, MASK, Columns, Factors, class_counts, factors, weighted
 from .group_sweep import Sweep
 from .mlc import DENSE, MSC, MULSUPCON, OVERLAP
 
@@ -117,8 +117,8 @@ def forward(x: Any, kernels: Kernels) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...], kernels: Kernels) -> dict[str, Tensor]:
-    """The gradients that are wanted. Those of given weights and of class weights are rare: then without kernels."""
-    if x.released or "weights" in wanted or "class_weight" in wanted:
+    """The gradients that are wanted. Those of given weights and of class weights are rare, and torch's operators'."""
+    if x.released:
         return rows.backward(upstream, x, saved, wanted)
     sweep = Sweep.again(x, saved.counts, saved.kept)
     told = rows.tell(sweep, upstream.grad_row_loss, saved)
@@ -128,7 +128,8 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...], kernels
     back = None if told.swapped is None else torch.cat(told.swapped, dim=1)
     g = sweep.own.raw.new_zeros(sweep.rows, sweep.d, dtype=sweep.acc)
     replicated: dict[str, list[Tensor]] = {"keys": [], "prototypes": []}
-    for part in _parts(sweep, labels):
+    rare = rows.Rare(sweep, saved, told.m, wanted)
+    for part in _parts(sweep, labels, rare):
         block = _weigh(_block(sweep, labels, part)._replace(class_share=share, table=own.pull), sweep, part, own.pull)
         grad_columns = None
         if part.kind == "rows":
@@ -142,7 +143,7 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...], kernels
             grad_columns = torch.empty(part.raw.shape, dtype=sweep.acc, device=g.device)
             replicated[part.kind].append(grad_columns)
         kernels.backward(block, anchors=_four(own, x), gradient=g, grad_columns=grad_columns)
-    return rows.to_inputs(sweep, told, g, replicated, wanted)
+    return {**rare.grads(), **rows.to_inputs(sweep, told, g, replicated, wanted)}
 
 
 def _four(anchors: Any, x: Any) -> Tensor:
@@ -180,8 +181,14 @@ class _Labels:
         return None if self.sent is None else self.sent[at // views]
 
 
-def _parts(sweep: Sweep, labels: _Labels) -> Iterator[_Part]:
+def _parts(sweep: Sweep, labels: _Labels, rare: rows.Rare | None = None) -> Iterator[_Part]:
     """All columns, rows before keys before prototypes. None where there is no own row, but a ring is passed on."""
+
+    def also(blocks: Iterator[Columns]) -> None:
+        if rare is not None and rare.wanted:
+            for columns in blocks:
+                rare.add(columns, rows.products_of(sweep, columns))
+
     x, before = sweep.x, 0
     if x.include_batch:
         for ranks, raw in sweep.arrivals():
@@ -195,12 +202,14 @@ def _parts(sweep: Sweep, labels: _Labels) -> Iterator[_Part]:
                 vectors = _taken(raw, here - ranks[0] * step)
                 given = slice(start + some.start, start + some.stop)
                 yield _Part("rows", here, vectors, labels.of_rows(here, sweep.v), given, first - some.start)
+            also(sweep.of_ranks(ranks, raw))
         before = sum(sweep.met.counts or sweep.met.items.tolist()) * sweep.v
     for kind, raw, of in (("keys", x.keys, x.key_labels), ("prototypes", x.prototypes, None)):
         for some in _steps(raw.shape[0] if raw is not None and sweep.rows else 0):
             tags = None if of is None else of[some]
             given = slice(before + some.start, before + some.stop)
             yield _Part(kind, some, raw[some], tags, given, _NOBODY)
+    also(sweep.replicated())
 
 
 def _steps(count: int) -> Iterator[slice]:

@@ -46,7 +46,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     pivot = z.new_full((sweep.rows,), 0.0 if x.released else float("-inf"))
     total, mean = torch.zeros_like(pivot), torch.zeros_like(pivot, dtype=sweep.wide)
     for columns in sweep.blocks():
-        products = _products(sweep, columns)
+        products = products_of(sweep, columns)
         weights, positive = _weights(sweep, f, columns)
         mean += (weights * products).sum(dim=1)
         if x.released:
@@ -96,7 +96,8 @@ def _spread(rows: Tensor, sweep: Sweep, into: Tensor) -> Tensor:
     return into[:-1]
 
 
-def _products(sweep: Sweep, columns: Columns) -> Tensor:
+def products_of(sweep: Sweep, columns: Columns) -> Tensor:
+    """``z_i.z_j [R, m]``."""
     assert columns.z is not None
     return sweep.z @ columns.z.t()
 
@@ -162,9 +163,9 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     count = class_counts(sweep.blocks(vectors=False), _has(sweep)) if x.weighting == MULSUPCON else None
     g = torch.zeros_like(z)
     parts: dict[str, list[Tensor]] = {"keys": [], "prototypes": []}
-    rare = _Rare(sweep, saved, m, wanted)
+    rare = Rare(sweep, saved, m, wanted)
     for columns in sweep.blocks():
-        products = _products(sweep, columns)
+        products = products_of(sweep, columns)
         shifted = _shifted(sweep, columns, products)
         coefficient = own.a[:, None] * torch.exp((shifted - own.pivot[:, None]) / tau - own.log_sum[:, None])
         coefficient -= _pulls(sweep, own, columns)
@@ -302,7 +303,7 @@ def _along(sweep: Sweep, g: Tensor, z: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm[:, None] == 0, 0.0, tangential / norm[:, None])
 
 
-class _Rare:
+class Rare:
     """Gradients of given weights and of class weights, if they are wanted: of own anchors."""
 
     def __init__(self, sweep: Sweep, saved: Any, m: Tensor, wanted: tuple[str, ...]) -> None:
@@ -311,10 +312,11 @@ class _Rare:
         self.of_weights = torch.zeros_like(x.weights, dtype=sweep.acc) if "weights" in wanted else None
         self.of_classes = torch.zeros_like(x.class_weight) if "class_weight" in wanted else None
         self.mean = torch.zeros_like(m)  # of the gap over the partners, with a mask
+        self.wanted = self.of_weights is not None or self.of_classes is not None
 
     def add(self, columns: Columns, products: Tensor) -> None:
         """Some columns, whose products with own rows are known."""
-        if self.of_weights is None and self.of_classes is None:
+        if not self.wanted:
             return
         sweep, x, m = self.sweep, self.sweep.x, self.m
         pivot, log_sum = self.saved.stats[:2, : sweep.rows, None]

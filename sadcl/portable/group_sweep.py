@@ -214,8 +214,15 @@ class Sweep:
 
     def blocks(self, vectors: bool = True) -> Iterator[Columns]:
         """All columns; own rows meet themselves among those of the batch. Without ``vectors`` their labels alone."""
-        if self.x.include_batch:
-            yield from self._of_ranks(vectors)
+        if self.x.include_batch and vectors:
+            for ranks, raw in self.arrivals():
+                yield from self.of_ranks(ranks, raw)
+        elif self.x.include_batch:
+            yield from self.of_ranks(range(self.group.world), None)
+        yield from self.replicated(vectors)
+
+    def replicated(self, vectors: bool = True) -> Iterator[Columns]:
+        """Keys and prototypes."""
         if self.x.keys is not None:
             labels = self.x.key_labels
             tags = Tags() if labels is None else Tags(labels=planes(labels, self.acc))
@@ -228,24 +235,6 @@ class Sweep:
         most = _BLOCK_ELEMENTS.get(self.z.device.type, 1 << 24)
         rows = min(most // max(self.rows, 1), most // max(self.d, 1))
         return max(1, rows // max(self.v, 1))
-
-    def _of_ranks(self, vectors: bool) -> Iterator[Columns]:
-        world, slot = self.group.world, self.slot
-        if slot == 0:
-            return
-        if vectors and self.x.ring:
-            for ranks, travelling in self.arrivals():
-                yield from self._of_rank(ranks[0], travelling)
-            return
-        alone = self.x.released or self.x.weights is not None  # what looks at one rank at a time
-        several = 1 if alone else max(1, self._step() // slot)
-        for first in range(0, world, several):
-            last = min(first + several, world)
-            raw = self.all_raw[first:last].reshape(-1, self.d) if vectors and self.all_raw is not None else None
-            if several == 1:
-                yield from self._of_rank(first, raw)
-            else:
-                yield self._columns(first, last, slice(0, slot), raw)
 
     def arrivals(self) -> Iterator[tuple[range, Tensor]]:
         """Vectors ``[ranks, slot V, D]`` of some ranks at a time, flat: of all, or as they come round in a ring."""
@@ -262,6 +251,21 @@ class Sweep:
             yield range((rank - step) % world, (rank - step) % world + 1), travelling
             if step + 1 < world:
                 travelling = pass_on(travelling, self.group)
+
+    def of_ranks(self, ranks: range, raw: Tensor | None) -> Iterator[Columns]:
+        """The columns of an arrival."""
+        if self.slot == 0:
+            return
+        alone = self.x.released or self.x.weights is not None  # what looks at one rank at a time
+        several = 1 if alone else max(1, self._step() // self.slot)
+        room = self.slot * self.v
+        for first in range(ranks.start, ranks.stop, several):
+            last = min(first + several, ranks.stop)
+            part = None if raw is None else raw[(first - ranks.start) * room : (last - ranks.start) * room]
+            if last - first == 1:
+                yield from self._of_rank(first, part)
+            else:
+                yield self._columns(first, last, slice(0, self.slot), part)
 
     def _of_rank(self, rank: int, raw: Tensor | None) -> Iterator[Columns]:
         items = self.slot if self.met.counts is None else self.met.counts[rank]
