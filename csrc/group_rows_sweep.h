@@ -7,8 +7,9 @@
 //   g_i += sum_j (G_ij + G_ji) z_j,   G_ij = a_i b_j e^(s_ij - lse_i) - c_i f_ij
 //
 // with a_i = m_i sum_j W_ij and c_i = m_i times the factor that makes W of f. It is the whole gradient of own rows but
-// for 1 / tau and the normalisation: the 3 R K D flops that half of the symmetric matrix would take a rank are 4 here, as
-// no rank adds to the rows of another. Oracles: those of the losses on the concatenated batch.
+// for 1 / tau and the normalisation. Floor: 2 R K D flops forward, 4 backward, and K D numbers read in each; the symmetry
+// of the scores brings nothing, as no rank adds to the rows of another. Oracles: those of the losses on the concatenated
+// batch.
 #pragma once
 #include "group_rows.h"
 #include "mlc_sweep.h"
@@ -55,14 +56,23 @@ void fill_moves(const Segment& s, const T* stats, double tau, Moves<T>& moves) {
   }
 }
 
+// From a segment's panels to rows; a few cache lines of a row at a time, while those of the panel are near.
 template <class T>
-void add_gradient(const Segment& s, const T* from, int64_t depth, int64_t D, bool add, T* to) {
-  constexpr int P = Vectors<T>::P;
-  for (int64_t r = 0; r < s.rows; ++r)
-    for (int64_t d = 0; d < D; ++d) {
-      const T value = from[((s.first + r / P) * depth + d) * P + r % P];
-      to[r * D + d] = add ? to[r * D + d] + value : value;
+void add_gradient(const Vectors<T>& v, const Segment& s, const T* from, bool add, T* to) {
+  constexpr int P = Vectors<T>::P, kSlice = 32;
+  const int64_t D = v.D;
+#pragma omp parallel for num_threads(v.threads) schedule(static)
+  for (int64_t p = 0; p < s.panels; ++p) {
+    const T* panel = from + (s.first + p) * v.depth * P;
+    const int64_t rows = s.rows - p * P < P ? s.rows - p * P : P;
+    for (int64_t d0 = 0; d0 < D; d0 += kSlice) {
+      const int64_t d1 = d0 + kSlice < D ? d0 + kSlice : D;
+      for (int64_t l = 0; l < rows; ++l) {
+        T* row = to + (p * P + l) * D;
+        for (int64_t d = d0; d < d1; ++d) row[d] = (add ? row[d] : T(0)) + panel[d * P + l];
+      }
     }
+  }
 }
 
 template <class T>
@@ -99,9 +109,9 @@ void backward_of_own_rows(const GroupRowsBackward& args) {
     if (args.grad_columns != nullptr)
       mix_panels(ws.w, block.panels, v.panel(block.i0 / P), block.m / P, v.depth, gradients.get() + block.j0 * v.depth);
   });
-  add_gradient(own, gradients.get(), v.depth, v.D, true, static_cast<T*>(args.gradient));
+  add_gradient(v, own, gradients.get(), true, static_cast<T*>(args.gradient));
   if (args.grad_columns != nullptr)
-    add_gradient(others, gradients.get(), v.depth, v.D, false, static_cast<T*>(args.grad_columns));
+    add_gradient(v, others, gradients.get(), false, static_cast<T*>(args.grad_columns));
 }
 
 SADCL_KERNELS_END

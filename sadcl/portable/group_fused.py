@@ -25,6 +25,7 @@ from .group_sweep import Sweep
 from .mlc import DENSE, MSC, MULSUPCON, OVERLAP
 
 _PART = 4096  # columns of a call: their unit vectors lie beside the own rows', and own rows are read again for each
+_FEW = 512  # rows of a rank that are joined by the next ones': own rows are read again for every part
 _NOBODY = -(1 << 40)
 _KERNEL_IDS = DENSE + 1
 
@@ -197,7 +198,7 @@ def _parts(sweep: Sweep, labels: _Labels, rare: rows.Rare | None = None) -> Iter
             at = torch.cat([torch.arange(counts[r] * sweep.v, device=raw.device) + r * step for r in ranks])
             first = sum(counts[: x.rank]) * sweep.v if len(ranks) > 1 else 0 if x.rank in ranks else _NOBODY
             start = sum(counts[: ranks[0]]) * sweep.v
-            for some in _steps(at.shape[0] if sweep.rows else 0):
+            for some in _steps_of_ranks([counts[r] * sweep.v for r in ranks] if sweep.rows else []):
                 here = at[some]
                 vectors = _taken(raw, here - ranks[0] * step)
                 given = slice(start + some.start, start + some.stop)
@@ -216,10 +217,27 @@ def _steps(count: int) -> Iterator[slice]:
     return (slice(first, min(first + _PART, count)) for first in range(0, count, _PART))
 
 
+def _steps_of_ranks(counts: list[int]) -> Iterator[slice]:
+    """The same of the rows of some ranks, each rank's by themselves (no copy) unless they are few."""
+    first = held = 0
+    for count in counts:
+        if held and count >= _FEW:
+            yield slice(first, first + held)
+            first, held = first + held, 0
+        held += count
+        if held >= _FEW:
+            yield from (slice(first + some.start, first + some.stop) for some in _steps(held))
+            first, held = first + held, 0
+    if held:
+        yield slice(first, first + held)
+
+
 def _taken(raw: Tensor, at: Tensor) -> Tensor:
-    """Rows, without a copy where they lie together."""
-    first, last = int(at[0]), int(at[-1])
-    return raw[first : last + 1] if last - first + 1 == at.shape[0] else raw[at]
+    """Rows of ``raw [ranks, rows, D]``, without a copy where they lie together."""
+    rank, first, last = int(at[0]) // raw.shape[1], int(at[0]), int(at[-1])
+    if last // raw.shape[1] > rank:
+        return raw[at // raw.shape[1], at % raw.shape[1]]
+    return raw[rank, first - rank * raw.shape[1] :][: last - first + 1]
 
 
 def _block(sweep: Sweep, labels: _Labels, part: _Part) -> Block:

@@ -33,7 +33,7 @@ from .group_pairs import (
     weighted,
 )
 from .group_released import anchors, pair_maxima
-from .group_sweep import Sweep
+from .group_sweep import Sweep, steps
 
 
 @torch.no_grad()
@@ -275,11 +275,11 @@ def to_inputs(
     x, grads = sweep.x, {}
     b, v, c, d = x.features.shape
     seen = told.own.live if told.everyone is None else told.everyone.live.any().expand(sweep.rows)
-    g = torch.where(seen[:, None], g, 0.0) / x.temperature
-    turning = (sweep.z * g).sum(dtype=sweep.wide)
+    g.masked_fill_(~seen[:, None], 0.0).div_(x.temperature)
+    turning = _turning(sweep.z, g, sweep.wide) if "temperature" in wanted else g.new_zeros(())
     if "features" in wanted:
         flat = x.features.new_zeros(b * v * c + 1, d)
-        spread = _spread(_along(sweep, g, sweep.z, sweep.norm).to(x.features.dtype), sweep, flat)
+        spread = _spread(_along(sweep, g, sweep.z, sweep.norm, x.features.dtype), sweep, flat)
         grads["grad_features"] = spread.reshape(b, v, c, d)
     for name, parts in replicated.items():
         like = getattr(x, name)
@@ -287,20 +287,29 @@ def to_inputs(
             continue
         z, norm = sweep.unit(like)
         part = torch.cat(parts) / x.temperature if parts else torch.zeros_like(z)
-        turning = turning + (z * part).sum(dtype=sweep.wide)
+        if "temperature" in wanted:
+            turning = turning + _turning(z, part, sweep.wide)
         if name in wanted:
-            grads[f"grad_{name}"] = _along(sweep, part, z, norm).to(like.dtype)
+            grads[f"grad_{name}"] = _along(sweep, part, z, norm, like.dtype)
     if "temperature" in wanted:
         grads["grad_temperature"] = (-turning / (2.0 * x.temperature)).to(x.temperature.dtype)
     return grads
 
 
-def _along(sweep: Sweep, g: Tensor, z: Tensor, norm: Tensor) -> Tensor:
+def _turning(z: Tensor, g: Tensor, wide: torch.dtype) -> Tensor:
+    return (z * g).sum(dtype=wide)
+
+
+def _along(sweep: Sweep, g: Tensor, z: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of vectors from that of their unit vectors."""
     if not sweep.x.normalize:
-        return g
-    tangential = (g - z * (z * g).sum(dim=1, keepdim=True)).to(norm.dtype)
-    return torch.where(norm[:, None] == 0, 0.0, tangential / norm[:, None])
+        return g.to(dtype)
+    out = torch.empty_like(g, dtype=dtype)
+    for some in steps(g):
+        z_some, g_some, length = z[some], g[some], norm[some, None]
+        tangential = (g_some - z_some * (z_some * g_some).sum(dim=1, keepdim=True)).to(norm.dtype)
+        out[some] = torch.where(length == 0, 0.0, tangential / length).to(dtype)
+    return out
 
 
 class Rare:

@@ -39,6 +39,12 @@ class Own(NamedTuple):
     tags: Tensor
 
 
+def steps(vectors: Tensor) -> Iterator[slice]:
+    """Rows of ``vectors [R, D]`` in steps of the size of a block."""
+    step = max(1, _BLOCK_ELEMENTS.get(vectors.device.type, 1 << 24) // max(vectors.shape[1], 1))
+    return (slice(first, first + step) for first in range(0, vectors.shape[0], step))
+
+
 def items_of(x: Any) -> Tensor | int:
     """How many items this rank has."""
     return x.features.shape[0] if x.class_ptr is None else x.class_ptr[-1]
@@ -145,8 +151,13 @@ class Sweep:
         """Unit vectors and norms of rows."""
         if not self.x.normalize:
             return raw.to(self.acc), torch.ones(raw.shape[0], dtype=self.wide, device=raw.device)
-        norm = torch.linalg.vector_norm(raw.to(self.wide), dim=1)
-        return torch.where(norm[:, None] == 0, 0.0, raw.to(self.wide) / norm[:, None]).to(self.acc), norm
+        norm = raw.new_empty(raw.shape[0], dtype=self.wide)
+        unit = torch.empty_like(raw, dtype=self.acc)
+        for some in steps(raw):  # the wide copies are larger than all else that a step holds
+            norm[some] = torch.linalg.vector_norm(raw[some].to(self.wide), dim=1)
+            length = norm[some, None]
+            unit[some] = torch.where(length == 0, 0.0, raw[some].to(self.wide) / length).to(self.acc)
+        return unit, norm
 
     def tags(self, sent: Tensor) -> Tags:
         """What items ``sent [items, T]`` are, an entry for each of their views."""
@@ -237,18 +248,18 @@ class Sweep:
         return max(1, rows // max(self.v, 1))
 
     def arrivals(self) -> Iterator[tuple[range, Tensor]]:
-        """Vectors ``[ranks, slot V, D]`` of some ranks at a time, flat: of all, or as they come round in a ring."""
+        """Vectors ``[ranks, slot V, D]`` of some ranks at a time: of all, or as they come round in a ring."""
         world, rank, room = self.group.world, self.group.rank, self.slot * self.v
         if room == 0:
             return
         if not self.x.ring:
             assert self.all_raw is not None
-            yield range(world), self.all_raw.reshape(-1, self.d)
+            yield range(world), self.all_raw
             return
         travelling = self.own.raw.new_zeros(room, self.d)
         travelling[: self.rows] = self.own.raw
         for step in range(world):
-            yield range((rank - step) % world, (rank - step) % world + 1), travelling
+            yield range((rank - step) % world, (rank - step) % world + 1), travelling[None]
             if step + 1 < world:
                 travelling = pass_on(travelling, self.group)
 
@@ -258,10 +269,11 @@ class Sweep:
             return
         alone = self.x.released or self.x.weights is not None  # what looks at one rank at a time
         several = 1 if alone else max(1, self._step() // self.slot)
-        room = self.slot * self.v
         for first in range(ranks.start, ranks.stop, several):
             last = min(first + several, ranks.stop)
-            part = None if raw is None else raw[(first - ranks.start) * room : (last - ranks.start) * room]
+            part = None
+            if raw is not None:
+                part = raw[first - ranks.start : last - ranks.start].reshape(-1, self.d)
             if last - first == 1:
                 yield from self._of_rank(first, part)
             else:
