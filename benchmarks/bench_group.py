@@ -87,7 +87,8 @@ def peak_bytes(size: Size, ring: bool, normalized: bool) -> int:
     numbers = size.rows * size.d
     own = size.vectors if size.rows > size.items else 0
     part = size.rows if ring or size.rows >= FEW else min(2 * FEW, size.world * size.rows)
-    kernel = 4 * size.d * (size.rows + min(PART, part)) + 8 * numbers + (size.vectors if ring else 0)
+    kernel = 0 if ring or size.rows >= FEW else size.width * size.d * part  # a copy: a part is of several ranks
+    kernel += 4 * size.d * (size.rows + min(PART, part)) + 8 * numbers + (size.vectors if ring else 0)
     end = (4 + size.width) * numbers
     if normalized:
         end += end + 28 * min(BLOCK, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -94,6 +95,8 @@ def signature(loss: str, features: Tensor, **options: Any) -> str:
 def _said(value: Any) -> str:
     if isinstance(value, Tensor):
         return "tensor " + "x".join(map(str, value.shape)) if value.dim() else "tensor"
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return str(operator.index(value))  # a compiler's symbol becomes a number
     return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
