@@ -191,9 +191,9 @@ def _parts(sweep: Sweep, labels: _Labels, rare: rows.Rare | None = None) -> Iter
                 rare.add(columns, rows.products_of(sweep, columns))
 
     x, before = sweep.x, 0
+    counts = sweep.met.counts or [min(items, sweep.slot) for items in sweep.met.items.tolist()]
     if x.include_batch:
         for ranks, raw in sweep.arrivals():
-            counts = sweep.met.counts or sweep.met.items.tolist()
             step = sweep.slot * sweep.v
             at = torch.cat([torch.arange(counts[r] * sweep.v, device=raw.device) + r * step for r in ranks])
             first = sum(counts[: x.rank]) * sweep.v if len(ranks) > 1 else 0 if x.rank in ranks else _NOBODY
@@ -204,7 +204,7 @@ def _parts(sweep: Sweep, labels: _Labels, rare: rows.Rare | None = None) -> Iter
                 given = slice(start + some.start, start + some.stop)
                 yield _Part("rows", here, vectors, labels.of_rows(here, sweep.v), given, first - some.start)
             also(sweep.of_ranks(ranks, raw))
-        before = sum(sweep.met.counts or sweep.met.items.tolist()) * sweep.v
+        before = sum(counts) * sweep.v
     for kind, raw, of in (("keys", x.keys, x.key_labels), ("prototypes", x.prototypes, None)):
         for some in _steps(raw.shape[0] if raw is not None and sweep.rows else 0):
             tags = None if of is None else of[some]
