@@ -220,16 +220,11 @@ def _steps(count: int) -> Iterator[slice]:
 def _steps_of_ranks(counts: list[int]) -> Iterator[slice]:
     """The same of the rows of some ranks, each rank's by themselves (no copy) unless they are few."""
     first = held = 0
-    for count in counts:
-        if held and count >= _FEW:
-            yield slice(first, first + held)
-            first, held = first + held, 0
-        held += count
-        if held >= _FEW:
+    for count in [*counts, _FEW]:  # the last one ends what is held
+        if held and (held >= _FEW or count >= _FEW):
             yield from (slice(first + some.start, first + some.stop) for some in _steps(held))
             first, held = first + held, 0
-    if held:
-        yield slice(first, first + held)
+        held += count
 
 
 def _taken(raw: Tensor, at: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from sadcl.testing import Budget, assert_within_budget, error_budgets, make_feat
 
 _C = pytest.importorskip("sadcl._C")
 
-# Blocks are of 192 rows and columns at most, here parts of 130 columns; the second rank has most of the batch.
+# Blocks are of 192 rows and columns at most, here parts of 130 columns, and the first rank's 60 rows make one or are
+# part of one; the second rank has most of the batch.
 SIZES, C, D, PART = (60, 200), 9, 37, 130
 LOSSES = ("sscl", "supcon", "jaccard", "simdis", "mulsupcon", "msc")
 # Scores up to 10: exponentials of a fixed shift; up to 100: with a running maximum.
@@ -64,13 +65,13 @@ def on_rank(
     rank: int, isas: list[str], dtype: torch.dtype, ring: bool, names: tuple[str, ...] = LOSSES
 ) -> dict[Any, Any]:
     """Loss and gradient of every loss, temperature and instruction set."""
-    before, part, forward, calls = _C.isa(), group_fused._PART, _C.group_rows_forward, []
+    before, constants, forward, calls = _C.isa(), (group_fused._PART, group_fused._FEW), _C.group_rows_forward, []
 
     def counting(*parts: Any, **others: Any) -> Any:
         calls.append(parts[0].columns.shape[0])
         return forward(*parts, **others)
 
-    group_fused._PART, _C.group_rows_forward = PART, counting
+    group_fused._PART, group_fused._FEW, _C.group_rows_forward = PART, 100 if rank else 512, counting
     found = {}
     try:
         for isa in isas:
@@ -85,7 +86,8 @@ def on_rank(
                     found[isa, name, tau] = [t.double().numpy() for t in both]
     finally:
         _C.set_isa(before)
-        group_fused._PART, _C.group_rows_forward = part, forward
+        group_fused._PART, group_fused._FEW = constants
+        _C.group_rows_forward = forward
     return found
 
 
