@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: help demo test gpu docs wheel fuzz matrix sanitize races compilers lint clean
+.PHONY: help demo test gpu docs wheel fuzz matrix tritons sanitize races compilers lint clean
 .DEFAULT_GOAL = help
 
 help: ## this list
@@ -59,6 +59,20 @@ gpu: ## on a machine with a GPU: build, check, sanitize, time (DRY=1: the script
 matrix: $(VENV)/test.stamp ## error budgets under several BLAS and instruction sets
 	$(BIN)/python -m tests.matrix
 
+# Other Tritons beside the installed torch, each in a folder that comes first on the path: what the interpreter runs, and what
+# compiles without spills for one part.
+TRITONS ?= 3.6.0 3.9.0
+tritons: $(VENV)/test.stamp ## Triton kernels under other Tritons (TRITONS="3.6.0 3.9.0")
+	for version in $(TRITONS); do \
+		test -d build/triton-$$version || \
+			$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target build/triton-$$version \
+				triton==$$version || exit 1; \
+		export PYTHONPATH="$(CURDIR)/build/triton-$$version" OMP_NUM_THREADS=1; \
+		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton" || exit 1; \
+		TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/interpreted $(PYTEST_ARGS) || exit 1; \
+		$(BIN)/python -m benchmarks.gpu_static --check --arch sm_90 || exit 1; \
+	done
+
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (g++; about ten minutes).
 # Python itself is not instrumented, so the runtime is preloaded; leaks are the interpreter's business.
 SANITIZED_TESTS ?= -m op tests/ops
@@ -98,8 +112,10 @@ compilers: ## the kernels by aarch64 gcc and clang (installed), compiled alone
 		clang++ $(STRICT) -DSADCL_ISA=portable -DSADCL_FLOAT64=1 -Icsrc $$file || exit 1; \
 		clang++ $(STRICT) -DSADCL_ISA=avx2 -mavx2 -mfma -mf16c -Icsrc $$file || exit 1; \
 	done
-	clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 \
-		-Icsrc csrc/sscl.cpp
+	for file in csrc/sscl.cpp csrc/mlc.cpp; do \
+		clang++ $(STRICT) -DSADCL_ISA=avx512_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq \
+			-mavx512vpopcntdq -mavx512bf16 -Icsrc $$file || exit 1; \
+	done
 	clang++ $(STRICT) -DSADCL_ISA=avx512_popcnt -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq \
 		-mavx512vpopcntdq -Icsrc csrc/mlc.cpp
 

@@ -124,8 +124,9 @@ def workloads(device: torch.device, quick: bool = False) -> list[Workload]:
         exact = lambda x, y, f=loss: f(x.double(), y, backend="reference")  # noqa: E731
         result.append(Workload(name, f"{list(logits[0].shape)}", logits, 1, exact, bench_zlpr.ENTRIES[name]))
 
-    for size in (bench_mlc.SMALL,) if quick else bench_mlc.PROBLEMS:
-        result += [_mlc(size, weighting, move) for weighting in size.weightings]
+    for size, weightings in bench_mlc.PROBLEMS.items():
+        checked = bench_mlc.CHECKED[1 if size.k else 0] if quick else size
+        result += [_mlc(checked, weighting, move) for weighting in weightings]
 
     single = move(*(t[:64] for t in bench_supcon.problem())) if quick else move(*bench_supcon.problem())
     truth = lambda x, y: F.supcon_loss(  # noqa: E731
@@ -150,7 +151,7 @@ def _mlc(size: bench_mlc.Problem, weighting: str, move: Callable[..., tuple[Any,
     def oracle(x: Tensor, *rest: Tensor | None) -> Tensor:
         return bench_mlc.dense(x.double(), *(None if t is None else t.double() for t in rest), weighting)  # type: ignore[arg-type,misc]
 
-    return Workload("mlc", f"{size} {weighting}", move(*bench_mlc.problem(size)), 1, oracle, entries)
+    return Workload("mlc", f"{size} {weighting}", move(*size.parts()), 1, oracle, entries)
 
 
 def _last(function: Function, last: Any, *inputs: Any) -> Any:

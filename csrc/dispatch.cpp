@@ -32,16 +32,11 @@ SADCL_MLC_KERNELS(SADCL_DECLARE)
 SADCL_TABLE(avx512_popcnt)
 }  // namespace avx512_popcnt
 #endif
-#if defined(SADCL_HAS_AVX512_BF16)  // a copy of SSCL alone: elsewhere nobody multiplies bfloat16 by bfloat16
+#if defined(SADCL_HAS_AVX512_BF16)  // of the two losses that multiply bfloat16 by bfloat16
 namespace avx512_bf16 {
 using namespace avx512;
-#if defined(SADCL_HAS_AVX512_POPCNT)
-using avx512_popcnt::group_rows_backward;
-using avx512_popcnt::group_rows_forward;
-using avx512_popcnt::mlc_backward;
-using avx512_popcnt::mlc_forward;
-#endif
 SADCL_SSCL_KERNELS(SADCL_DECLARE)
+SADCL_MLC_KERNELS(SADCL_DECLARE)
 SADCL_TABLE(avx512_bf16)
 }  // namespace avx512_bf16
 #endif

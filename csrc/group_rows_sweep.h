@@ -20,7 +20,7 @@ SADCL_KERNELS_BEGIN
 template <class T>
 bool forward_of_own_rows(const GroupRowsForward& args) {
   const MlcInputs& in = args.in;
-  Vectors<T> v(in);
+  Vectors<T> v(in, Vectors<T>::kScoresAlone);
   Scratch<double> norm(v.anchors().rows + v.segments[kKeys].rows + 1);
   v.gather(norm.get(), nullptr);
   Pairs<T> pairs(v);
@@ -30,7 +30,7 @@ bool forward_of_own_rows(const GroupRowsForward& args) {
   Scratch<Workspace<T>> workspaces(v.threads);
   Scratch<Weights<T>> tiles(v.threads);
   sweep(v, workspaces, Scores<T>{}, [&](const Block<T>& block, int segment, Workspace<T>& ws) {
-    add_scores(v, pairs, block, segment, scale, tiles[thread_index()], ws, sums);
+    add_scores(v, pairs, block, segment, scale, &tiles[thread_index()], ws, sums);
   });
   const int64_t R = v.anchors().rows;
   for (int64_t i = 0; i < R; ++i) {
@@ -101,7 +101,7 @@ void backward_of_own_rows(const GroupRowsBackward& args) {
   const Scale<T> scale(kLog2E / in.temperature);
   sweep(v, workspaces, Scores<T>{}, [&](const Block<T>& block, int segment, Workspace<T>& ws) {
     const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
-    to_moves(block, both, moves, weights, factor_of<T>(in, segment), scale);
+    to_moves<true>(block, both, moves, &weights, factor_of<T>(in, segment), scale);
     set_strangers(v, block, segment, T(0));
     transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
     mix_panels(ws.w_transposed, block.m / P, v.panel(block.j0 / P), block.panels, v.depth,

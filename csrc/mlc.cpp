@@ -1,7 +1,7 @@
 // Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h,
 // sscl_blocks.h, sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h
-// (weights of pairs), mlc_weights.h (blocks of them), mlc_sweep.h (what is done with a block), mlc_stream.h (keys that
-// pass by once), group_rows_sweep.h (rows of other ranks).
+// (weights of pairs), mlc_weights.h (blocks of them), mlc_sweep.h (what is done with a block), mlc_classes.h (mulsupcon,
+// which needs no weights), mlc_stream.h (keys that pass by once), group_rows_sweep.h (rows of other ranks).
 //
 // Forward: one sweep for lse and T_i = sum_j W_ij s_ij. Backward: one sweep; with m the upstream gradients,
 //
@@ -15,6 +15,25 @@
 SADCL_KERNELS_BEGIN
 namespace {
 
+// Where the parts lie of what is kept with the batch among the columns.
+template <class T>
+struct KeptParts {
+  bool room;  // for anything
+  T *sums, *terms, *scores;
+  int64_t size;  // of scores
+
+  KeptParts(const MlcInputs& in, const void* kept, int64_t kept_size) {
+    const int64_t n = in.features.shape[0] * in.features.shape[1];
+    const int64_t table = in.weighting == kMsc ? n * in.labels.shape[1] : 0;
+    room = in.include_batch && kept_size >= 2 * n;
+    const bool both = room && table > 0 && kept_size >= 2 * n + table;
+    sums = static_cast<T*>(const_cast<void*>(kept));
+    terms = both ? sums + 2 * n : nullptr;
+    scores = sums + (room ? 2 * n : 0) + (both ? table : 0);
+    size = room ? kept_size - (scores - sums) : 0;
+  }
+};
+
 template <class T>
 bool forward(const MlcForward& args) {
   const MlcInputs& in = args.in;
@@ -22,21 +41,23 @@ bool forward(const MlcForward& args) {
     const bool done = forward_in_one_sweep<T>(args);
     if (!done || static_cast<T*>(args.kept)[0] == T(1)) return done;
   }
-  Vectors<T> v(in);
+  Vectors<T> v(in, Vectors<T>::kScoresAlone);
   v.gather(args.norm, nullptr);
   Pairs<T> pairs(v);
   if (!pairs.valid) return false;
-  const bool room = in.include_batch && args.kept_size >= 2 * v.anchors().rows;
-  T* kept = static_cast<T*>(args.kept);
-  if (!room && args.kept_size > 0) memset(kept, 0, size_t(args.kept_size) * sizeof(T));
+  const KeptParts<T> kept(in, args.kept, args.kept_size);
+  if (!kept.room && args.kept_size > 0) memset(args.kept, 0, size_t(args.kept_size) * sizeof(T));
+  if (kept.terms != nullptr) pairs.give_terms(kept.terms);
   const Scale<T> scale(kLog2E / in.temperature);
   Sums<T> sums(v);
   Scratch<Workspace<T>> workspaces(v.threads);
   Scratch<Weights<T>> tiles(v.threads);
   const int64_t N = v.anchors().rows;
-  sweep(v, workspaces, {true, kept + (room ? 2 * N : 0), room ? args.kept_size - 2 * N : 0, true},
+  const bool by_classes = pairs.by_classes();
+  if (by_classes) pull_by_classes(v, pairs, sums.stats.positive.get());
+  sweep(v, workspaces, {true, kept.scores, kept.size, true},
         [&](const Block<T>& block, int segment, Workspace<T>& ws) {
-          add_scores(v, pairs, block, segment, scale, tiles[thread_index()], ws, sums);
+          add_scores(v, pairs, block, segment, scale, by_classes ? nullptr : &tiles[thread_index()], ws, sums);
         });
   const Statistics<T>& stats = sums.stats;
   const Tally& tally = sums.tally;
@@ -44,7 +65,7 @@ bool forward(const MlcForward& args) {
     if (pairs.sums_wanted()) pairs.settle(i, tally.total[i], tally.count[i]);
     const double peak = stats.fixed || stats.peak[i] == T(-HUGE_VAL) ? 0 : double(stats.peak[i]) / in.temperature;
     write_anchor(args, pairs, i, peak + ::log(stats.sum[i]), stats.positive[i]);
-    if (room) kept[i] = T(pairs.lam[i]), kept[N + i] = pairs.share[i];
+    if (kept.room) kept.sums[i] = T(pairs.lam[i]), kept.sums[N + i] = pairs.share[i];
   }
   return true;
 }
@@ -92,12 +113,11 @@ void scatter(Vectors<T>& v, const MlcBackward& args, int segment, const Array& o
 
 // lam and share of the forward: as kept, or by another sweep over the labels.
 template <class T>
-void restore(Vectors<T>& v, Pairs<T>& pairs, const MlcBackward& args) {
+void restore(Vectors<T>& v, Pairs<T>& pairs, const KeptParts<T>& kept) {
   if (!pairs.sums_wanted()) return;
   const int64_t N = v.anchors().rows;
-  if (args.in.include_batch && args.kept_size >= 2 * N) {
-    const T* kept = static_cast<const T*>(args.kept);
-    for (int64_t i = 0; i < N; ++i) pairs.lam[i] = double(kept[i]), pairs.share[i] = kept[N + i];
+  if (kept.room) {
+    for (int64_t i = 0; i < N; ++i) pairs.lam[i] = double(kept.sums[i]), pairs.share[i] = kept.sums[N + i];
     return;
   }
   Tally tally(v.padded());
@@ -119,8 +139,9 @@ double backward(const MlcBackward& args) {
     return backward_of_one_sweep<T>(args);
   Vectors<T> v(in);
   v.gather(const_cast<double*>(args.norm), args.lse);
-  Pairs<T> pairs(v);
-  restore(v, pairs, args);
+  const KeptParts<T> kept(in, args.kept, args.kept_size);
+  Pairs<T> pairs(v, kept.terms);
+  restore(v, pairs, kept);
   Moves<T> moves(v.padded(), v.bound <= kFixedBound);
   if (!fill_moves(v, pairs, args, moves)) {
     for (int s = 0; s < kSegments; ++s) {
@@ -140,14 +161,21 @@ double backward(const MlcBackward& args) {
   Scratch<double> radial(v.anchors().panels + 1);  // by a block's first panel: no two tasks of a round share it
   for (int64_t p = 0; p < v.anchors().panels; ++p) radial[p] = 0;
   const Scale<T> scale(kLog2E / in.temperature);
-  const bool room = in.include_batch && args.kept_size >= 2 * N;
-  T* kept = const_cast<T*>(static_cast<const T*>(args.kept)) + (room ? 2 * N : 0);
-  sweep(v, workspaces, {true, kept, room ? args.kept_size - 2 * N : 0, false},
+  const bool by_classes = pairs.by_classes();
+  Scratch<double> positive(by_classes ? N + 1 : 1);
+  if (by_classes) {
+    const bool wanted[kSegments] = {outs[kAnchors]->dims > 0, outs[kKeys]->dims > 0, false};
+    pull_by_classes(v, pairs, positive.get(), moves.pull.get(), gradients.get(), wanted);
+  }
+  sweep(v, workspaces, {true, kept.scores, kept.size, false},
         [&](const Block<T>& block, int segment, Workspace<T>& ws) {
           const bool square = segment == kAnchors;
           if (square) block.set_diagonal(0);
-          const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
-          const double moved = to_moves(block, square, moves, weights, factor_of<T>(in, segment), scale);
+          const T factor = factor_of<T>(in, segment);
+          const double moved =
+              by_classes ? to_moves<false, T>(block, square, moves, nullptr, factor, scale)
+                         : to_moves<true, T>(block, square, moves,
+                                             &tiles[thread_index()].fill(v, pairs, block, segment), factor, scale);
           radial[block.i0 / P] += square && block.diagonal() ? moved / 2 : moved;
           if (square) block.set_diagonal(0);
           T* to_i = gradients.get() + block.i0 * v.depth;
@@ -164,6 +192,8 @@ double backward(const MlcBackward& args) {
     if (outs[s]->dims && v.D > 0) scatter(v, args, s, *outs[s], gradients.get());
   double total = 0;
   for (int64_t p = 0; p < v.anchors().panels; ++p) total += radial[p];
+  for (int64_t i = 0; by_classes && i < N; ++i)
+    if (moves.pull[i] != T(0)) total -= double(moves.pull[i]) * positive[i];
   return -total / (in.temperature * in.temperature);
 }
 

@@ -31,9 +31,10 @@ struct MlcInputs {
   const MlcPeers* peers = nullptr;
 };
 
-// What the forward keeps for the backward, T [kept_size]. With the batch among the columns [lam (N), share (N), scores
-// of anchors against anchors as in sscl.h]. Without it, where keys want no gradient, [1 if what follows is there, the
-// gradient of N anchors by D]: one sweep over the keys gave it. Less than that, or nothing: the backward counts again.
+// What the forward keeps for the backward, T [kept_size]. With the batch among the columns [lam (N), share (N), of msc
+// what classes weigh (N, C) if there is room, scores of anchors against anchors as in sscl.h]. Without it, where keys
+// want no gradient, [1 if what follows is there, the gradient of N anchors by D]: one sweep over the keys gave it. Less
+// than that, or nothing: the backward counts again.
 static constexpr int64_t mlc_keep(int64_t n, int64_t width) {
   const int64_t rows = (n + kWidestPanel - 1) / kWidestPanel * kWidestPanel;
   const int64_t all = (rows + kBlockRows) * rows / 2 + kKeptHead, room = 7 * n * width / 2;

@@ -4,35 +4,9 @@
 // [panels][words][P]. Of a row i only its words that are not empty are visited, few in a multi-label batch.
 #pragma once
 #include "mlc_vectors.h"
+#include "words.h"
 
 SADCL_KERNELS_BEGIN
-
-template <class T>
-struct Word;
-template <>
-struct Word<float> {
-  typedef uint32_t S;
-  typedef uint32_t V __attribute__((vector_size(kVecBytes)));
-};
-template <>
-struct Word<double> {
-  typedef uint64_t S;
-  typedef uint64_t V __attribute__((vector_size(kVecBytes)));
-};
-
-// Bits set in every lane.
-template <class T>
-SADCL_INLINE typename Word<T>::V population(typename Word<T>::V x) {
-#if defined(__AVX512VPOPCNTDQ__)
-  if constexpr (sizeof(T) == 4) return (typename Word<T>::V)_mm512_popcnt_epi32((__m512i)x);
-#endif
-  typedef typename Word<T>::S S;
-  constexpr S kOnes = S(~S(0));
-  x = x - ((x >> 1) & (kOnes / 3));
-  x = (x & (kOnes / 5)) + ((x >> 2) & (kOnes / 5));
-  x = (x + (x >> 4)) & (kOnes / 17);
-  return (x * (kOnes / 255)) >> (sizeof(S) * 8 - 8);
-}
 
 template <class T>
 class Pairs {
@@ -46,7 +20,8 @@ class Pairs {
   Scratch<uint8_t> active;  // [padded] whether there is a positive
   bool valid = true;        // labels hold nothing but 0, 1, -1
 
-  explicit Pairs(Vectors<T>& v)
+  // known: what `give_terms` gave in the forward, or null: count.
+  explicit Pairs(Vectors<T>& v, const T* known = nullptr)
       : lam(v.padded() + 1), share(v.padded() + 1), active(v.padded() + 1), v_(v), in_(v.in), kind_(v.in.weighting),
         C_(v.in.labels.dims ? v.in.labels.shape[1] : 0), words_((C_ + kBits - 1) / kBits),
         rows_((v.segments[kKeys].first + v.segments[kKeys].panels) * P), has_(rows_ * words_ + 1),
@@ -63,7 +38,7 @@ class Pairs {
     [[maybe_unused]] const int threads = v.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < v_.anchors().rows; ++i) {
-      if (kind_ == kMsc) count_msc(i);
+      if (kind_ == kMsc) known != nullptr ? take_terms(i, known + i * C_) : count_msc(i);
       share[i] = 1;
     }
   }
@@ -82,8 +57,36 @@ class Pairs {
     share[i] = T(1 / divisor), lam[i] = total / divisor;
   }
 
+  // msc: what the classes of an anchor weigh, [N, C], from a pass over all pairs of labels.
+  void give_terms(T* to) const {
+    for (int64_t i = 0; i < v_.anchors().rows; ++i)
+      for (int64_t c = 0; c < C_; ++c) to[i * C_ + c] = entry(i, c);
+  }
+
   // Whether f is the same from both sides.
   bool symmetric() const { return kind_ != kSimDis && kind_ != kMsc && kind_ != kDense; }
+
+  // Whether sums over classes take the place of weights of pairs (mlc_classes.h): mulsupcon, unless the classes are so
+  // many that setting their sums to zero is the work.
+  bool by_classes() const {
+    return kind_ == kMulSupCon && C_ <= (in_.include_batch ? v_.anchors().rows : 0) + v_.segments[kKeys].rows;
+  }
+  int64_t classes() const { return C_; }
+  int64_t rows() const { return rows_; }  // anchors and keys, with their padding
+  int64_t labels() const {                // that they have
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows_; ++i) total += int64_t(ones_[i]);
+    return total;
+  }
+  double class_share(int64_t c) const { return double(of_class_[c]); }
+
+  // Calls f(c) for every label of a row.
+  template <class F>
+  void for_labels(int64_t i, F f) const {
+    const S* has = row_words(has_, i);
+    for (int64_t w = 0; w < words_; ++w)
+      for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
+  }
 
   // Whether f_ji is wanted and not f_ij: the columns are anchors.
   bool both_ways(int segment) const {
@@ -331,14 +334,6 @@ class Pairs {
     }
   }
 
-  // Calls f(i, c) for every label of the rows of a segment.
-  template <class F>
-  void for_labels(int64_t i, F f) const {
-    const S* has = row_words(has_, i);
-    for (int64_t w = 0; w < words_; ++w)
-      for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
-  }
-
   double class_weight(int64_t c) const {
     return in_.class_weight == nullptr ? 1.0 : double(static_cast<const T*>(in_.class_weight)[c]);
   }
@@ -372,6 +367,10 @@ class Pairs {
     });
     for_labels(i,
                [&](int64_t c) { entry(i, c) = T(class_weight(c) / double(entry(i, c))), lam[i] += class_weight(c); });
+  }
+
+  void take_terms(int64_t i, const T* known) {
+    for_labels(i, [&](int64_t c) { entry(i, c) = known[c], active[i] = 1, lam[i] += class_weight(c); });
   }
 
   // Calls f(first lane, segment, lanes that are columns of i) over rows and keys.

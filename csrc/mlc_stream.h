@@ -8,7 +8,7 @@
 // Blocks have keys for rows and anchors for lanes, so that they are weights of the keys as they stand. Every thread has
 // its keys and sums of its own, which are added up in the order of the threads.
 #pragma once
-#include "mlc_sweep.h"
+#include "mlc_classes.h"
 
 SADCL_KERNELS_BEGIN
 
@@ -21,19 +21,24 @@ inline bool streams(const MlcInputs& in, int64_t kept_size) {
 // Sums of `slots` threads.
 template <class T>
 struct StreamSums {
-  int64_t numbers, n;
+  int64_t numbers, pulls, n, classes;           // pulls, classes: as many numbers, or none
   Scratch<T> drawn, pulled;                     // [slots][numbers] A and B, panels as z
   Scratch<double> sum, positive, total, count;  // [slots][n]
-  StreamSums(int slots, int64_t numbers, int64_t n)
-      : numbers(numbers), n(n), drawn(slots * numbers + 1), pulled(slots * numbers + 1), sum(slots * n + 1),
-        positive(slots * n + 1), total(slots * n + 1), count(slots * n + 1) {
-    for (int64_t k = 0; k < slots * numbers; ++k) drawn[k] = pulled[k] = 0;
+  Scratch<double> of_class;                     // [slots][C, D] S of mlc_classes.h, in place of B
+  StreamSums(int slots, int64_t numbers, int64_t n, int64_t classes)
+      : numbers(numbers), pulls(classes > 0 ? 0 : numbers), n(n), classes(classes), drawn(slots * numbers + 1),
+        pulled(slots * pulls + 1), sum(slots * n + 1), positive(slots * n + 1), total(slots * n + 1),
+        count(slots * n + 1), of_class(slots * classes + 1) {
+    for (int64_t k = 0; k < slots * numbers; ++k) drawn[k] = 0;
+    for (int64_t k = 0; k < slots * pulls; ++k) pulled[k] = 0;
+    for (int64_t k = 0; k < slots * classes; ++k) of_class[k] = 0;
     for (int64_t i = 0; i < slots * n; ++i) sum[i] = positive[i] = total[i] = count[i] = 0;
   }
   // Adds a slot to the first one.
   void add(int slot) {
-    for (int64_t k = 0, from = slot * numbers; k < numbers; ++k)
-      drawn[k] += drawn[from + k], pulled[k] += pulled[from + k];
+    for (int64_t k = 0; k < numbers; ++k) drawn[k] += drawn[slot * numbers + k];
+    for (int64_t k = 0; k < pulls; ++k) pulled[k] += pulled[slot * pulls + k];
+    for (int64_t k = 0; k < classes; ++k) of_class[k] += of_class[slot * classes + k];
     for (int64_t i = 0, from = slot * n; i < n; ++i)
       sum[i] += sum[from + i], positive[i] += positive[from + i], total[i] += total[from + i],
           count[i] += count[from + i];
@@ -49,8 +54,9 @@ void add_streamed(const Vectors<T>& v, const Pairs<T>& pairs, const Block<T>& bl
   const int64_t last = s.first * P + s.rows;
   const int rows = int(last - block.i0 < block.m ? last - block.i0 : block.m);
   T* f = ws.w_transposed;
-  pairs.fill_from_keys(block, f);
-  for (int jp = 0; jp < block.panels; ++jp)  // keys that are none
+  const bool pulls = to.pulls > 0;
+  if (pulls) pairs.fill_from_keys(block, f);
+  for (int jp = 0; pulls && jp < block.panels; ++jp)  // keys that are none
     memset(f + (int64_t(jp) * block.m + rows) * P, 0, size_t(block.m - rows) * P * sizeof(T));
   const auto add = [&](Scratch<double>& total, auto term) {
     sums(block, 0, block.panels, 0, rows, ws.lanes, ws.row_sums, ws.col_sums, [&](vec<T> x, int i, int jp, int q) {
@@ -58,11 +64,12 @@ void add_streamed(const Vectors<T>& v, const Pairs<T>& pairs, const Block<T>& bl
     });
     for (int j = 0; j < block.panels * P; ++j) total[slot * to.n + block.j0 + j] += ws.col_sums[j];
   };
-  add(to.positive, [](vec<T> x, const T* weight, T*) { return x * load(weight); });
+  if (pulls) add(to.positive, [](vec<T> x, const T* weight, T*) { return x * load(weight); });
   if (pairs.totals_wanted()) add(to.total, [](vec<T>, const T* weight, T*) { return load(weight); });
   if (pairs.counts_wanted())
     add(to.count, [](vec<T>, const T* weight, T*) { return load(weight) != T(0) ? splat(T(1)) : vec<T>{}; });
-  mix_panels(f, block.panels, keys, block.m / P, v.depth, to.pulled.get() + slot * to.numbers + block.j0 * v.depth);
+  if (pulls)
+    mix_panels(f, block.panels, keys, block.m / P, v.depth, to.pulled.get() + slot * to.pulls + block.j0 * v.depth);
   add(to.sum, [&](vec<T> x, const T*, T* at) {
     const vec<T> e = exp2<T>(x, scale);
     store(at, e);
@@ -70,6 +77,30 @@ void add_streamed(const Vectors<T>& v, const Pairs<T>& pairs, const Block<T>& bl
   });
   mix_panels(block.w, block.panels, keys, block.m / P, v.depth,
              to.drawn.get() + slot * to.numbers + block.j0 * v.depth);
+}
+
+// Keys from row `first` of the panels on, a row of `rows` each, to the sums of their classes.
+template <class T>
+void add_to_classes(const Vectors<T>& v, const Pairs<T>& pairs, int64_t first, const T* rows, double* of_class) {
+  const Segment& s = v.segments[kKeys];
+  for (int64_t r = first - s.first * Vectors<T>::P, l = 0; l < Vectors<T>::P && r + l < s.rows; ++l)
+    pairs.for_labels(first + l, [&](int64_t c) {
+      double* to = of_class + c * v.D;
+      for (int64_t d = 0; d < v.D; ++d) to[d] += double(rows[l * v.pitch() + d]);
+    });
+}
+
+// What pulls anchor i, from the sums of classes: to `out` [D]; returns its product with z_i.
+template <class T>
+double pulled_by_classes(Vectors<T>& v, const Pairs<T>& pairs, int64_t i, const double* of_class, double* out) {
+  constexpr int P = Vectors<T>::P;
+  for (int64_t d = 0; d < v.D; ++d) out[d] = 0;
+  pairs.for_labels(i, [&](int64_t c) {
+    for (int64_t d = 0; d < v.D; ++d) out[d] += pairs.class_share(c) * of_class[c * v.D + d];
+  });
+  double product = 0;
+  for (int64_t d = 0; d < v.D; ++d) product += out[d] * double(v.panel(i / P)[d * P + i % P]);
+  return product;
 }
 
 // False if a label is not allowed. kept[0] becomes 0 if the scores may be too large: then nothing else was done.
@@ -81,7 +112,7 @@ bool forward_in_one_sweep(const MlcForward& args) {
   memset(kept, 0, size_t(args.kept_size) * sizeof(T));
   if (!in.normalize || !(1 / in.temperature <= kFixedBound)) return true;
   kept[0] = 1;
-  Vectors<T> v(in, true);
+  Vectors<T> v(in, Vectors<T>::kPassingBy);
   v.gather(args.norm, nullptr);
   Pairs<T> pairs(v);
   if (!pairs.valid) return false;
@@ -91,7 +122,9 @@ bool forward_in_one_sweep(const MlcForward& args) {
   const int threads = int(blocks < v.threads ? (blocks > 0 ? blocks : 1) : v.threads);
   Scratch<Workspace<T>> workspaces(threads);
   Scratch<T> staging(threads * P * v.pitch()), held(threads * (kPanels * v.depth * P));
-  StreamSums<T> all(threads, numbers, n);
+  // The sums of classes take no more memory a thread than the keys do.
+  const bool by_classes = pairs.by_classes() && 2 * pairs.classes() <= keys.rows;
+  StreamSums<T> all(threads, numbers, n, by_classes ? pairs.classes() * v.D : 0);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int t = 0; t < threads; ++t) {
     Workspace<T>& ws = workspaces[t];
@@ -99,8 +132,11 @@ bool forward_in_one_sweep(const MlcForward& args) {
     for (int64_t b = blocks * t / threads; b < blocks * (t + 1) / threads; ++b) {
       const int64_t first = keys.first + b * kPanels, end = keys.first + keys.panels;
       const int count = int(end - first < kPanels ? end - first : kPanels);
-      for (int p = 0; p < count; ++p)
-        v.gather_panel(first + p, args.norm, nullptr, staging.get() + t * P * v.pitch(), mine + p * v.depth * P);
+      for (int p = 0; p < count; ++p) {
+        T* rows = staging.get() + t * P * v.pitch();
+        v.gather_panel(first + p, args.norm, nullptr, rows, mine + p * v.depth * P);
+        if (by_classes) add_to_classes(v, pairs, (first + p) * P, rows, all.of_class.get() + t * all.classes);
+      }
       for (int64_t a = 0; a < v.anchors().panels; a += kPanels) {
         const int64_t rest = v.anchors().panels - a;
         const Block<T> block = {first * P, a * P, n, count * P, int(rest < kPanels ? rest : kPanels), ws.w};
@@ -110,15 +146,18 @@ bool forward_in_one_sweep(const MlcForward& args) {
     }
   }
   for (int t = 1; t < threads; ++t) all.add(t);
+  Scratch<double> pull(v.D + 1);
   for (int64_t i = 0; i < v.anchors().rows; ++i) {
     if (pairs.sums_wanted()) pairs.settle(i, all.total[i], all.count[i]);
+    const int64_t at = i / P * v.depth * P + i % P;
+    if (by_classes) all.positive[i] = pulled_by_classes(v, pairs, i, all.of_class.get(), pull.get());
+    else
+      for (int64_t d = 0; d < v.D; ++d) pull[d] = double(all.pulled[at + d * P]);
     write_anchor(args, pairs, i, ::log(all.sum[i]), all.positive[i]);
     if (!pairs.active[i]) continue;
     const double push = pairs.lam[i] / all.sum[i];
-    const int64_t at = i / P * v.depth * P + i % P;
     for (int64_t d = 0; d < v.D; ++d)
-      kept[1 + i * v.D + d] =
-          T(push * double(all.drawn[at + d * P]) - double(pairs.share[i]) * double(all.pulled[at + d * P]));
+      kept[1 + i * v.D + d] = T(push * double(all.drawn[at + d * P]) - double(pairs.share[i]) * pull[d]);
   }
   return true;
 }

@@ -24,15 +24,17 @@ struct Sums {
   explicit Sums(const Vectors<T>& v) : stats(v.padded()), tally(v.padded()) { stats.fixed = v.bound <= kFixedBound; }
 };
 
-// A block of z_i.z_j to the sums, which spoils it.
+// A block of z_i.z_j to the sums, which spoils it. Without room for weights: to those of exponentials alone.
 template <class T>
 void add_scores(const Vectors<T>& v, const Pairs<T>& pairs, const Block<T>& block, int segment, Scale<T> scale,
-                Weights<T>& tile, Workspace<T>& ws, Sums<T>& to) {
+                Weights<T>* tile, Workspace<T>& ws, Sums<T>& to) {
   const bool square = segment == kAnchors;
   if (square) block.set_diagonal(0);
-  const Weights<T>& weights = tile.fill(v, pairs, block, segment);
-  add_terms(block, square, weights, ws, to.stats.positive, [](vec<T> s, vec<T> f) { return s * f; });
-  add_sums_of_weights(pairs, block, square, weights, ws, to.tally);
+  if (tile != nullptr) {
+    const Weights<T>& weights = tile->fill(v, pairs, block, segment);
+    add_terms(block, square, weights, ws, to.stats.positive, [](vec<T> s, vec<T> f) { return s * f; });
+    add_sums_of_weights(pairs, block, square, weights, ws, to.tally);
+  }
   const T factor = factor_of<T>(v.in, segment);
   if (factor != 0) add_to_block(block, factor);
   set_strangers(v, block, segment, T(-HUGE_VAL));
@@ -53,12 +55,12 @@ struct Moves {
   }
 };
 
-// z_i.z_j to G_ij (`square`, columns are anchors: + G_ji), in place; returns the sum of G_ij z_i.z_j.
-template <class T>
-double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>& weights, T factor,
+// z_i.z_j to G_ij (`square`, columns are anchors: + G_ji), in place; returns the sum of G_ij z_i.z_j. Without the
+// weights: W = 0.
+template <bool kPulls, class T>
+double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>* weights, T factor,
                 Scale<T> scale) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
-  const T* back = weights.other();
   double total = 0;
   for (int jp = 0; jp < block.panels; ++jp)
     for (int q = 0; q < 3; ++q) {
@@ -83,8 +85,10 @@ double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const
             g += exp2<T>(y > T(0) ? zero : y, scale) * push_j;
           }
         }
-        g -= load(weights.forth + at) * moves.pull[block.i0 + i];
-        if (square) g -= load(back + at) * pull_j;
+        if constexpr (kPulls) {
+          g -= load(weights->forth + at) * moves.pull[block.i0 + i];
+          if (square) g -= load(weights->other() + at) * pull_j;
+        }
         sums += g * s;
         store(block.w + at, g);
       }

@@ -21,20 +21,43 @@ struct Vectors {
   const MlcInputs& in;
   int64_t V, D, depth;
   Segment segments[kSegments];
-  int64_t panels = 0, held = 0;  // of all segments, and in z
+  int64_t panels = 0, held;  // of all segments, and in z
   int threads;
   double bound = 0;  // of |s_ij|; NaN if a vector is not finite
-  Scratch<T> z;      // [panels][depth][P]; of anchors alone where the others pass by once (mlc_stream.h)
 
-  explicit Vectors(const MlcInputs& args, bool anchors_alone = false)
+  // What they are gathered for: everything; scores alone, of bfloat16 by its own products where there is an instruction
+  // (`pairs` and `remainder` in place of z, see sscl_rows.h); keys that pass by once (mlc_stream.h: z of anchors
+  // alone).
+  enum Use { kEverything, kScoresAlone, kPassingBy };
+  bool paired;
+  int64_t pair_depth;
+  Scratch<T> z;          // [panels][depth][P]
+  Scratch<Pair> pairs;   // [panels][pair_depth][P]
+  Scratch<T> remainder;  // [panels * P]
+
+  explicit Vectors(const MlcInputs& args, Use use = kEverything)
       : in(args), V(args.features.shape[1]), D(args.features.shape[2]), depth(Rows<T>::rounded_up(D)),
-        threads(team_size(args.threads)), z(held_panels(args, anchors_alone) * depth * P + 1) {
+        held(held_panels(args, use)), threads(team_size(args.threads)),
+        paired(kHasPairs && use == kScoresAlone && args.normalize && args.features.dtype == kBF16),
+        pair_depth(Rows<T>::rounded_up((D + 1) / 2)), z((paired ? 0 : held) * depth * P + 1),
+        pairs((paired ? held : 0) * pair_depth * P + 1), remainder(paired ? held * P + 1 : 1) {
     if (double(anchors().rows) * double(panels * P) * double(depth) < 5e5) threads = 1;
   }
 
   const Segment& anchors() const { return segments[kAnchors]; }
   int64_t padded() const { return anchors().panels * P; }  // anchors and the padding behind them
   T* panel(int64_t p) { return z.get() + p * depth * P; }
+  Pair* pair_panel(int64_t p) { return pairs.get() + p * pair_depth * P; }
+  // Numbers [d0, d0 + count) of panel p's pairs as far as there are any, a vector in a row of `rows` [P][count].
+  void unpack(int64_t p, int64_t d0, int count, T* rows) {
+    for (int d = 0; d < count && d0 + d < D; d += 2)
+      for (int l = 0; l < P; ++l) {
+        const uint32_t two = pair_panel(p)[(d0 + d) / 2 * P + l].bits, bits[2] = {two << 16, two & 0xffff0000u};
+        float both[2];
+        memcpy(both, bits, sizeof both);
+        for (int h = 0; h < 2; ++h) rows[l * count + d + h] = T(both[h]) * remainder[p * P + l];
+      }
+  }
 
   const Array& array(int segment) const {
     return segment == kAnchors ? in.features : segment == kKeys ? in.keys : in.prototypes;
@@ -60,7 +83,7 @@ struct Vectors {
 
   int64_t pitch() const { return (D + 15) / 16 * 16 + 16; }  // of staging, [P][pitch]
 
-  // Panel p to `out`; returns the largest |z|^2.
+  // Panel p to `out`, or to its pairs; returns the largest |z|^2.
   double gather_panel(int64_t p, double* norm, const double* lse, T* staging, T* out) {
     const int64_t pitch = this->pitch();
     int segment = kAnchors;
@@ -81,13 +104,19 @@ struct Vectors {
       double square = 1;
       if (in.normalize) {
         if (lse == nullptr) length_of = length(row, D);
-        scale_row(row, D, length_of);
+        if (paired) remainder[p * P + l] = scale_by_power(row, D, length_of);
+        else scale_row(row, D, length_of);
         if (!(length_of < HUGE_VAL)) square = NAN;
       } else {
         if (lse == nullptr) length_of = 1;
         square = sum_of_squares(row, D);
       }
       if (!(square <= largest)) largest = square;
+    }
+    if (paired) {
+      for (int l = lanes; l < P; ++l) remainder[p * P + l] = 0;
+      if constexpr (sizeof(T) == 4) pack_pairs(staging, pitch, lanes, D, pair_depth, P, pair_panel(p));
+      return largest;
     }
     memset(out, 0, size_t(depth * P) * sizeof(T));
     for (int64_t d = 0; d < D; ++d)
@@ -96,7 +125,7 @@ struct Vectors {
   }
 
  private:
-  int64_t held_panels(const MlcInputs& args, bool anchors_alone) {
+  int64_t held_panels(const MlcInputs& args, Use use) {
     const int64_t rows[kSegments] = {args.features.shape[0] * args.features.shape[1],
                                      args.keys.dims ? args.keys.shape[0] : 0,
                                      args.prototypes.dims ? args.prototypes.shape[0] : 0};
@@ -106,7 +135,7 @@ struct Vectors {
       segments[s].before = before;
       before += rows[s], panels += segments[s].panels;
     }
-    return held = anchors_alone ? anchors().panels : panels;
+    return use == kPassingBy ? anchors().panels : panels;
   }
 };
 
@@ -150,7 +179,7 @@ void sweep(Vectors<T>& v, Scratch<Workspace<T>>& workspaces, const Scores<T>& sc
     if (copy != nullptr && !scores.write) {
       memcpy(block.w, copy, bytes);
     } else if (scores.wanted) {
-      dot_panels(v.panel(i.first), block.m / P, v.panel(j.first), block.panels, v.depth, block.w);
+      compute_scores(v, block);
       if (copy != nullptr) memcpy(copy, block.w, bytes);
     }
     visit(block, segment, ws);

@@ -24,8 +24,9 @@ Block<T> block_of(const Rows<T>& rows, const Blocks<T>& blocks, int64_t a, int64
   return {i.first * P, j.first * P, rows.n, int(i.last - i.first) * P, int(j.last - j.first), ws.w};
 }
 
-template <class T>
-void compute_scores(Rows<T>& rows, const Block<T>& block) {
+// R: Rows, or Vectors of mlc_vectors.h.
+template <class R, class T>
+void compute_scores(R& rows, const Block<T>& block) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
   if constexpr (kHasPairs && sizeof(T) == 4) {
     if (rows.paired) {

@@ -105,6 +105,19 @@ def score_tile(
 
 
 @triton.jit
+def weights_of(s, valid, lse, image_row, mask_m):
+    """Softmax of a tile of scores in base 2, whose pivots and log-sums over them are ``lse``; 0 where masked.
+
+    The choice comes before the pivot is taken off, so that no compiler fuses that with the product which the score is:
+    the softmax of large scores hangs on their being the very ones of the forward.
+    """
+    pivot_ptr, log_ptr = lse
+    pivot = tl.load(pivot_ptr + image_row, mask=mask_m, other=0)
+    log_total = tl.load(log_ptr + image_row, mask=mask_m, other=float("inf"))
+    return tl.exp2((tl.where(valid[None, :], s, float("-inf")) - pivot[:, None]) - log_total[:, None])
+
+
+@triton.jit
 def survivors(seed_ptr, image_row, offs_l, L, DROPOUT: tl.constexpr):
     """Which weights dropout leaves: a function of the seed and of (image, head, label, position) alone."""
     offsets = image_row[:, None] * L + offs_l[None, :]
@@ -137,10 +150,10 @@ def _attend_kernel(
 ):
     query_ptr, keys_ptr, values_ptr = tensors
     score_ptr, weight_ptr = panel  # [programs, BLOCK_M, keys]
-    context_ptr, mass_ptr, lse_ptr = outputs  # [B, C, H, D], [B, H, C] twice
+    context_ptr, mass_ptr, (pivot_ptr, log_ptr) = outputs  # [B, C, H, D], [B, H, C] three times
     B, C, R, groups, L, D, keys = sizes
     query_strides, key_strides, value_strides, pos_strides, pad_strides, context_strides = strides
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = pivot_ptr.dtype.element_ty
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_blocks = tl.cdiv(R, BLOCK_M)
     own = (tl.program_id(0).to(tl.int64) * BLOCK_M + offs_m)[:, None] * keys
@@ -163,14 +176,19 @@ def _attend_kernel(
             tl.store(score_ptr + own + offs_l[None, :], s)
             highest, total = online_step(highest, total, s)
         # No position at all: weights 2^(-inf - inf) = 0.
-        lse = tl.where(total == 0, float("inf"), finite(highest) + tl.log2(tl.where(total == 0, 1.0, total)))
-        tl.store(lse_ptr + image_row, lse, mask=mask_m)
+        pivot, log_total = (
+            finite(highest),
+            tl.where(total == 0, float("inf"), tl.log2(tl.where(total == 0, 1.0, total))),
+        )
+        tl.store(pivot_ptr + image_row, pivot, mask=mask_m)
+        tl.store(log_ptr + image_row, log_total, mask=mask_m)
 
         tl.debug_barrier()
         mass = tl.zeros([BLOCK_M], ACC)
         for start in range(0, keys, BLOCK_N):
             offs_l = start + offs_n
-            weight = tl.exp2(tl.load(score_ptr + own + offs_l[None, :]) - lse[:, None])
+            s = tl.load(score_ptr + own + offs_l[None, :])
+            weight = tl.exp2((s - pivot[:, None]) - log_total[:, None])
             if seed_ptr is not None:
                 kept = survivors(seed_ptr, image_row, offs_l, L, DROPOUT)
                 weight = tl.where(kept, weight * (1.0 / (1.0 - DROPOUT)), 0.0)
@@ -203,7 +221,7 @@ def _weight_kernel(
     pos_ptr,
     padded_ptr,
     seed_ptr,
-    lse_ptr,
+    lse,
     weight_ptr,
     sizes,
     strides,
@@ -217,7 +235,7 @@ def _weight_kernel(
     """The applied weights ``[B, H, C, L]`` from the saved statistics: a tile a program."""
     B, C, R, groups, L, D = sizes
     query_strides, key_strides, pos_strides, pad_strides = strides
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = lse[0].dtype.element_ty
     key_blocks = tl.cdiv(L, BLOCK_N)
     b, g, row_block = locate(tl.program_id(0) // key_blocks, tl.cdiv(R, BLOCK_M), groups)
     local = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -229,8 +247,7 @@ def _weight_kernel(
     starts = b * query_strides[0] + row_offsets(rows, C, (query_strides[1], query_strides[2]))
     s = score_tile(query_ptr, starts, mask_m, keys_ptr, pos_ptr, b, g, offs_l, valid, D,
                    (query_strides[3], key_strides, pos_strides), BLOCK_D, ACC, PRECISION)  # fmt: skip
-    lse = tl.load(lse_ptr + image_row, mask=mask_m, other=float("inf"))
-    weight = tl.where(valid[None, :], tl.exp2(s * SCALE - lse[:, None]), 0.0)
+    weight = weights_of(s * SCALE, valid, lse, image_row, mask_m)
     if seed_ptr is not None:
         kept = survivors(seed_ptr, image_row, offs_l, L, DROPOUT)
         weight = tl.where(kept, weight * (1.0 / (1.0 - DROPOUT)), 0.0)
@@ -294,13 +311,13 @@ def label_attention_core(x: Any, out: Any) -> None:
         panel = (query.new_empty((programs, tile.block_m, width), dtype=acc),
                  query.new_empty((programs, tile.block_m, width)))  # fmt: skip
         launch(_attend_kernel, programs,
-               ((query, keys, values), pos, padded, seed, panel, (out.context, out.mass, out.lse),
+               ((query, keys, values), pos, padded, seed, panel, (out.context, out.mass, tuple(out.lse)),
                 (b, c, rows, groups, length, d, width),
                 (of_queries, of_keys, key_strides(values), of_pos, of_padding, by_image(out.context))),
                **common, **tiling)  # fmt: skip
         if x.need_weights:
             launch(_weight_kernel, b * groups * row_blocks * ceil_div(length, tile.block_n),
-                   (query, keys, pos, padded, seed, out.lse, out.weights, (b, c, rows, groups, length, d),
+                   (query, keys, pos, padded, seed, tuple(out.lse), out.weights, (b, c, rows, groups, length, d),
                     (of_queries, of_keys, of_pos, of_padding)),
                    **common, **tiling)  # fmt: skip
 

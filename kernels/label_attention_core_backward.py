@@ -43,6 +43,7 @@ from .label_attention_core import (
     score_tile,
     survivors,
     valid_keys,
+    weights_of,
 )
 
 SCRATCH_BYTES = 1 << 29
@@ -66,12 +67,12 @@ def _score_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """Items of (image, group, row block, split of the keys): tiles of p k and ds."""
-    query_ptr, keys_ptr, values_ptr, upstream_ptr, context_ptr, lse_ptr = tensors
+    query_ptr, keys_ptr, values_ptr, upstream_ptr, context_ptr, lse = tensors
     of_mass_ptr, of_weights_ptr, extra_ptr = extras  # None where nobody asked
     weight_ptr, slope_ptr = scratch  # [images, H C, keys]
     first_image, C, R, groups, L, D, keys, splits, per_split = sizes
     query_strides, key_strides, value_strides, pos_strides, pad_strides, up_strides, context_strides = strides
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = lse[0].dtype.element_ty
     image, g, row_block = locate(tl.program_id(0) // splits, tl.cdiv(R, BLOCK_M), groups)
     b = image + first_image
     local = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -90,7 +91,6 @@ def _score_gradient_kernel(
         delta += tl.sum(widen(upstream, ACC) * widen(context, ACC), axis=1)
     if extra_ptr is not None:
         delta += tl.load(extra_ptr + image_row, mask=mask_m, other=0)
-    lse = tl.load(lse_ptr + image_row, mask=mask_m, other=float("inf"))
     out = (image * groups * R + rows)[:, None] * keys
 
     split = tl.program_id(0) % splits
@@ -99,7 +99,7 @@ def _score_gradient_kernel(
         valid = valid_keys(padded_ptr, b, offs_l, L, pad_strides)
         s = score_tile(query_ptr, starts, mask_m, keys_ptr, pos_ptr, b, g, offs_l, valid, D,
                        (query_strides[3], key_strides, pos_strides), BLOCK_D, ACC, PRECISION)  # fmt: skip
-        weight = tl.where(valid[None, :], tl.exp2(s * (SCALE * LOG2E) - lse[:, None]), 0.0)
+        weight = weights_of(s * (SCALE * LOG2E), valid, lse, image_row, mask_m)
         slope = score_tile(upstream_ptr, ups, mask_m, values_ptr, None, b, g, offs_l, valid, D,
                            (up_strides[3], value_strides, pos_strides), BLOCK_D, ACC, PRECISION)  # fmt: skip
         if of_mass_ptr is not None:
@@ -324,8 +324,8 @@ class _Problem:
             per_split = ceil_div(blocks, max(1, min(blocks, 2 * self.part.processors // items)))
             splits = ceil_div(blocks, per_split)
             launch(_score_gradient_kernel, items * splits,
-                   ((self.query, self.keys, self.values, self.upstream, self.context, self.lse), self.pos, self.padded,
-                    self.seed, (self.of_mass, self.of_weights, self.extra), (weight, slope),
+                   ((self.query, self.keys, self.values, self.upstream, self.context, tuple(self.lse)), self.pos,
+                    self.padded, self.seed, (self.of_mass, self.of_weights, self.extra), (weight, slope),
                     (first, c, rows, groups, length, d, width, splits, per_split * tile.block_n), strides),
                    SCALE=self.scale, DROPOUT=self.dropout, **self.tiling(tile))  # fmt: skip
 

@@ -238,18 +238,18 @@ def pair_moves(table, pairs, s, over_c, rows, mask_r, cols, mask_c, POLICY: tl.c
     weight = tl.zeros([rows.shape[0], cols.shape[0]], ACC)
     if POLICY[5]:
         push, high, pull = moves(table, rows, mask_r)
-        x = s - high[:, None]
+        x = s
         if POLICY[0] == MSC:
             x += log_factor(pairs, cols, ACC, POLICY)[None, :]
-        weight += push[:, None] * tl.exp2(x)
+        weight += push[:, None] * tl.exp2(x - high[:, None])
         if POLICY[0] != MULSUPCON:
             weight -= pull[:, None] * forth
     if POLICY[6]:
         push, high, pull = moves(table, cols, mask_c)
-        x = s - high[None, :]
+        x = s
         if POLICY[0] == MSC:
             x += log_factor(pairs, rows, ACC, POLICY)[:, None]
-        weight += push[None, :] * tl.exp2(x)
+        weight += push[None, :] * tl.exp2(x - high[None, :])
         if POLICY[0] != MULSUPCON:
             weight -= pull[None, :] * back
     other = mask_r[:, None] & mask_c[None, :] & (cols[None, :] != rows[:, None])
@@ -257,9 +257,9 @@ def pair_moves(table, pairs, s, over_c, rows, mask_r, cols, mask_c, POLICY: tl.c
 
 
 @triton.jit
-def with_apart(pairs, g, rows, mask, offs_d, depth):
+def with_apart(pairs, g, rows, mask, offs_d, depth, POLICY: tl.constexpr):
     """``g`` and what no sweep gives of it."""
-    if pairs is not None:  # noqa: SIM102 (both sides of an `and` are compiled)
+    if POLICY is not None:  # noqa: SIM102 (both sides of an `and` are compiled)
         if pairs.apart is not None:
             place = pairs.apart + rows.to(tl.int64)[:, None] * depth + offs_d[None, :]
             inside = (mask & (rows < pairs.labelled))[:, None] & (offs_d < depth)[None, :]

@@ -56,7 +56,9 @@ def scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D: tl.constexpr, P
     """
     s = product(table, rows, mask_r, cols, mask_c, BLOCK_D, PRECISION)
     over_r, over_c = unit_factor(table, rows, mask_r), unit_factor(table, cols, mask_c)
-    return s * (over_r[:, None] * over_c[None, :]) * over_tau, over_c
+    # The choice keeps a compiler from fusing the product with what is taken off it, here and not there.
+    there = mask_r[:, None] & mask_c[None, :]
+    return tl.where(there, s * (over_r[:, None] * over_c[None, :]) * over_tau, 0.0), over_c
 
 
 @triton.jit

@@ -56,9 +56,9 @@ def _weight_scale(table, peaks):
 
 
 @triton.jit
-def _ranges(table, pairs):
-    """First and last + 1 row, first and last + 1 column of the launch."""
-    if pairs is None:
+def _ranges(table, pairs, POLICY: tl.constexpr):
+    """First and last + 1 row, first and last + 1 column of the launch; POLICY is None where there are no pairs."""
+    if POLICY is None:  # not ``pairs is None``: Triton 3.6 compares no tuple that holds a None
         n = count_rows(table)
         return 0, n, 0, n
     else:
@@ -96,6 +96,7 @@ def _finish(
     out,
     NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    POLICY: tl.constexpr,
 ):
     """From the sums of W z to the gradient of x: add the splits, take the tangential part, divide by the norm.
 
@@ -113,7 +114,7 @@ def _finish(
         g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
         for part in range(n_parts):
             g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
-        g = with_apart(pairs, g * factor, rows, mask, offs_d, table.depth)
+        g = with_apart(pairs, g * factor, rows, mask, offs_d, table.depth, POLICY)
         z = load_rows(table, rows, mask, offs_d)
         radial += tl.sum(g * (operand(z).to(ACC) * over), axis=1)
     tl.store(radial_ptr + rows, radial, mask=mask)
@@ -123,7 +124,7 @@ def _finish(
         g = tl.zeros([rows.shape[0], BLOCK_D], ACC)
         for part in range(n_parts):
             g += tl.load(parts_ptr[:, None] + part * part_stride + offs_d[None, :], mask=inside, other=0)
-        g = with_apart(pairs, g * factor, rows, mask, offs_d, table.depth)
+        g = with_apart(pairs, g * factor, rows, mask, offs_d, table.depth, POLICY)
         if NORMALIZE:
             z = load_rows(table, rows, mask, offs_d)
             # 1 / |x| by its two factors: the product may leave the range.
@@ -157,7 +158,7 @@ def _gradient_kernel(
     ACC: tl.constexpr = table.stat.dtype.element_ty
     width = table.width
     COLUMNS: tl.constexpr = PANEL * BLOCK_N
-    row_begin, row_end, col_begin, col_end = _ranges(table, pairs)
+    row_begin, row_end, col_begin, col_end = _ranges(table, pairs, POLICY)
     row_blocks, splits, per_split = partition(row_end - row_begin, col_end - col_begin, SLOTS, BLOCK_M, BLOCK_N)
     tau = tl.load(temperature_ptr).to(ACC)
     over_tau = LOG2E / tau
@@ -179,7 +180,7 @@ def _gradient_kernel(
             for start in range(first, end, BLOCK_N):
                 cols = start + offs_n
                 mask_c = cols < col_end
-                if pairs is None:
+                if POLICY is None:
                     weight = _weights(table, rows, mask_r, cols, mask_c, over_tau, alpha, BLOCK_D, PRECISION)
                 else:
                     s, over_c = scores(table, rows, mask_r, cols, mask_c, over_tau, BLOCK_D, PRECISION)
@@ -209,7 +210,7 @@ def _gradient_kernel(
                 local = start + tl.arange(0, BLOCK_R)
                 mine = row_begin + row_block * BLOCK_M + local
                 _finish(table, pairs, mine, mine < row_end, sum_ptr + (place + local) * width, 1, 0,
-                        1.0 / (alpha * tau), out, NORMALIZE, BLOCK_N)  # fmt: skip
+                        1.0 / (alpha * tau), out, NORMALIZE, BLOCK_N, POLICY)  # fmt: skip
             tl.debug_barrier()
 
 
@@ -227,10 +228,11 @@ def _combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    POLICY: tl.constexpr,
 ):
     """Add the column splits, where there were any, and finish the rows."""
     ACC: tl.constexpr = table.stat.dtype.element_ty
-    row_begin, row_end, col_begin, col_end = _ranges(table, pairs)
+    row_begin, row_end, col_begin, col_end = _ranges(table, pairs, POLICY)
     n = row_end - row_begin
     row_blocks, splits, _ = partition(n, col_end - col_begin, SLOTS, BLOCK_M, BLOCK_N)
     if splits > 1:
@@ -240,7 +242,7 @@ def _combine_kernel(
         for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_R), tl.num_programs(0)):
             local = block * BLOCK_R + tl.arange(0, BLOCK_R)
             _finish(table, pairs, row_begin + local, local < n, sum_ptr + local.to(tl.int64) * table.width, splits,
-                    part_stride, factor, out, NORMALIZE, BLOCK_D)  # fmt: skip
+                    part_stride, factor, out, NORMALIZE, BLOCK_D, POLICY)  # fmt: skip
 
 
 @triton.jit
@@ -306,9 +308,10 @@ def sweep_gradient(
     sums = table.stat.new_empty((programs, tile.block_m, table.width))
     # SLOTS is not `programs`: a constant that follows the batch is compiled again and again. The split is the same:
     # where programs are fewer than processors, every column block is a split of its own either way.
-    common = {"SLOTS": part.processors, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NORMALIZE": normalize}
+    common = {"SLOTS": part.processors, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NORMALIZE": normalize,
+              "POLICY": policy}  # fmt: skip
     launch(_gradient_kernel, programs, (table, pairs, peaks, temperature, (weight, sums), out),
-           BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision, POLICY=policy,
+           BLOCK_D=tile.block_d, PANEL=tile.panel, BLOCK_R=_FINISH_ROWS, PRECISION=precision,
            **tile.options, **common)  # fmt: skip
     # Six programs of 4 warps; left alone, Triton 3.6 spills 8 bytes to fit twelve.
     launch(_combine_kernel, capped(part, ceil_div(rows, _FINISH_ROWS)), (table, pairs, peaks, temperature, sums, out),

@@ -270,7 +270,8 @@ def _reduce(rows: Tensor, labels: Tensor | None, weighting: str, per_image: bool
         return total
     if by_labels:
         assert labels is not None
-        return total / ((labels == 1).sum() * rows.shape[1]).clamp(min=1)
+        # sum() of truth values copies them to int64 first: 8 bytes a label.
+        return total / (torch.count_nonzero(labels == 1) * rows.shape[1]).clamp(min=1)
     return total / rows.numel()
 
 
@@ -280,7 +281,7 @@ def _own_factor(rows: Tensor, labels: Tensor | None, weighting: str, per_image: 
         return rows, False
     assert labels is not None
     if weighting == "msc" or per_image:
-        return rows / (labels == 1).sum(dim=1).clamp(min=1).to(rows.dtype)[:, None], False
+        return rows / (labels == 1).sum(dim=1, dtype=torch.int32).clamp(min=1).to(rows.dtype)[:, None], False
     return rows, True
 
 

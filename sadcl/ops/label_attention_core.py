@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
     context: Tensor  # [B, C, H, D]
     mass: Tensor  # accumulation dtype [B, H, C]
     weights: Tensor  # accumulation dtype [B, H, C, L], or [0] unless asked for
-    lse: Tensor  # accumulation dtype [B, H, C], to base 2, +inf in a fully padded image
+    lse: Tensor  # accumulation dtype [2, B, H, C], base 2: the highest score, log-sum over it (+inf: all is padded)
 
 
 class Gradients(NamedTuple):
@@ -62,7 +62,7 @@ def allocate(x: Inputs) -> Outputs:
         context=x.query.new_empty((b, c, h, d)),
         mass=x.query.new_empty((b, h, c), dtype=acc),
         weights=x.query.new_empty((b, h, c, length) if x.need_weights else (0,), dtype=acc),
-        lse=x.query.new_empty((b, h, c), dtype=acc),
+        lse=x.query.new_empty((2, b, h, c), dtype=acc),
     )
 
 

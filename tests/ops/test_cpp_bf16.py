@@ -1,4 +1,6 @@
-"""SSCL of bfloat16 features in C++, on every instruction set: with AVX512_BF16 scores are products of bfloat16 pairs.
+"""bfloat16 features in C++, on every instruction set: with AVX512_BF16 scores are products of bfloat16 pairs.
+
+SSCL and the image-level losses.
 
 The same path for other processors, out of shifts and FMAs: ``CFLAGS=-DSADCL_BF16_PAIRS CXXFLAGS=-DSADCL_BF16_PAIRS``.
 """
@@ -81,3 +83,56 @@ def test_zero_and_nan(every_isa: str) -> None:
     features[3, 0, 1, 4] = float("nan")
     loss = F.sample_contrastive_loss(features, labels, reduction="none", backend="cpp")
     assert loss.isnan().all()
+
+
+def image_level(features: Tensor, labels: Tensor, weighting: str, backend: str) -> tuple[Tensor, ...]:
+    """Loss of every anchor and the features' gradient. Columns: the batch, the last two thirds of it as keys again."""
+    third, still = len(labels) // 3, features.detach()
+
+    def run(x: Tensor) -> Tensor:
+        rest = {"prototypes": still[: labels.shape[1], 0]} if weighting == "msc" else {}
+        return F.multilabel_supcon_loss(
+            x, labels, keys=still[third:, 0], key_labels=labels[third:].flip(1), weighting=weighting,
+            temperature=TEMPERATURE, reduction="none", backend=backend, **rest,
+        )  # fmt: skip
+
+    return value_and_grads(run, features, upstream=torch.ones(features.shape[:-1]))
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("weighting", ["any", "mulsupcon", "jaccard", "simdis", "msc"])
+@pytest.mark.parametrize("shape", [(9, 2, 2), (12, 1, 33), (52, 1, 40)])
+def test_image_level(shape: tuple[int, ...], weighting: str, every_isa: str) -> None:
+    features, labels = image_level_case(shape)
+    budgets = image_level_budgets(shape, weighting)
+    for name, got, budget in zip(
+        ("loss", "gradient"), image_level(features, labels, weighting, "cpp"), budgets, strict=True
+    ):
+        assert_within_budget(name, got, budget)
+
+
+@functools.cache
+def image_level_case(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Lengths from the smallest to nearly the largest: what a row is multiplied by takes no digit from it."""
+    features = make_features(*shape)
+    features[::3] *= 2.0**-100
+    features[1::3] *= 2.0**90
+    return features.bfloat16(), make_labels(shape[0], 8, "ignored", labels_per_image=2)
+
+
+@functools.cache
+def image_level_budgets(shape: tuple[int, ...], weighting: str) -> tuple[Budget, ...]:
+    features, labels = image_level_case(shape)
+    return error_budgets(lambda: image_level(features.double(), labels, weighting, "reference"), draws=4)
+
+
+@pytest.mark.parametrize("weighting", ["any", "mulsupcon"])
+def test_image_level_zero_and_nan(weighting: str, every_isa: str) -> None:
+    features, labels = (t.clone() for t in image_level_case((21, 2, 65)))
+    features[4] = 0
+    loss, grad = image_level(features, labels, weighting, "cpp")
+    want, _ = image_level(features.double(), labels, weighting, "reference")
+    torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=1e-5)
+    assert (grad[4] == 0).all()
+    features[5, 0, 3] = float("nan")
+    assert image_level(features, labels, weighting, "cpp")[0].isnan().any()

@@ -37,7 +37,7 @@ def test_many_blocks(kind: str, every_isa: str) -> None:
         assert_near(run(leaves, backend="cpp", **options), want, ["loss", *leaves])
 
 
-@pytest.mark.parametrize("kind", ["any", "msc", "dense"])
+@pytest.mark.parametrize("kind", ["any", "mulsupcon", "msc", "dense"])
 def test_the_same_bits_every_time_and_near_for_any_threads(kind: str, threads: int) -> None:
     leaves, options, want = large(kind, "both", 0.1)
     first = run(leaves, backend="cpp", **options)
@@ -85,7 +85,7 @@ def test_memory_does_not_grow_with_the_square() -> None:
     assert saved_numbers(x.detach(), labels) == []
 
 
-@pytest.mark.parametrize("kind", ["any", "jaccard", "overlap", "simdis", "dense"])
+@pytest.mark.parametrize("kind", ["any", "mulsupcon", "jaccard", "overlap", "simdis", "msc", "dense"])
 @pytest.mark.parametrize("kept", ["everything", "half", "sums", "nothing"])
 def test_the_backward_takes_what_was_kept(
     monkeypatch: pytest.MonkeyPatch, kept: str, kind: str, every_isa: str

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from sadcl.kernels import _launch, _tiles
+from torch.nn.functional import one_hot
 
+import sadcl.functional as F
+from tests.ops.test_large_scores import assert_as_good, sscl_case, sscl_grad, supcon_case, supcon_grad
 from tests.ptx.cases import KINDS, OFTEN, PRODUCTS, TRITON, Case, cases_of, check, ours, precise
 from tests.ptx.launching import ARCH, Executor, executing
 
@@ -60,3 +63,52 @@ def test_bits_do_not_depend_on_the_order_of_warps_and_blocks(op: str, kind: str)
 @pytest.mark.parametrize("case", other_tiles(), ids=str)
 def test_with_every_tile_of_the_table(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("norm", [5.0, 640.0])
+def test_long_features(norm: float) -> None:
+    """Where scores are large the softmax hangs on the backward's making the forward's very bits again."""
+    x, labels, truth, allowed = supcon_case(norm, 20)
+    with executing():
+        assert_as_good(supcon_grad(x, labels, "triton"), truth, allowed)
+    rows = x.clone().requires_grad_()
+    options = {"weighting": "any", "temperature": 0.07, "base_temperature": None, "normalize": False}
+    with executing():
+        loss = F.multilabel_supcon_loss(rows, one_hot(labels), **options, reduction="sum", backend="triton")
+        (grad,) = torch.autograd.grad(loss, rows)
+    assert_as_good(grad.flatten(0, 1), truth, allowed)
+
+
+@pytest.mark.parametrize("formulation", ["paper", "released"])
+def test_small_temperatures(formulation: str) -> None:
+    x, labels, truth, allowed = sscl_case(0.001, formulation, 8)
+    with executing():
+        assert_as_good(sscl_grad(x, labels, 0.001, formulation, "triton"), truth, allowed)
+
+
+@pytest.mark.parametrize("form", ["plain", "folded"])
+def test_label_attention_of_large_scores(form: str) -> None:
+    """Where a softmax is certain, rounded scores change nothing: 2 p (1 - p) times what a product may be off."""
+    c, length, d = 5, 33, 64
+    generator = torch.Generator().manual_seed(0)
+    query, pos = 20 * torch.randn(c, d, generator=generator), 20 * torch.randn(length, d, generator=generator)
+    memory, upstream = torch.randn(1, length, d, generator=generator), torch.randn(1, c, d, generator=generator)
+    eye, leaf = torch.eye(d), memory.clone().requires_grad_()
+    with executing():
+        projections = eye.repeat(3, 1), None, eye, None
+        out, _ = F.label_attention(query, leaf, *projections, 1, memory_pos=pos, form=form, backend="triton")
+        (grad,) = torch.autograd.grad(out, leaf, upstream)
+
+    eps, q, v, u = 2.0**-24, query.double(), memory[0].double(), upstream[0].double()
+    k = v + pos.double()
+    p, a = (q @ k.t() / d**0.5).softmax(dim=1), u @ v.t()
+    mean = (p * a).sum(dim=1, keepdim=True)
+    long_q, long_k, long_v, long_u = (torch.linalg.vector_norm(t, dim=1) for t in (q, k, v, u))
+    moved = 2 * p * (1 - p) * (4 * eps * long_q * long_k.max() / d**0.5)[:, None] + 8 * eps * p
+    # Of a slope p_l (a_l - sum_m p_m a_m): what every p and every product may be off.
+    slope = moved * (a - mean).abs() + p * (moved * a.abs()).sum(dim=1, keepdim=True)
+    slope += 8 * eps * p * (1 - p) * long_u[:, None] * long_v.max()
+    assert_as_good(out.detach()[0], p @ v, moved @ long_v)
+    truth = p.t() @ u + (p * (a - mean)).t() @ q / d**0.5
+    allowed = moved.t() @ long_u + slope.t() @ long_q / d**0.5
+    assert_as_good(grad[0], truth, allowed + torch.finfo(torch.float32).tiny)
