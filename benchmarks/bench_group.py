@@ -2,18 +2,23 @@
 
 Processes of one thread on this machine's cores, gloo. Bytes are counted by a wrapper around the two collectives, and
 have to be the formula's. Time is wall time and CPU time of the slowest rank; more ranks than cores wait for each other.
-``python -m benchmarks.bench_group computed`` prints the tables of docs/scaling.md for ranks that are not here.
+``python -m benchmarks.bench_group docs/scaling.md`` prints the table of what is measured there and puts it in the old
+one's place, with ``computed`` for an argument it prints the other one, for ranks that are not here.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import re
 import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +29,20 @@ from torch import Tensor
 from benchmarks import harness
 from sadcl import _collectives
 from sadcl import functional as F
+from sadcl.portable.group_fused import _FEW as FEW
+from sadcl.portable.group_fused import _PART as PART
 from sadcl.portable.group_sweep import _BLOCK_ELEMENTS
 from sadcl.testing import make_features, make_labels
 
 HEADER = 8 * _collectives._HEADER
 ROUNDS = 5
 BLOCK = _BLOCK_ELEMENTS["cpu"]
+SMALL_CHUNKS = False  # memory is measured after the times
+
+HEAD = (
+    "| ranks | loss | sent, counted | sent, formula | peak, measured | peak, formula | wall | CPU | CPU, torch |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 
 
 class Size(NamedTuple):
@@ -63,18 +76,23 @@ def pscl_bytes_sent(world: int, classes: int) -> dict[str, int]:
     return {"forward": (world - 1) * (HEADER + 4 * 8 * classes), "backward": (world - 1) * 4 * classes}
 
 
-def peak_bytes(size: Size, features: int, ring: bool = False) -> int:
-    """The highest memory of a step on a CPU over its inputs, to a few megabytes.
+def peak_bytes(size: Size, ring: bool, normalized: bool) -> int:
+    """The highest memory of a step on a CPU over its inputs, without the collectives' own buffers.
 
-    What all ranks sent, or in the ring own vectors, those that travel and those that come; own unit vectors and their
-    gradient; that of the ``features`` (bytes). Beside that a block of columns in float64 while it is normalised, with
-    its scores, or in the end the own rows' gradient in float64.
+    Held: what all ranks sent, or in the ring what travels; own vectors, where they are not the features themselves.
+    While the backward's kernel runs: own rows and a part of the columns as panels of float32, the own rows' gradient as
+    panels and as rows. At its end: that gradient and the features' (of which a system holds what is not zero), and
+    where vectors are normalised own unit vectors, the gradient of own vectors and a block in float64.
     """
     numbers = size.rows * size.d
-    columns = min(BLOCK // size.rows, BLOCK // size.d) * min(size.rows, BLOCK)
-    block = 24 * min(BLOCK, size.world * numbers) + 28 * columns
-    held = (size.vectors if ring else size.world * size.vectors) + 8 * numbers + features
-    return held + max(block + (2 * size.vectors if ring else 0), 24 * numbers)
+    own = size.vectors if size.rows > size.items else 0
+    part = size.rows if ring or size.rows >= FEW else min(2 * FEW, size.world * size.rows)
+    kernel = 0 if ring or size.rows >= FEW else size.width * size.d * part  # a copy: a part is of several ranks
+    kernel += 4 * size.d * (size.rows + min(PART, part)) + 8 * numbers + (size.vectors if ring else 0)
+    end = (4 + size.width) * numbers
+    if normalized:
+        end += end + 28 * min(BLOCK, numbers)
+    return own + (0 if ring else size.world * size.vectors) + max(kernel, end)
 
 
 @contextmanager
@@ -101,27 +119,32 @@ def counted() -> Iterator[dict[str, int]]:
         _collectives._gather, _collectives._exchange = gather, exchange
 
 
-def measure(loss: Callable[[Tensor], Tensor], x: Tensor, rounds: int) -> dict[str, Any]:
-    """Bytes of a step's two halves, its time, its memory."""
+def measure(loss: Callable[..., Tensor], x: Tensor, rounds: int) -> dict[str, Any]:
+    """Bytes of a step's two halves, its time, with ``backend="torch"`` too in turn, its memory (`SMALL_CHUNKS`)."""
     leaf = x.clone().requires_grad_()
+    if SMALL_CHUNKS:
+        return {"memory": harness.peak_memory(lambda: _step(loss, leaf, None))}
     with counted() as sent:
         value = loss(leaf)
         forward = sent["bytes"]
         value.backward()
         answer: dict[str, Any] = {"forward": forward, "backward": sent["bytes"] - forward, "calls": sent["calls"]}
-    wall, cpu = [], []
+    times: dict[str, list[float]] = {"wall": [], "cpu": [], "cpu of torch": [], "": []}
+    _step(loss, leaf, "torch")
     for _ in range(rounds):
-        leaf.grad = None
-        dist.barrier()
-        started, used = time.perf_counter(), time.process_time()
-        loss(leaf).backward()
-        wall.append(time.perf_counter() - started)
-        cpu.append(time.process_time() - used)
+        for backend, wall, cpu in ((None, "wall", "cpu"), ("torch", "", "cpu of torch")):
+            dist.barrier()
+            started, used = time.perf_counter(), time.process_time()
+            _step(loss, leaf, backend)
+            times[wall].append(time.perf_counter() - started)
+            times[cpu].append(time.process_time() - used)
+    return {**answer, **{name: statistics.median(all_of) for name, all_of in times.items() if name}}
+
+
+def _step(loss: Callable[..., Tensor], leaf: Tensor, backend: str | None) -> None:
     leaf.grad = None
     dist.barrier()
-    answer["memory"] = harness.peak_memory(lambda: loss(leaf).backward())
-    answer["wall"], answer["cpu"] = statistics.median(wall), statistics.median(cpu)
-    return answer
+    loss(leaf, backend=backend).backward()
 
 
 def coco_rank(rank: int, world: int, images: int, ring: bool) -> dict[str, Any]:
@@ -132,8 +155,9 @@ def coco_rank(rank: int, world: int, images: int, ring: bool) -> dict[str, Any]:
     pairs = torch.tensor([int(labels.sum())])
     dist.all_reduce(pairs, dist.ReduceOp.MAX)
     size = Size(world, 2 * int(pairs), d, int(pairs), 4)
-    answer = measure(lambda x: F.sample_contrastive_loss(x, labels, group="world", ring=ring), x, ROUNDS)
-    return {**answer, "size": size, "features": 4 * x.numel()}
+    loss = functools.partial(F.sample_contrastive_loss, labels=labels, group="world", ring=ring)
+    answer = measure(loss, x, ROUNDS)
+    return {**answer, "size": size}
 
 
 def wide_rank(rank: int, world: int, rows: int, ring: bool) -> dict[str, Any]:
@@ -141,15 +165,26 @@ def wide_rank(rank: int, world: int, rows: int, ring: bool) -> dict[str, Any]:
     d, own = 8192, rows // world
     x = torch.nn.functional.normalize(make_features(own, 1, d, seed=rank), dim=-1)
     labels = torch.arange(own) % 100
-    answer = measure(lambda x: F.supcon_loss(x, labels, group="world", ring=ring), x, 1)
-    return {**answer, "size": Size(world, own, d, own, 8), "features": 4 * x.numel()}
+    answer = measure(functools.partial(F.supcon_loss, labels=labels, group="world", ring=ring), x, 1)
+    return {**answer, "size": Size(world, own, d, own, 8)}
+
+
+def _return_large_chunks() -> None:
+    """Have malloc give large chunks back as soon as they are freed, so that the resident set is what is in use."""
+    global SMALL_CHUNKS
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    SMALL_CHUNKS = True
 
 
 def _process(rank: int, world: int, port: int, cases: list[Any], queue: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    queue.put((rank, [function(rank, world, *args) for function, *args in cases]))
+    answers = [function(rank, world, *args) for function, *args in cases]
+    _return_large_chunks()
+    queue.put(
+        (rank, [one | function(rank, world, *args) for one, (function, *args) in zip(answers, cases, strict=True)])
+    )
     dist.destroy_process_group()
 
 
@@ -169,24 +204,36 @@ def main() -> None:
     if sys.argv[1:] == ["computed"]:
         computed()
         return
+    table = [*HEAD]
     print(harness.machine())
-    print("| ranks | loss | sent, counted | sent, formula | peak, measured | peak, formula | wall | CPU |")
-    print("|---|---|---|---|---|---|---|---|")
-    sys.stdout.flush()
+    print("\n".join(HEAD), flush=True)
     for world in (1, 2, 4):
         cases = [(coco_rank, 128, False), (coco_rank, 128, True), (wide_rank, 1024, False), (wide_rank, 1024, True)]
         for (function, images, ring), answers in zip(cases, over_ranks(world, cases), strict=True):
-            _row(world, f"{function.__name__.removesuffix('_rank')} {images}{', ring' if ring else ''}", answers, ring)
+            table.append(
+                _row(
+                    world,
+                    f"{function.__name__.removesuffix('_rank')} {images}{', ring' if ring else ''}",
+                    answers,
+                    ring,
+                )
+            )
+            print(table[-1], flush=True)
+    for path in map(Path, sys.argv[1:]):
+        text, found = re.subn(re.escape(HEAD[0]) + r"(\n\|.*)*", "\n".join(table), path.read_text())
+        if found != 1:
+            raise ValueError(f"{path}: expected one table that begins with {HEAD[0]!r}, found {found}")
+        path.write_text(text)
 
 
-def _row(world: int, name: str, answers: list[dict[str, Any]], ring: bool) -> None:
-    size, features = answers[0]["size"], answers[0]["features"]
+def _row(world: int, name: str, answers: list[dict[str, Any]], ring: bool) -> str:
+    size = answers[0]["size"]
     sent = max(one["forward"] + one["backward"] for one in answers)
     formula = sum(bytes_sent(size, ring).values())
     memory = max(one["memory"] for one in answers) / 1e6
-    peak = f"{peak_bytes(size, features, ring) / 1e6:.0f} MB" if world > 1 else "(another path)"
-    wall, cpu = (1e3 * max(one[key] for one in answers) for key in ("wall", "cpu"))
-    print(f"| {world} | {name} | {sent:,} | {formula:,} | {memory:.0f} MB | {peak} | {wall:.0f} ms | {cpu:.0f} ms |")
+    peak = f"{peak_bytes(size, ring, name.startswith('coco')) / 1e6:.0f} MB" if world > 1 else "(another path)"
+    times = " | ".join(f"{1e3 * max(one[key] for one in answers):.0f} ms" for key in ("wall", "cpu", "cpu of torch"))
+    return f"| {world} | {name} | {sent:,} | {formula:,} | {memory:.0f} MB | {peak} | {times} |"
 
 
 # What leaves a GPU in a second, in bytes (docs/scaling.md has the sources), and its arithmetic.

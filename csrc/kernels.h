@@ -3,6 +3,7 @@
 #include "array.h"
 #include "asl.h"
 #include "group_classifier.h"
+#include "group_rows.h"
 #include "label_attention.h"
 #include "linear.h"
 #include "mlc.h"
@@ -18,8 +19,10 @@
   X(double, sscl_backward, (const SsclBackward&)) /* returns d loss / d temperature */
 #define SADCL_MLC_KERNELS(X)                                                                    \
   X(bool, mlc_forward, (const MlcForward&))     /* false if a label is not allowed, as below */ \
-  X(double, mlc_backward, (const MlcBackward&)) /* returns d loss / d temperature */
-#define SADCL_ATTENTION_KERNELS(X)                         \
+  X(double, mlc_backward, (const MlcBackward&)) /* returns d loss / d temperature */            \
+  X(bool, group_rows_forward, (const GroupRowsForward&))                                        \
+  X(void, group_rows_backward, (const GroupRowsBackward&))
+#define SADCL_ATTENTION_KERNELS(X)                          \
   X(void, label_attention_forward, (const LabelAttention&)) \
   X(void, label_attention_backward, (const LabelAttentionBackward&))
 #define SADCL_KERNELS(X)                                                                     \

@@ -1,7 +1,7 @@
 // Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h,
 // sscl_blocks.h, sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h
-// (weights of pairs), mlc_weights.h (blocks of them), mlc_classes.h (mulsupcon, which needs none), mlc_stream.h (keys
-// that pass by once).
+// (weights of pairs), mlc_weights.h (blocks of them), mlc_sweep.h (what is done with a block), mlc_classes.h (mulsupcon,
+// which needs no weights), mlc_stream.h (keys that pass by once), group_rows_sweep.h (rows of other ranks).
 //
 // Forward: one sweep for lse and T_i = sum_j W_ij s_ij. Backward: one sweep; with m the upstream gradients,
 //
@@ -9,22 +9,11 @@
 //
 // moves anchor i by sum_j G_ij z_j / tau and column j by sum_i G_ij z_i / tau. Between anchors a block serves both
 // sides.
+#include "group_rows_sweep.h"
 #include "mlc_stream.h"
 
 SADCL_KERNELS_BEGIN
 namespace {
-
-template <class T>
-void add_to_block(const Block<T>& block, T value) {
-  const int64_t count = int64_t(block.m) * block.panels * Block<T>::P;
-  for (int64_t k = 0; k < count; ++k) block.w[k] += value;
-}
-
-// tau log b_j, in units of z_i.z_j.
-template <class T>
-T factor_of(const MlcInputs& in, int segment) {
-  return in.weighting != kMsc || segment == kPrototypes ? T(0) : T(in.temperature * ::log(in.beta));
-}
 
 // Where the parts lie of what is kept with the batch among the columns.
 template <class T>
@@ -60,29 +49,18 @@ bool forward(const MlcForward& args) {
   if (!kept.room && args.kept_size > 0) memset(args.kept, 0, size_t(args.kept_size) * sizeof(T));
   if (kept.terms != nullptr) pairs.give_terms(kept.terms);
   const Scale<T> scale(kLog2E / in.temperature);
-  Statistics<T> stats(v.padded());
-  stats.fixed = v.bound <= kFixedBound;
-  Tally tally(v.padded());
+  Sums<T> sums(v);
   Scratch<Workspace<T>> workspaces(v.threads);
   Scratch<Weights<T>> tiles(v.threads);
   const int64_t N = v.anchors().rows;
   const bool by_classes = pairs.by_classes();
-  if (by_classes) pull_by_classes(v, pairs, stats.positive.get());
-  sweep(v, workspaces, {true, kept.scores, kept.size, true}, [&](Block<T> block, int segment, Workspace<T>& ws) {
-    const bool square = segment == kAnchors;
-    if (square) block.set_diagonal(0);
-    if (!by_classes) {
-      const Weights<T>& weights = tiles[thread_index()].fill(v, pairs, block, segment);
-      add_terms(block, square, weights, ws, stats.positive, [](vec<T> s, vec<T> f) { return s * f; });
-      add_sums_of_weights(pairs, block, square, weights, ws, tally);
-    }
-    const T factor = factor_of<T>(in, segment);
-    if (factor != 0) add_to_block(block, factor);
-    set_strangers(v, block, segment, T(-HUGE_VAL));
-    Block<T> one_way = block;  // only its rows are anchors: as if it lay on the diagonal
-    if (!square) one_way.j0 = block.i0;
-    stats.fixed ? add_exponentials(one_way, scale, ws, stats) : add_exponentials_online(one_way, scale, ws, stats);
-  });
+  if (by_classes) pull_by_classes(v, pairs, sums.stats.positive.get());
+  sweep(v, workspaces, {true, kept.scores, kept.size, true},
+        [&](const Block<T>& block, int segment, Workspace<T>& ws) {
+          add_scores(v, pairs, block, segment, scale, by_classes ? nullptr : &tiles[thread_index()], ws, sums);
+        });
+  const Statistics<T>& stats = sums.stats;
+  const Tally& tally = sums.tally;
   for (int64_t i = 0; i < N; ++i) {
     if (pairs.sums_wanted()) pairs.settle(i, tally.total[i], tally.count[i]);
     const double peak = stats.fixed || stats.peak[i] == T(-HUGE_VAL) ? 0 : double(stats.peak[i]) / in.temperature;
@@ -92,67 +70,21 @@ bool forward(const MlcForward& args) {
   return true;
 }
 
-// Per anchor (padding: zero): push * e^((z_i.z_j - shift) / tau) is m lam e^(s - lse), pull is m share.
+// Of the upstream gradients and the forward's statistics.
 template <class T>
-struct Moves {
-  Scratch<T> push, shift, pull;
-  bool fixed, someone = false;
-
-  Moves(const Vectors<T>& v, const Pairs<T>& pairs, const MlcBackward& args)
-      : push(v.padded() + 1), shift(v.padded() + 1), pull(v.padded() + 1), fixed(v.bound <= kFixedBound) {
-    const Array& grad = args.grad_rows;
-    const double tau = args.in.temperature;
-    for (int64_t i = 0; i < v.padded(); ++i) {
-      push[i] = shift[i] = pull[i] = 0;
-      if (i >= v.anchors().rows || args.lse[i] == HUGE_VAL) continue;
-      someone = true;
-      const double m = static_cast<const T*>(grad.data)[i / v.V * grad.stride[0] + i % v.V * grad.stride[1]];
-      if (!fixed) shift[i] = T(args.lse[i] * tau);
-      push[i] = T(m * pairs.lam[i] * ::exp(double(shift[i]) / tau - args.lse[i]));
-      pull[i] = T(m * double(pairs.share[i]));
-    }
+bool fill_moves(const Vectors<T>& v, const Pairs<T>& pairs, const MlcBackward& args, Moves<T>& moves) {
+  const Array& grad = args.grad_rows;
+  const double tau = args.in.temperature;
+  bool someone = false;
+  for (int64_t i = 0; i < v.anchors().rows; ++i) {
+    if (args.lse[i] == HUGE_VAL) continue;
+    someone = true;
+    const double m = static_cast<const T*>(grad.data)[i / v.V * grad.stride[0] + i % v.V * grad.stride[1]];
+    if (!moves.fixed) moves.shift[i] = T(args.lse[i] * tau);
+    moves.push[i] = T(m * pairs.lam[i] * ::exp(double(moves.shift[i]) / tau - args.lse[i]));
+    moves.pull[i] = T(m * double(pairs.share[i]));
   }
-};
-
-// z_i.z_j to G_ij (+ G_ji between anchors), in place; returns the sum of G_ij z_i.z_j. Without the weights: W = 0.
-template <bool kPulls, class T>
-double to_moves(const Block<T>& block, bool square, const Moves<T>& moves, const Weights<T>* weights, T factor,
-                Scale<T> scale) {
-  constexpr int P = Block<T>::P, L = Block<T>::L;
-  double total = 0;
-  for (int jp = 0; jp < block.panels; ++jp)
-    for (int q = 0; q < 3; ++q) {
-      const int64_t j = block.j0 + int64_t(jp) * P + q * L;
-      const vec<T> zero = {};
-      const vec<T> push_j = square ? load(moves.push.get() + j) : zero,
-                   pull_j = square ? load(moves.pull.get() + j) : zero;
-      const vec<T> shift_j = square ? load(moves.shift.get() + j) : zero;
-      vec<T> sums = {};
-      for (int i = 0; i < block.m; ++i) {
-        const int64_t at = (int64_t(jp) * block.m + i) * P + q * L;
-        const vec<T> s = load(block.w + at), shifted = s + factor;
-        const T push_i = moves.push[block.i0 + i], shift_i = moves.shift[block.i0 + i];
-        vec<T> g;
-        if (moves.fixed) {
-          g = exp2<T>(shifted, scale) * (push_i + push_j);
-        } else {  // s <= lse but for rounding; the clamp keeps exp2 in its domain and lets NaN pass
-          const vec<T> x = shifted - shift_i;
-          g = exp2<T>(x > T(0) ? zero : x, scale) * push_i;
-          if (square) {
-            const vec<T> y = shifted - shift_j;
-            g += exp2<T>(y > T(0) ? zero : y, scale) * push_j;
-          }
-        }
-        if constexpr (kPulls) {
-          g -= load(weights->forth + at) * moves.pull[block.i0 + i];
-          if (square) g -= load(weights->other() + at) * pull_j;
-        }
-        sums += g * s;
-        store(block.w + at, g);
-      }
-      total += double(sum<T>(sums));
-    }
-  return total;
+  return someone;
 }
 
 // dx = (g - z (z.g)) / |x| / tau of a segment's vectors, out to its array.
@@ -210,8 +142,8 @@ double backward(const MlcBackward& args) {
   const KeptParts<T> kept(in, args.kept, args.kept_size);
   Pairs<T> pairs(v, kept.terms);
   restore(v, pairs, kept);
-  const Moves<T> moves(v, pairs, args);
-  if (!moves.someone) {
+  Moves<T> moves(v.padded(), v.bound <= kFixedBound);
+  if (!fill_moves(v, pairs, args, moves)) {
     for (int s = 0; s < kSegments; ++s) {
       const int64_t bytes = v.segments[s].rows * v.D * element_size(outs[s]->dtype);
       if (outs[s]->dims && bytes > 0) memset(outs[s]->data, 0, size_t(bytes));
@@ -271,6 +203,14 @@ bool mlc_forward(const MlcForward& args) { return SADCL_BY_DTYPE(mlc_forward, fo
 
 double mlc_backward(const MlcBackward& args) {
   return SADCL_BY_DTYPE(mlc_backward, backward, args.in.features.dtype, args);
+}
+
+bool group_rows_forward(const GroupRowsForward& args) {
+  return SADCL_BY_DTYPE(group_rows_forward, forward_of_own_rows, args.in.features.dtype, args);
+}
+
+void group_rows_backward(const GroupRowsBackward& args) {
+  SADCL_BY_DTYPE(group_rows_backward, backward_of_own_rows, args.in.features.dtype, args);
 }
 
 SADCL_KERNELS_END

@@ -6,7 +6,17 @@
 namespace sadcl {
 
 // In the order of sadcl.portable.mlc.WEIGHTINGS; dense: weights are given.
-enum MlcWeighting : int { kAll, kAny, kMulSupCon, kJaccard, kOverlap, kSimDis, kMsc, kDense };
+// Of group_rows.h alone: ids, int32 [rows, 1] in place of labels; equal ones are positives.
+enum MlcWeighting : int { kAll, kAny, kMulSupCon, kJaccard, kOverlap, kSimDis, kMsc, kDense, kIds };
+
+// Where keys are rows of all ranks of a group (group_rows.h): what labels of a part of them do not say.
+struct MlcPeers {
+  int64_t own;              // the key that is anchor 0, the next one is anchor 1; far below 0: none of them
+  bool both;                // keys are anchors, too
+  const void* class_share;  // T [C], mulsupcon: what a partner in a class weighs
+  const void *table, *table_back;  // T [N, C], [K, C], msc: the same of each anchor; null: 0
+  Array weights_back;              // [N, K], dense: the weights of keys towards anchors
+};
 
 // T is the accumulation type: double for float64 features, else float. What is not there has no dimensions.
 struct MlcInputs {
@@ -18,6 +28,7 @@ struct MlcInputs {
   int weighting;
   bool include_batch, normalize;
   int threads;
+  const MlcPeers* peers = nullptr;
 };
 
 // What the forward keeps for the backward, T [kept_size]. With the batch among the columns [lam (N), share (N), of msc

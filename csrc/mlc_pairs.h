@@ -5,35 +5,9 @@
 #pragma once
 #include "mlc_formula.h"
 #include "mlc_vectors.h"
+#include "words.h"
 
 SADCL_KERNELS_BEGIN
-
-template <class T>
-struct Word;
-template <>
-struct Word<float> {
-  typedef uint32_t S;
-  typedef uint32_t V __attribute__((vector_size(kVecBytes)));
-};
-template <>
-struct Word<double> {
-  typedef uint64_t S;
-  typedef uint64_t V __attribute__((vector_size(kVecBytes)));
-};
-
-// Bits set in every lane.
-template <class T>
-SADCL_INLINE typename Word<T>::V population(typename Word<T>::V x) {
-#if defined(__AVX512VPOPCNTDQ__)
-  if constexpr (sizeof(T) == 4) return (typename Word<T>::V)_mm512_popcnt_epi32((__m512i)x);
-#endif
-  typedef typename Word<T>::S S;
-  constexpr S kOnes = S(~S(0));
-  x = x - ((x >> 1) & (kOnes / 3));
-  x = (x & (kOnes / 5)) + ((x >> 2) & (kOnes / 5));
-  x = (x + (x >> 4)) & (kOnes / 17);
-  return (x * (kOnes / 255)) >> (sizeof(S) * 8 - 8);
-}
 
 template <class T>
 class Pairs {
@@ -53,10 +27,14 @@ class Pairs {
         C_(v.in.labels.dims ? v.in.labels.shape[1] : 0), words_((C_ + kBits - 1) / kBits),
         rows_((v.segments[kKeys].first + v.segments[kKeys].panels) * P), has_(rows_ * words_ + 1),
         ignores_(rows_ * words_ + 1), ones_(rows_ + 1), unknown_(rows_ + 1), of_class_(C_ + 1),
-        table_(kind_ == kMsc ? v.padded() * C_ + 1 : 1) {
+        table_(kind_ == kMsc ? rows_ * C_ + 1 : 1) {
     for (int64_t i = 0; i < v.padded(); ++i) lam[i] = 0, share[i] = 0, active[i] = 0;
     if (kind_ != kDense) pack();
-    if (kind_ == kMsc) memset(table_.get(), 0, size_t(v.padded() * C_) * sizeof(T));  // padding is read too
+    if (kind_ == kMsc) memset(table_.get(), 0, size_t(rows_ * C_) * sizeof(T));  // padding is read too
+    if (in_.peers != nullptr) {
+      take_shares(*in_.peers);
+      return;
+    }
     if (kind_ == kMulSupCon) count_classes();
     [[maybe_unused]] const int threads = v.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -69,7 +47,7 @@ class Pairs {
   // Whether lam and share follow from sums of f over the columns (`settle`), and from which: of f itself, and of how
   // many are not 0.
   bool sums_wanted() const { return kind_ != kMulSupCon && kind_ != kMsc; }
-  bool totals_wanted() const { return sums_wanted() && kind_ != kAll && kind_ != kAny; }
+  bool totals_wanted() const { return sums_wanted() && kind_ != kAll && kind_ != kAny && kind_ != kIds; }
   bool counts_wanted() const { return sums_wanted() && kind_ != kOverlap; }
   void settle(int64_t i, double total, double count) {
     if (!totals_wanted()) total = count;
@@ -111,9 +89,14 @@ class Pairs {
       for (S rest = has[w * P]; rest != 0; rest &= rest - 1) f(w * kBits + __builtin_ctzll(rest));
   }
 
-  // f_ij of a block, laid out as it; and f_ji where the block is one of anchors and f is not symmetric.
+  // Whether f_ji is wanted and not f_ij: the columns are anchors.
+  bool both_ways(int segment) const {
+    return !symmetric() && (segment == kAnchors || (in_.peers != nullptr && in_.peers->both));
+  }
+
+  // f_ij of a block, laid out as it; and f_ji where that is another number.
   void fill(const Block<T>& block, int segment, T* f, T* back) const {
-    const bool both = segment == kAnchors && !symmetric();
+    const bool both = both_ways(segment);
     for (int jp = 0; jp < block.panels; ++jp)
       for (int i = 0; i < block.m; ++i)
         for (int q = 0; q < 3; ++q) {
@@ -187,6 +170,11 @@ class Pairs {
   SADCL_INLINE Value pair(int64_t i, int64_t j, int segment, bool both) const {
     Value out = {};
     if (kind_ == kDense) return dense(i, j, segment, both);
+    if (kind_ == kIds) {
+      const W same = (W)(lanes(has_, j, 0) == *row_words(has_, i));
+      out.ij = out.ji = numbers(same & 1);
+      return out;
+    }
     if (segment == kPrototypes) {
       const int64_t first = j - v_.segments[kPrototypes].first * P;
       for (int l = 0; l < L && first + l < C_; ++l) out.ij[l] = entry(i, first + l);
@@ -236,8 +224,7 @@ class Pairs {
     const int64_t at = j - s.first * P;
     return at >= s.rows ? -1 : at + (segment == kKeys && in_.include_batch ? v_.anchors().rows : 0);
   }
-  T weight(int64_t i, int64_t column) const {
-    const Array& a = in_.weights;
+  T weight(const Array& a, int64_t i, int64_t column) const {
     T value;
     if (i >= v_.anchors().rows || column < 0) return 0;
     if constexpr (sizeof(T) == 8) {
@@ -256,8 +243,9 @@ class Pairs {
   Value dense(int64_t i, int64_t j, int segment, bool both) const {
     Value out = {};
     for (int l = 0; l < L; ++l) {
-      out.ij[l] = i == j + l ? T(0) : weight(i, column(j + l, segment));
-      if (both && i < v_.anchors().rows && i != j + l) out.ji[l] = weight(j + l, i);
+      out.ij[l] = i == j + l ? T(0) : weight(in_.weights, i, column(j + l, segment));
+      if (both && in_.peers != nullptr) out.ji[l] = weight(in_.peers->weights_back, i, column(j + l, segment));
+      else if (both && i < v_.anchors().rows && i != j + l) out.ji[l] = weight(in_.weights, j + l, i);
     }
     return out;
   }
@@ -288,6 +276,10 @@ class Pairs {
 
   bool pack_row(const Array& a, int64_t row, int64_t at, int64_t* counted) {
     const int64_t offset = row * a.stride[0], stride = a.stride[1];
+    if (kind_ == kIds) {
+      has_[at] = S(static_cast<const int32_t*>(a.data)[offset]);  // words_ is 1
+      return true;
+    }
     switch (a.dtype) {
       case kF32: return pack_as(static_cast<const float*>(a.data) + offset, stride, at, counted);
       case kF64: return pack_as(static_cast<const double*>(a.data) + offset, stride, at, counted);
@@ -326,6 +318,19 @@ class Pairs {
       fine &= (yes | hidden | no) == (S(~S(0)) >> (kBits - count));
     }
     return fine;
+  }
+
+  // What a part of the columns cannot say comes from outside.
+  void take_shares(const MlcPeers& peers) {
+    for (int64_t i = 0; i < v_.anchors().rows; ++i) share[i] = 1;
+    if (kind_ == kMulSupCon) memcpy(of_class_.get(), peers.class_share, size_t(C_) * sizeof(T));
+    if (kind_ != kMsc) return;
+    for (int segment = kAnchors; segment <= kKeys; ++segment) {
+      const T* from = static_cast<const T*>(segment == kAnchors ? peers.table : peers.table_back);
+      const Segment& s = v_.segments[segment];
+      for (int64_t r = 0; from != nullptr && r < s.rows; ++r)
+        for (int64_t c = 0; c < C_; ++c) entry(s.first * P + r, c) = from[r * C_ + c];
+    }
   }
 
   double class_weight(int64_t c) const {

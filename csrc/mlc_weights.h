@@ -14,9 +14,14 @@ void set_strangers(const Vectors<T>& v, const Block<T>& block, int segment, T va
     for (int64_t j = i < v.anchors().rows ? (columns > block.j0 ? columns : block.j0) : block.j0; j < j1; ++j)
       block.score(i, j) = value;
   if (segment == kAnchors) block.set_diagonal(value);
+  if (segment == kKeys && v.in.peers != nullptr)
+    for (int64_t i = block.i0; i < block.i0 + block.m; ++i) {
+      const int64_t self = s.first * P + v.in.peers->own + i;
+      if (self >= block.j0 && self < j1) block.score(i, self) = value;
+    }
 }
 
-// f_ij of a block, and f_ji where the block is one of anchors and f is not symmetric.
+// f_ij of a block, and f_ji where that is another number.
 template <class T>
 struct Weights {
   alignas(64) T forth[Workspace<T>::kSquare];
@@ -26,7 +31,7 @@ struct Weights {
   const T* other() const { return same ? forth : back; }
 
   const Weights& fill(const Vectors<T>& v, const Pairs<T>& pairs, Block<T> block, int segment) {
-    same = segment != kAnchors || pairs.symmetric();
+    same = !pairs.both_ways(segment);
     pairs.fill(block, segment, forth, back);
     block.w = forth;
     set_strangers(v, block, segment, T(0));

@@ -10,6 +10,7 @@
 #include "bind_bank.h"
 #include "bind_compact.h"
 #include "bind_group_classifier.h"
+#include "bind_group_rows.h"
 #include "bind_label_attention.h"
 #include "bind_linear.h"
 #include "bind_mlc.h"
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   bind_label_attention(m);
   bind_linear(m);
   bind_group_classifier(m);
+  bind_group_rows(m);
   bind_bank(m);
   bind_average_precision(m);
 }

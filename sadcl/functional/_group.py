@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,12 +53,18 @@ def together(group: GroupLike, like: Any, run: Callable[[], T]) -> T:
         refuse(error, device, found)
 
 
-def check_backend(backend: str | None, op: str, device: torch.device) -> None:
-    """With a group torch's operators compute; a backend asked for by name has to be that."""
-    if backend is not None:
-        name = resolve(backend, f"{op} over a group", device, ("torch",))
-        if name == "reference":
-            raise ValueError("backend: expected None or 'torch' with a group, got 'reference'")
+def check_backend(backend: str | None, op: str, device: torch.device, released: bool = False) -> str:
+    """The backend that reads the rows of all ranks. The released formulation is computed by torch's operators alone.
+
+    What ``SADCL_BACKEND`` says is a default: torch's operators stand for a backend that has no such kernels.
+    """
+    have = ("torch",) if released else _rows.group_rows.backends
+    if backend is None and os.environ.get("SADCL_BACKEND", "") not in ("", *have):
+        return "torch"
+    name = resolve(backend, f"{op} over a group", device, have)
+    if name == "reference":
+        raise ValueError(f"backend: expected None or one of {', '.join(have)} with a group, got 'reference'")
+    return name
 
 
 def check_capacity(capacity: int | None, group: GroupLike) -> int:
@@ -87,6 +95,8 @@ def signature(loss: str, features: Tensor, **options: Any) -> str:
 def _said(value: Any) -> str:
     if isinstance(value, Tensor):
         return "tensor " + "x".join(map(str, value.shape)) if value.dim() else "tensor"
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return str(operator.index(value))  # a compiler's symbol becomes a number
     return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
@@ -117,6 +127,7 @@ def rows_of_ranks(
     weighting: int,
     same: str,
     group: Group,
+    backend: str,
     *,
     ring: bool,
     capacity: int | None,
@@ -128,7 +139,7 @@ def rows_of_ranks(
         features=features, temperature=tau, weighting=weighting, signature=same, group=group.name, rank=group.rank,
         world=group.world, ring=ring, capacity=capacity or 0, keep=_rows.what_to_keep(capacity or 0, features), **given,
     )  # fmt: skip
-    return _rows.group_rows(inputs, "torch")
+    return _rows.group_rows(inputs, backend)
 
 
 _NONE: Any = None

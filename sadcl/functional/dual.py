@@ -99,11 +99,12 @@ def dual_contrastive_loss(
         views = _dual.stacked(embeddings, bank_embeddings)
         if over is not None:
             sample = sscl.sample_contrastive_loss(
-                views, labels, temperature=sample_temperature, group=group, ring=ring, capacity=capacity, **same
-            )
+                views, labels, temperature=sample_temperature, backend=backend, group=group, ring=ring,
+                capacity=capacity, **same,
+            )  # fmt: skip
             checked_pscl = pscl.Checked(
                 arguments.in_range(embeddings), arguments.in_range(prototypes), prototype_temperature, weights, active,
-                resolve(None, "pscl", embeddings.device, pscl.BACKENDS),
+                resolve(backend, "pscl", embeddings.device, pscl.BACKENDS),
             )  # fmt: skip
             released = formulation == "released"
             return DualParts(sample, pscl.over_ranks(checked_pscl, over, released, "mean", after=sample))
@@ -146,9 +147,6 @@ def _check(
     capacity: int | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Weights, str]:
     check_features("embeddings", embeddings, (3,), "[B, C, D]", group)
-    if group is not None:
-        check_backend(backend, "dual", embeddings.device)
-        backend = None
     check_ring(ring, group)
     check_capacity(capacity, group)
     bank = None if bank_embeddings is None else _check_bank(bank_embeddings, embeddings)
@@ -159,8 +157,11 @@ def _check(
     sample = check.as_temperature(sample_temperature, embeddings, "sample_temperature")
     prototype = check.as_temperature(prototype_temperature, embeddings, "prototype_temperature")
     weights = arguments.check_weights(class_weight, None, b, c, embeddings)
-    rows = b * c * (1 if bank is None else 2)
-    name = resolve(backend, "dual", embeddings.device, BACKENDS, _sscl.size_of(embeddings, rows))
+    if over_group(group, b) is not None:
+        name = check_backend(backend, "dual", embeddings.device, formulation == "released")
+    else:
+        rows = b * c * (1 if bank is None else 2)
+        name = resolve(backend, "dual", embeddings.device, BACKENDS, _sscl.size_of(embeddings, rows))
     return bank, prototypes, sample, prototype, weights, name
 
 

@@ -214,9 +214,8 @@ def _check(
     scale = arguments.check_scale(tau, base_temperature, x)
     checked = arguments.check_weights(class_weight, sample_weight, x.shape[0], c, x)
     if over is not None:
-        check_backend(backend, "mlc", x.device)
+        name = check_backend(backend, "mlc", x.device)
         _check_values(labels, key_labels, weights)
-        name = "torch"
     else:
         name = resolve(backend, "mlc", x.device, BACKENDS, _mlc.size_of(x, keys, weighting, weights is not None))
     if normalize:
@@ -255,8 +254,8 @@ def _over_ranks(
     code = WEIGHTINGS.index(weighting) if given["weights"] is None else _mlc.DENSE
     out = rows_of_ranks(
         x.features[:, :, None], x.tau, code, signature("multilabel_supcon_loss", x.features, **same), group,
-        keys=x.keys, prototypes=x.prototypes, class_weight=x.weights.of_class, ring=ring, capacity=capacity, **given,
-        **more,
+        x.backend, keys=x.keys, prototypes=x.prototypes, class_weight=x.weights.of_class, ring=ring,
+        capacity=capacity, **given, **more,
     )  # fmt: skip
     return out.row_loss[:, :, 0], out.size
 

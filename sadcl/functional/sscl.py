@@ -75,8 +75,8 @@ def sample_contrastive_loss(
         class_weight: ``[C]``, multiplies the loss of a class's anchors.
         sample_weight: ``[B]``, multiplies the loss of an image's anchors.
         active: :func:`compact_labels` of these labels, to compact once for several losses.
-        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``; with a group
-            torch's operators compute.
+        backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"`` (not with a
+            group, where the released formulation has torch's operators alone).
         group: contrast with the rows of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension,
             which all call this with the same options; a rank may come without images (B = 0). The mean over ranks of
             ``"mean"`` and of ``"sum"`` is what one process gets for the concatenated batch, of value and gradients
@@ -154,11 +154,11 @@ def _check(
     tau = check.as_temperature(temperature, features)
     scale = arguments.check_scale(tau, base_temperature, features)
     weights = arguments.check_weights(class_weight, sample_weight, b, c, features)
-    if group is not None:
-        check_backend(backend, "sscl", features.device)
-        backend = None
-    pairs = active.pairs.shape[0] if isinstance(active, Active) else b * c
-    name = resolve(backend, "sscl", features.device, BACKENDS, _sscl.size_of(features, pairs * v))
+    if over_group(group, b) is not None:
+        name = check_backend(backend, "sscl", features.device, formulation == "released")
+    else:
+        pairs = active.pairs.shape[0] if isinstance(active, Active) else b * c
+        name = resolve(backend, "sscl", features.device, BACKENDS, _sscl.size_of(features, pairs * v))
     active = check_active(active, labels, name)
     return _Checked(arguments.in_range(features), tau, scale, weights, active, name)
 
@@ -178,7 +178,7 @@ def _over_ranks(
         base_temperature=base_temperature, ring=ring, capacity=capacity,
     )  # fmt: skip
     out = rows_of_ranks(
-        x.features, x.tau, _rows.IDS, same, group, pairs=x.active.pairs, class_ptr=x.active.class_ptr,
+        x.features, x.tau, _rows.IDS, same, group, x.backend, pairs=x.active.pairs, class_ptr=x.active.class_ptr,
         released=formulation == "released", ring=ring, capacity=capacity,
     )  # fmt: skip
     rows = out.row_loss if x.scale is None or formulation != "released" else out.row_loss * x.scale

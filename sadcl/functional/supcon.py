@@ -66,7 +66,7 @@ def supcon_loss(
         sample_weight: ``[B]``, multiplies the loss of an image's anchors.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         group, ring: over the ranks of a process group, as for :func:`sample_contrastive_loss`. Labels mean the same on
-            all ranks; ``mask`` is ``[B, images of all ranks]`` then, in rank order, and gets no gradient.
+            all ranks; ``mask`` is ``[B, images of all ranks]`` then, in rank order.
         capacity: with a group: the most images of a rank.
 
     Returns:
@@ -95,7 +95,8 @@ def supcon_loss(
             "supcon_loss", features, V=v, labels=_kind(labels), mask=mask is not None, contrast_mode=contrast_mode,
             base_temperature=base_temperature, reduction=reduction, ring=ring, capacity=capacity,
         )  # fmt: skip
-        rows, count = _over_ranks(features, labels, mask, tau, same, over, ring, capacity)
+        name = check_backend(backend, "supcon", features.device)
+        rows, count = _over_ranks(features, labels, mask, tau, same, over, name, ring, capacity)
     elif mask is not None:
         if not watched(mask):  # there the op speaks of weights
             _mlc.check_weight_values(mask, "mask")
@@ -147,15 +148,14 @@ def _check(
     if labels is not None and mask is not None:
         raise ValueError("labels and mask: expected at most one of them, got both")
     b = features.shape[0]
-    if group is not None:
+    over = over_group(group, b)
+    if over is not None:
         check_backend(backend, "supcon", features.device)
-    if mask is not None and over_group(group, b) is not None:
+    if mask is not None and over is not None:
         check.check_tensor("mask", mask, (2,), "[B, images of all ranks]")
         check.check_real("mask", mask)
         check.check_size("mask", mask, 0, b, "B", "features")
         check.check_same_device("mask", mask, "features", features)
-        if mask.requires_grad:
-            raise ValueError("mask: expected one that needs no gradient with a group, got one that does")
     elif mask is not None:
         arguments.check_mask(mask, b, features)
     else:
@@ -176,6 +176,7 @@ def _over_ranks(
     tau: Tensor,
     same: str,
     group: Group,
+    backend: str,
     ring: bool,
     capacity: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -191,8 +192,8 @@ def _over_ranks(
         # Equal numbers have equal bits, but for the two zeros.
         ids = (ids.double() + 0.0).view(torch.int64) if ids.is_floating_point() else ids.long()
     out = rows_of_ranks(
-        features[:, :, None], tau, _rows.MASK if mask is not None else _rows.IDS, same, group, ids=ids, weights=weights,
-        normalize=False, ring=ring, capacity=capacity,
+        features[:, :, None], tau, _rows.MASK if mask is not None else _rows.IDS, same, group, backend, ids=ids,
+        weights=weights, normalize=False, ring=ring, capacity=capacity,
     )  # fmt: skip
     return out.row_loss[:, :, 0], out.size[0]
 

@@ -80,10 +80,9 @@ class KeyQueue(OwnTensors):
                 self._check(keys, labels)
             except (TypeError, ValueError) as error:
                 refuse(error, self.ring.device, over)
-            same = (
-                f"loss=KeyQueue; size={self.size}; dim={self.dim}; num_classes={self.num_classes}; filled={self.filled}"
-            )
-            keys, labels = self._of_all(keys.detach(), labels, f"{same}; dtype={keys.dtype}", over)
+            same = f"loss=KeyQueue; size={self.size}; dim={self.dim}; num_classes={self.num_classes}"
+            same += f"; filled={self.filled}; next={self.next}; dtype={keys.dtype}"
+            keys, labels = self._of_all(keys.detach(), labels, same, over)
         self._add(keys.detach()[-self.size :], labels[-self.size :])
 
     def _check(self, keys: Tensor, labels: Tensor) -> None:

@@ -1,24 +1,33 @@
 """Op ``group_rows``: SSCL, SupCon and the multi-label losses where the columns are the rows of all ranks of a group.
 
 The collectives are inside: a compiler sees one op. Every rank calls it with the same options, or every rank gets the
-same error. On a GPU the host waits once, for how many rows the others bring, unless ``capacity`` says how many there
-can be; without it a compiled graph, whose shapes may not depend on data, keeps nothing of what came, and gathers again
-in the backward. Oracles: those of the losses on the concatenated batch.
+same error (``signature``). On a GPU the host waits once, for how many rows the others bring, unless ``capacity`` says
+how many there can be; without it a compiled graph, whose shapes may not depend on data, keeps nothing of what came, and
+gathers again in the backward.
+
+Of R own rows and N of all ranks: forward ``2 R N D`` flops, one sweep of own rows over the columns, which also counts
+the partners; what stays are four numbers a row. The backward gathers four numbers a row and sweeps again, ``4 R N D``:
+own rows receive as anchors and as columns, so no gradient is reduced, and nobody needs the other half of the symmetric
+scores. ``cpp`` (:mod:`sadcl.portable.group_fused`) keeps no more than a block of scores, ``torch`` a block of a few
+megabytes. Oracles: those of the losses on the concatenated batch.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..portable import group_fused as fused
 from ..portable import group_rows as portable
 from ..portable.group_pairs import IDS, MASK
 from ..portable.group_sweep import gathered_bytes
 from ..portable.mlc import DENSE, MSC, MULSUPCON, WEIGHTINGS
 from ._library import Backward, Op
+from ._native import native
 from ._transforms import watched
 
 __all__ = ["DENSE", "IDS", "MASK", "MSC", "WEIGHTINGS", "Inputs", "Outputs", "group_rows", "what_to_keep"]
@@ -93,15 +102,17 @@ def allocate(x: Inputs) -> Outputs:
     )
 
 
+_CPP = fused.Kernels(native("group_rows_forward"), native("group_rows_backward"))
+
 group_rows = Op(
     "group_rows",
     Inputs,
     Outputs,
     allocate,
-    {"torch": portable.forward},
+    {"cpp": functools.partial(fused.forward, kernels=_CPP), "torch": portable.forward},
     Backward(
         gradients=("features", "keys", "prototypes", "weights", "class_weight", "temperature"),
-        implementations={"torch": portable.backward},
+        implementations={"cpp": functools.partial(fused.backward, kernels=_CPP), "torch": portable.backward},
         partial=True,
         instead="the loss of one process, backend='reference'",
     ),

@@ -18,6 +18,7 @@ from .._collectives import all_gather
 from .group_pairs import (
     BY_CLASS,
     GIVEN,
+    MASK,
     MSC,
     MULSUPCON,
     Columns,
@@ -32,7 +33,7 @@ from .group_pairs import (
     weighted,
 )
 from .group_released import anchors, pair_maxima
-from .group_sweep import Sweep
+from .group_sweep import Sweep, steps
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     pivot = z.new_full((sweep.rows,), 0.0 if x.released else float("-inf"))
     total, mean = torch.zeros_like(pivot), torch.zeros_like(pivot, dtype=sweep.wide)
     for columns in sweep.blocks():
-        products = _products(sweep, columns)
+        products = products_of(sweep, columns)
         weights, positive = _weights(sweep, f, columns)
         mean += (weights * products).sum(dim=1)
         if x.released:
@@ -56,18 +57,20 @@ def forward(x: Any) -> dict[str, Tensor]:
         safe = torch.where(highest == float("-inf"), 0.0, highest)
         total = total * torch.exp((pivot - safe) / tau) + torch.exp((shifted - safe[:, None]) / tau).sum(dim=1)
         pivot = highest
+    return finish(sweep, f, pivot, total, mean)
+
+
+def finish(sweep: Sweep, f: Factors, pivot: Tensor, total: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """Outputs, from each own row's largest product, sum of ``e^((z_i.z_j - pivot) / tau)`` and of ``W z_i.z_j``."""
+    x, met = sweep.x, sweep.met
     live = f.inverse > 0
     log_sum = torch.log(total + 1e-5 if x.released else total)
     weight = f.total.to(sweep.wide)
-    loss = weight * log_sum + ((0.0 if x.released else weight * pivot) - mean) / tau
-    loss = torch.where(live, loss, 0.0).to(z.dtype)
+    loss = weight * log_sum + ((0.0 if x.released else weight * pivot) - mean) / x.temperature
+    loss = torch.where(live, loss, 0.0).to(sweep.acc)
     if x.released:
         loss = loss * anchors(sweep)
-    return _outputs(sweep, loss, torch.where(live, pivot, 0.0), torch.where(live, log_sum, float("inf")), f)
-
-
-def _outputs(sweep: Sweep, loss: Tensor, pivot: Tensor, log_sum: Tensor, f: Factors) -> dict[str, Tensor]:
-    x, met = sweep.x, sweep.met
+    pivot, log_sum = torch.where(live, pivot, 0.0), torch.where(live, log_sum, float("inf"))
     b, v, c, _ = x.features.shape
     row_loss = _spread(loss, sweep, loss.new_zeros(b * v * c + 1)).reshape(b, v, c)
     if met.counts is None:
@@ -93,7 +96,8 @@ def _spread(rows: Tensor, sweep: Sweep, into: Tensor) -> Tensor:
     return into[:-1]
 
 
-def _products(sweep: Sweep, columns: Columns) -> Tensor:
+def products_of(sweep: Sweep, columns: Columns) -> Tensor:
+    """``z_i.z_j [R, m]``."""
     assert columns.z is not None
     return sweep.z @ columns.z.t()
 
@@ -138,7 +142,11 @@ class _Anchors(NamedTuple):
     log_sum: Tensor  # +inf without a positive
     pull: Tensor | None  # [rows, C]: m_i share_i
 
-    def of(self, rows: slice) -> _Anchors:
+    @property
+    def live(self) -> Tensor:
+        return (self.a != 0) | (self.c != 0)
+
+    def of(self, rows: Any) -> _Anchors:
         pull = None if self.pull is None else self.pull[rows]
         return _Anchors(self.a[rows], self.c[rows], self.pivot[rows], self.log_sum[rows], pull)
 
@@ -148,18 +156,16 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     """The gradients that are wanted, by the closed form above."""
     sweep = Sweep.again(x, saved.counts, saved.kept)
     z, tau = sweep.z, x.temperature
-    own, m = _own_anchors(sweep, upstream.grad_row_loss, saved)
-    everyone = _everyone(sweep, own) if x.include_batch else None
-    live = (own.a != 0) | (own.c != 0)
-    seen = live if everyone is None else ((everyone.a != 0) | (everyone.c != 0)).any().expand(sweep.rows)
+    told = tell(sweep, upstream.grad_row_loss, saved)
+    own, m, everyone, swapped = told.own, told.m, told.everyone, told.swapped
+    live = own.live
     z_live = torch.where(live[:, None], z, 0.0)  # an anchor without a positive may hold anything
-    swapped = sweep.exchanged_weights() if everyone is not None and x.weights is not None else None
     count = class_counts(sweep.blocks(vectors=False), _has(sweep)) if x.weighting == MULSUPCON else None
     g = torch.zeros_like(z)
     parts: dict[str, list[Tensor]] = {"keys": [], "prototypes": []}
-    rare = _Rare(sweep, saved, m, wanted)
+    rare = Rare(sweep, saved, m, wanted)
     for columns in sweep.blocks():
-        products = _products(sweep, columns)
+        products = products_of(sweep, columns)
         shifted = _shifted(sweep, columns, products)
         coefficient = own.a[:, None] * torch.exp((shifted - own.pivot[:, None]) / tau - own.log_sum[:, None])
         coefficient -= _pulls(sweep, own, columns)
@@ -169,15 +175,30 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
             theirs = everyone.of(columns.at)
             back = theirs.a * torch.exp((shifted - theirs.pivot) / tau - theirs.log_sum)
             back -= _pulls_back(sweep, theirs, columns, swapped, count)
-            coefficient += torch.where((theirs.a != 0) | (theirs.c != 0), back, 0.0)
+            coefficient += torch.where(theirs.live, back, 0.0)
         else:
             parts[columns.kind].append(coefficient.t() @ z_live)
         assert columns.z is not None
         g += banish(coefficient, columns, 0.0) @ columns.z
         rare.add(columns, products)
-    g = torch.where(seen[:, None], g, 0.0) / tau
-    replicated = {name: (torch.cat(part) if part else None) for name, part in parts.items()}
-    return {**rare.grads, **_to_inputs(sweep, g, replicated, wanted)}
+    return {**rare.grads(), **to_inputs(sweep, told, g, parts, wanted)}
+
+
+class Told(NamedTuple):
+    """What the ranks have told each other in the backward."""
+
+    own: _Anchors
+    m: Tensor  # upstream gradients of own rows
+    everyone: _Anchors | None  # in the order of the columns
+    swapped: list[Tensor] | None  # see Sweep.exchanged_weights
+
+
+def tell(sweep: Sweep, grad_row_loss: Tensor, saved: Any) -> Told:
+    """All that leaves this rank in the backward, but for what goes round in a ring."""
+    own, m = _own_anchors(sweep, grad_row_loss, saved)
+    everyone = _everyone(sweep, own) if sweep.x.include_batch else None
+    given = everyone is not None and sweep.x.weights is not None
+    return Told(own, m, everyone, sweep.exchanged_weights() if given else None)
 
 
 def _has(sweep: Sweep) -> Tensor:
@@ -247,67 +268,94 @@ def _pulls_back(
     return weights * terms(x, sweep.own_tags, columns) if x.weighting == MSC else weights
 
 
-def _to_inputs(
-    sweep: Sweep, g: Tensor, replicated: dict[str, Tensor | None], wanted: tuple[str, ...]
+def to_inputs(
+    sweep: Sweep, told: Told, g: Tensor, replicated: dict[str, list[Tensor]], wanted: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Gradients of vectors, through the normalisation, and of the temperature."""
+    """Gradients of vectors, through the normalisation, and of the temperature, from those of unit vectors times it."""
     x, grads = sweep.x, {}
     b, v, c, d = x.features.shape
-    turning = (sweep.z * g).sum(dtype=sweep.wide)
+    seen = told.own.live if told.everyone is None else told.everyone.live.any().expand(sweep.rows)
+    g.masked_fill_(~seen[:, None], 0.0).div_(x.temperature)
+    turning = _turning(sweep.z, g, sweep.wide) if "temperature" in wanted else g.new_zeros(())
     if "features" in wanted:
         flat = x.features.new_zeros(b * v * c + 1, d)
-        spread = _spread(_along(sweep, g, sweep.z, sweep.norm).to(x.features.dtype), sweep, flat)
+        spread = _spread(_along(sweep, g, sweep.z, sweep.norm, x.features.dtype), sweep, flat)
         grads["grad_features"] = spread.reshape(b, v, c, d)
-    for name, part in replicated.items():
+    for name, parts in replicated.items():
         like = getattr(x, name)
         if like is None:
             continue
         z, norm = sweep.unit(like)
-        part = torch.zeros_like(z) if part is None else part / x.temperature
-        turning = turning + (z * part).sum(dtype=sweep.wide)
+        part = torch.cat(parts) / x.temperature if parts else torch.zeros_like(z)
+        if "temperature" in wanted:
+            turning = turning + _turning(z, part, sweep.wide)
         if name in wanted:
-            grads[f"grad_{name}"] = _along(sweep, part, z, norm).to(like.dtype)
+            grads[f"grad_{name}"] = _along(sweep, part, z, norm, like.dtype)
     if "temperature" in wanted:
         grads["grad_temperature"] = (-turning / (2.0 * x.temperature)).to(x.temperature.dtype)
     return grads
 
 
-def _along(sweep: Sweep, g: Tensor, z: Tensor, norm: Tensor) -> Tensor:
+def _turning(z: Tensor, g: Tensor, wide: torch.dtype) -> Tensor:
+    return (z * g).sum(dtype=wide)
+
+
+def _along(sweep: Sweep, g: Tensor, z: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of vectors from that of their unit vectors."""
     if not sweep.x.normalize:
-        return g
-    tangential = (g - z * (z * g).sum(dim=1, keepdim=True)).to(norm.dtype)
-    return torch.where(norm[:, None] == 0, 0.0, tangential / norm[:, None])
+        return g.to(dtype)
+    out = torch.empty_like(g, dtype=dtype)
+    for some in steps(g):
+        z_some, g_some, length = z[some], g[some], norm[some, None]
+        tangential = (g_some - z_some * (z_some * g_some).sum(dim=1, keepdim=True)).to(norm.dtype)
+        out[some] = torch.where(length == 0, 0.0, tangential / length).to(dtype)
+    return out
 
 
-class _Rare:
+class Rare:
     """Gradients of given weights and of class weights, if they are wanted: of own anchors."""
 
     def __init__(self, sweep: Sweep, saved: Any, m: Tensor, wanted: tuple[str, ...]) -> None:
         x = sweep.x
         self.sweep, self.saved, self.m = sweep, saved, m
-        self.grads: dict[str, Tensor] = {}
-        if "weights" in wanted:
-            self.grads["grad_weights"] = torch.zeros_like(x.weights)
-        if "class_weight" in wanted:
-            self.grads["grad_class_weight"] = torch.zeros_like(x.class_weight)
+        self.of_weights = torch.zeros_like(x.weights, dtype=sweep.acc) if "weights" in wanted else None
+        self.of_classes = torch.zeros_like(x.class_weight) if "class_weight" in wanted else None
+        self.mean = torch.zeros_like(m)  # of the gap over the partners, with a mask
+        self.wanted = self.of_weights is not None or self.of_classes is not None
 
     def add(self, columns: Columns, products: Tensor) -> None:
         """Some columns, whose products with own rows are known."""
-        if not self.grads:
+        if not self.wanted:
             return
         sweep, x, m = self.sweep, self.sweep.x, self.m
         pivot, log_sum = self.saved.stats[:2, : sweep.rows, None]
         gap = torch.where(m[:, None] == 0, 0.0, m[:, None] * ((pivot - products) / x.temperature + log_sum))
         gap = banish(gap, columns, 0.0)
-        if "grad_weights" in self.grads:
-            self.grads["grad_weights"][:, sweep.columns_of_weights(columns)] = gap.to(x.weights.dtype)
-        if "grad_class_weight" in self.grads:
+        if self.of_weights is not None:
+            if x.weighting == MASK:
+                gap *= self.saved.stats[3, : sweep.rows, None]
+                self.mean += (given(x, columns, sweep.weights_of(columns), gap.dtype) * gap).sum(dim=1)
+            self.of_weights[:, sweep.columns_of_weights(columns)] = gap
+        if self.of_classes is not None:
             share = self.saved.share
             if columns.kind == "prototypes":
-                self.grads["grad_class_weight"][columns.at] += (share[:, columns.at] * gap).sum(dim=0)
+                self.of_classes[columns.at] += (share[:, columns.at] * gap).sum(dim=0)
                 return
             assert columns.tags.labels is not None
             if x.weighting == MSC:
                 gap = gap * terms(x, sweep.own_tags, columns)
-            self.grads["grad_class_weight"] += (share * (gap @ columns.tags.labels.has)).sum(dim=0)
+            self.of_classes += (share * (gap @ columns.tags.labels.has)).sum(dim=0)
+
+    def grads(self) -> dict[str, Tensor]:
+        """After all columns."""
+        found, sweep = {}, self.sweep
+        if self.of_weights is not None:
+            if sweep.x.weighting == MASK:  # weights over their sum
+                inverse = self.saved.stats[3, : sweep.rows]
+                self.of_weights -= (self.mean * inverse)[:, None]
+                first = sum((sweep.met.counts or [])[: sweep.x.rank]) * sweep.v
+                self.of_weights.diagonal(first)[: sweep.rows] = 0.0
+            found["grad_weights"] = self.of_weights.to(sweep.x.weights.dtype)
+        if self.of_classes is not None:
+            found["grad_class_weight"] = self.of_classes
+        return found

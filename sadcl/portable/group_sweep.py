@@ -7,6 +7,7 @@ images) as the largest has, or for ``capacity`` of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,6 +37,12 @@ class Own(NamedTuple):
     place: Tensor
     raw: Tensor
     tags: Tensor
+
+
+def steps(vectors: Tensor) -> Iterator[slice]:
+    """Rows of ``vectors [R, D]`` in steps of the size of a block."""
+    step = max(1, _BLOCK_ELEMENTS.get(vectors.device.type, 1 << 24) // max(vectors.shape[1], 1))
+    return (slice(first, first + step) for first in range(0, vectors.shape[0], step))
 
 
 def items_of(x: Any) -> Tensor | int:
@@ -97,8 +104,6 @@ class Sweep:
         self.slot: int = x.capacity or max(met.counts or [0])
         self.own = own_rows(x, met, self.slot)
         self.rows = self.own.raw.shape[0]
-        self.z, self.norm = self.unit(self.own.raw)
-        self.own_tags = self.tags(self.own.tags)
         self.kept = kept
         if x.include_batch:
             self.kept = all_gather(self._packed(), self.group) if kept is None else kept
@@ -111,6 +116,23 @@ class Sweep:
         known = reads_counts(x)
         met = Met(items, images, labels, items.tolist() if known else None, images.tolist() if known else None)
         return cls(x, met, kept if kept.numel() > 0 else None)
+
+    @property
+    def z(self) -> Tensor:
+        """Unit vectors of own rows."""
+        return self._own_units[0]
+
+    @property
+    def norm(self) -> Tensor:
+        return self._own_units[1]
+
+    @functools.cached_property
+    def _own_units(self) -> tuple[Tensor, Tensor]:
+        return self.unit(self.own.raw)
+
+    @functools.cached_property
+    def own_tags(self) -> Tags:
+        return self.tags(self.own.tags)
 
     def _meet(self) -> Met:
         x = self.x
@@ -129,8 +151,13 @@ class Sweep:
         """Unit vectors and norms of rows."""
         if not self.x.normalize:
             return raw.to(self.acc), torch.ones(raw.shape[0], dtype=self.wide, device=raw.device)
-        norm = torch.linalg.vector_norm(raw.to(self.wide), dim=1)
-        return torch.where(norm[:, None] == 0, 0.0, raw.to(self.wide) / norm[:, None]).to(self.acc), norm
+        norm = raw.new_empty(raw.shape[0], dtype=self.wide)
+        unit = torch.empty_like(raw, dtype=self.acc)
+        for some in steps(raw):  # the wide copies are larger than all else that a step holds
+            norm[some] = torch.linalg.vector_norm(raw[some].to(self.wide), dim=1)
+            length = norm[some, None]
+            unit[some] = torch.where(length == 0, 0.0, raw[some].to(self.wide) / length).to(self.acc)
+        return unit, norm
 
     def tags(self, sent: Tensor) -> Tags:
         """What items ``sent [items, T]`` are, an entry for each of their views."""
@@ -198,8 +225,15 @@ class Sweep:
 
     def blocks(self, vectors: bool = True) -> Iterator[Columns]:
         """All columns; own rows meet themselves among those of the batch. Without ``vectors`` their labels alone."""
-        if self.x.include_batch:
-            yield from self._of_ranks(vectors)
+        if self.x.include_batch and vectors:
+            for ranks, raw in self.arrivals():
+                yield from self.of_ranks(ranks, raw)
+        elif self.x.include_batch:
+            yield from self.of_ranks(range(self.group.world), None)
+        yield from self.replicated(vectors)
+
+    def replicated(self, vectors: bool = True) -> Iterator[Columns]:
+        """Keys and prototypes."""
         if self.x.keys is not None:
             labels = self.x.key_labels
             tags = Tags() if labels is None else Tags(labels=planes(labels, self.acc))
@@ -213,27 +247,37 @@ class Sweep:
         rows = min(most // max(self.rows, 1), most // max(self.d, 1))
         return max(1, rows // max(self.v, 1))
 
-    def _of_ranks(self, vectors: bool) -> Iterator[Columns]:
-        world, rank, slot = self.group.world, self.group.rank, self.slot
-        if slot == 0:
+    def arrivals(self) -> Iterator[tuple[range, Tensor]]:
+        """Vectors ``[ranks, slot V, D]`` of some ranks at a time: of all, or as they come round in a ring."""
+        world, rank, room = self.group.world, self.group.rank, self.slot * self.v
+        if room == 0:
             return
-        if vectors and self.x.ring:
-            travelling = self.own.raw.new_zeros(slot * self.v, self.d)
-            travelling[: self.rows] = self.own.raw
-            for step in range(world):
-                yield from self._of_rank((rank - step) % world, travelling)
-                if step + 1 < world:
-                    travelling = pass_on(travelling, self.group)
+        if not self.x.ring:
+            assert self.all_raw is not None
+            yield range(world), self.all_raw
+            return
+        travelling = self.own.raw.new_zeros(room, self.d)
+        travelling[: self.rows] = self.own.raw
+        for step in range(world):
+            yield range((rank - step) % world, (rank - step) % world + 1), travelling[None]
+            if step + 1 < world:
+                travelling = pass_on(travelling, self.group)
+
+    def of_ranks(self, ranks: range, raw: Tensor | None) -> Iterator[Columns]:
+        """The columns of an arrival."""
+        if self.slot == 0:
             return
         alone = self.x.released or self.x.weights is not None  # what looks at one rank at a time
-        several = 1 if alone else max(1, self._step() // slot)
-        for first in range(0, world, several):
-            last = min(first + several, world)
-            raw = self.all_raw[first:last].reshape(-1, self.d) if vectors and self.all_raw is not None else None
-            if several == 1:
-                yield from self._of_rank(first, raw)
+        several = 1 if alone else max(1, self._step() // self.slot)
+        for first in range(ranks.start, ranks.stop, several):
+            last = min(first + several, ranks.stop)
+            part = None
+            if raw is not None:
+                part = raw[first - ranks.start : last - ranks.start].reshape(-1, self.d)
+            if last - first == 1:
+                yield from self._of_rank(first, part)
             else:
-                yield self._columns(first, last, slice(0, slot), raw)
+                yield self._columns(first, last, slice(0, self.slot), part)
 
     def _of_rank(self, rank: int, raw: Tensor | None) -> Iterator[Columns]:
         items = self.slot if self.met.counts is None else self.met.counts[rank]

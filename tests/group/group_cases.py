@@ -55,7 +55,7 @@ class Case:
 
 
 def wants_gradient(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and "label" not in name and name != "mask"
+    return isinstance(value, Tensor) and value.is_floating_point() and "label" not in name
 
 
 def value_and_gradients(case: Case, split: dict[str, Any], **more: Any) -> dict[str, np.ndarray]:
@@ -73,10 +73,13 @@ def value_and_gradients(case: Case, split: dict[str, Any], **more: Any) -> dict[
     return {"loss": result.detach().numpy(), **{n: g.numpy() for n, g in zip(leaves, grads, strict=True)}}
 
 
-def on_rank(rank: int, cases: Sequence[Case], sizes: Sequence[Sequence[int]]) -> list[dict[str, np.ndarray]]:
+def on_rank(
+    rank: int, cases: Sequence[Case], sizes: Sequence[Sequence[int]], backend: str | None = None
+) -> list[dict[str, np.ndarray]]:
     """What a rank computes."""
+    more = {"group": "world", "backend": backend}
     pairs = zip(cases, sizes, strict=True)
-    return [value_and_gradients(case, case.part(rank, size), group="world", **case.group) for case, size in pairs]
+    return [value_and_gradients(case, case.part(rank, size), **more, **case.group) for case, size in pairs]
 
 
 def put_together(case: Case, parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -16,10 +16,20 @@ WORLDS = [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("family", CASES)
 def test_float64_is_one_process(family: str, world: int) -> None:
+    compare_with_one_process(family, world, None)
+
+
+@pytest.mark.parametrize("family", ["sscl", "dual", "supcon", "mlc"])
+def test_torch_operators_are_one_process(family: str) -> None:
+    """What computes where there is no kernel: on another device, the released formulation, rare gradients."""
+    compare_with_one_process(family, 3, "torch")
+
+
+def compare_with_one_process(family: str, world: int, backend: str | None) -> None:
     cases = list(CASES[family]())
     sizes = [split_sizes(B, world, seed) for seed in range(len(cases))]
     assert world == 1 or any(0 in size for size in sizes)
-    results = ranks(world).run(on_rank, cases, sizes)
+    results = ranks(world).run(on_rank, cases, sizes, backend)
     for number, case in enumerate(cases):
         truth = value_and_gradients(case, case.split)
         got = put_together(case, [parts[number] for parts in results])

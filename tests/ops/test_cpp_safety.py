@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sadcl import functional as F
 from sadcl import metrics
+from sadcl._collectives import Group
 from sadcl.bank import MemoryBank
+from sadcl.functional._group import rows_of_ranks
 from sadcl.functional.linear import linear
 from sadcl.head import GroupClassifier
 from sadcl.ops._library import OPS
@@ -41,6 +43,11 @@ def jobs() -> dict[str, Job]:
         parameters = (weights[0], biases[0], weights[1], biases[1])
         return F.label_attention(query, memory, *parameters, heads, backend="cpp")[0].square().sum()
 
+    def own_rows(x: Tensor) -> Tensor:  # of a process alone
+        more = {"labels": y, "keys": p, "key_labels": y[:c], "ring": False, "capacity": None}
+        number, tau = F.WEIGHTINGS.index("simdis"), torch.tensor(0.2)
+        return rows_of_ranks(x[:, :, None], tau, number, "", Group(), "cpp", **more).row_loss.sum()
+
     def update() -> tuple[Tensor, ...]:
         store = MemoryBank(b, c, d)
         store.update(x, 3 * y - 1 + x[..., 0], y, 0.6)
@@ -61,6 +68,7 @@ def jobs() -> dict[str, Job]:
         "two_way": lambda: value_and_grads(lambda x: F.two_way_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
         "supcon": lambda: value_and_grads(lambda x: F.supcon_loss(x, y.argmax(1), backend="cpp"), x[:, :2]),
         "label_attention": lambda: value_and_grads(attention, query, memory),
+        "group_rows": lambda: value_and_grads(own_rows, x[:, :2]),
         "group_classifier": lambda: value_and_grads(lambda x: classifier(x).square().sum(), x),
         "bank": update,
         "linear": lambda: value_and_grads(lambda x: linear(x, weights[1], biases[1]).square().sum(), memory),

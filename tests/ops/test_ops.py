@@ -41,7 +41,7 @@ def example(name: str, index: int, backend: str, dtype: torch.dtype, grad: bool)
         for field in op.backward.gradients:
             if isinstance(value := getattr(x, field), Tensor) and value.is_floating_point():
                 x = x._replace(**{field: value.clone().requires_grad_()})
-    if "keep" in x._fields and backend == "cpp" and grad:
+    if "keep" in x._fields and "capacity" not in x._fields and backend == "cpp" and grad:  # scores, not items
         x = x._replace(keep=24 * 24)
     return x._replace(save=grad) if "save" in x._fields else x
 
