@@ -87,7 +87,7 @@ sanitize: $(VENV)/test.stamp ## op tests under ASan and UBSan
 # Op tests under ThreadSanitizer by teams of 2, 3 and 8 (tests/races says how, and what is checked first). Debian has it in
 # clang-19 llvm-19 libclang-rt-19-dev libomp-19-dev; LLVM 14's runtime cannot be preloaded.
 LLVM ?= 19
-RACED_TESTS ?= -m "op and not slow" tests/ops
+RACED_TESTS ?= tests/ops/test_cpp_safety.py
 races: $(VENV)/test.stamp ## op tests under ThreadSanitizer
 	$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel pybind11
 	CC=clang-$(LLVM) CXX=clang++-$(LLVM) SADCL_SANITIZE=thread \

@@ -61,7 +61,7 @@ bool forward(const MlcForward& args) {
   if (kept.terms != nullptr) pairs.give_terms(kept.terms);
   const Scale<T> scale(kLog2E / in.temperature);
   Statistics<T> stats(v.padded());
-  stats.fixed = v.bound <= kFixedBound;
+  stats.fixed = fixed_pivot<T>(v.bound);
   Tally tally(v.padded());
   Scratch<Workspace<T>> workspaces(v.threads);
   Scratch<Weights<T>> tiles(v.threads);
@@ -99,7 +99,7 @@ struct Moves {
   bool fixed, someone = false;
 
   Moves(const Vectors<T>& v, const Pairs<T>& pairs, const MlcBackward& args)
-      : push(v.padded() + 1), shift(v.padded() + 1), pull(v.padded() + 1), fixed(v.bound <= kFixedBound) {
+      : push(v.padded() + 1), shift(v.padded() + 1), pull(v.padded() + 1), fixed(fixed_pivot<T>(v.bound)) {
     const Array& grad = args.grad_rows;
     const double tau = args.in.temperature;
     for (int64_t i = 0; i < v.padded(); ++i) {

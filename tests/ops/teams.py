@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +22,19 @@ from sadcl.testing import make_features, make_labels, value_and_grads
 Job = Callable[[], tuple[Tensor, ...]]
 
 
-def jobs() -> dict[str, Job]:
+def jobs(dtype: torch.dtype = torch.float32) -> dict[str, Job]:
     """By name: an op's, or an op's, a dash and what is special about it."""
-    return {**losses(), **layers()}
+    made = functools.partial(make_features, dtype=dtype)
+    return {**losses(made), **layers(made)}
 
 
-def losses() -> dict[str, Job]:
+def losses(made: Callable[..., Tensor]) -> dict[str, Job]:
     b, c, d = 24, 20, 64
-    y, p = make_labels(b, c), make_features(c, d, seed=5)
-    x, bank = make_features(b, c, d), make_features(b, c, d, seed=2)
-    columns = y.repeat(1, d)  # of x.flatten(1): enough pairs for two threads
-    views, keys, key_labels = x[:, :8], make_features(360, d, seed=7), make_labels(360, c, seed=7)
+    y, p = make_labels(b, c), made(c, d, seed=5)
+    some = make_labels(b, c, "ignored")
+    x, bank = made(b, c, d), made(b, c, d, seed=2)
+    columns = some.repeat(1, d)  # of x.flatten(1): enough pairs for two threads
+    views, keys, key_labels = x[:, :8], made(360, d, seed=7), make_labels(360, c, seed=7)
 
     def sscl(rows: float, **options: Any) -> Job:
         y = make_labels(b, c, labels_per_image=rows / b)
@@ -47,7 +50,7 @@ def losses() -> dict[str, Job]:
         "sscl": sscl(60),
         "sscl-blocks": sscl(360),  # above 512 rows scores are not kept as a square
         "sscl-released": sscl(60, formulation="released"),
-        "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, y, backend="cpp"), x, p),
+        "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, some, backend="cpp"), x, p),
         "dual": lambda: value_and_grads(lambda x, b: sum(F.dual_contrastive_loss(x, b, p, y, backend="cpp")), x, bank),
         "asl": lambda: value_and_grads(lambda x: F.asymmetric_loss(x.flatten(1), columns, backend="cpp"), x),
         "mlc": lambda: value_and_grads(
@@ -63,22 +66,26 @@ def losses() -> dict[str, Job]:
     }
 
 
-def layers() -> dict[str, Job]:
+def layers(made: Callable[..., Tensor]) -> dict[str, Job]:
     b, c, d, width, heads = 24, 20, 64, 64, 4
-    x, y = make_features(b, c, d), make_labels(b, c)
-    memory, query = make_features(b, 30, width, seed=3), make_features(c, width, seed=4)
-    many = make_features(b, 22, width, seed=4)  # a set of queries for each image
-    parameters = [make_features(*shape, seed=6) * 0.1 for shape in ((3 * width, width), (width, width))]
-    biases = [torch.linspace(-1, 1, n) for n in (3 * width, width)]
+    x, y = made(b, c, d), make_labels(b, c)
+    memory, query = made(b, 30, width, seed=3), made(c, width, seed=4)
+    many = made(b, 22, width, seed=4)  # a set of queries for each image
+    parameters = [made(*shape, seed=6) * 0.1 for shape in ((3 * width, width), (width, width))]
+    biases = [torch.linspace(-1, 1, n).to(x.dtype) for n in (3 * width, width)]
+    place = made(30, width, seed=11)
+    padded = torch.arange(30) >= torch.arange(4, 4 + b)[:, None]
     classifier = GroupClassifier(c, d)
-    classifier.weight.data, classifier.bias.data = make_features(c, d, seed=8), torch.linspace(-1, 1, c)
+    classifier.weight.data, classifier.bias.data = made(c, d, seed=8), torch.linspace(-1, 1, c).to(x.dtype)
 
-    def attention(form: str | None, query: Tensor) -> Job:
+    def attention(form: str | None, query: Tensor, **options: Any) -> Job:
         def run(query: Tensor, memory: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor) -> Tensor:
             weights = (in_weight, in_bias, out_weight, biases[1])
-            return F.label_attention(query, memory, *weights, heads, form=form, backend="cpp")[0]
+            out, applied = F.label_attention(query, memory, *weights, heads, form=form, backend="cpp", **options)
+            return out if applied is None else torch.cat((out, applied.transpose(1, 2).flatten(2)), 2)
 
-        upstream = make_features(b, query.shape[-2], width, seed=9)
+        more = heads * 30 if options else 0
+        upstream = made(b, query.shape[-2], width + more, seed=9)
         return lambda: value_and_grads(run, query, memory, parameters[0], biases[0], parameters[1], upstream=upstream)
 
     def update() -> tuple[Tensor, ...]:
@@ -90,6 +97,9 @@ def layers() -> dict[str, Job]:
         "label_attention": attention(None, query),
         "label_attention-plain": attention("plain", many),
         "label_attention-folded": attention("folded", many),
+        "label_attention-masked": attention(
+            "plain", many, key_padding_mask=padded, need_weights=True, memory_pos=place
+        ),
         "group_classifier": lambda: value_and_grads(classifier, x, upstream=x[..., 0]),
         "bank": update,
         "linear": lambda: value_and_grads(linear, memory, parameters[1], biases[1], upstream=memory),

@@ -104,6 +104,24 @@ def test_what_bits_depend_on(isa: str) -> None:
         _C.set_isa(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_team_of_any_size_gives_what_one_thread_gives(name: str, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    got = {}
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            got[threads] = jobs(dtype)[name]()
+    finally:
+        torch.set_num_threads(before)
+    rounding = max(4 * torch.finfo(dtype).eps, 1e-12) if name in FOLLOW_THREADS else 0.0
+    for threads in (3, 8):
+        for mine, alone in zip(got[threads], got[1], strict=True):
+            size = float(alone.double().nan_to_num().abs().max())
+            torch.testing.assert_close(mine, alone, rtol=0, atol=rounding * size, equal_nan=True)
+
+
 def _in_process(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
