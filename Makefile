@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
+# Some thirty Pythons read the same test files: rewritten by pytest and compiled once, whatever the caller's setting.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help demo test gpu docs wheel fuzz matrix tritons sanitize races compilers lint clean
 .DEFAULT_GOAL = help
 

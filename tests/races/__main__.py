@@ -103,7 +103,7 @@ def check_planted(sanitizer: Sanitizer) -> None:
             status, reports = sanitizer.run("-c", PLANTED.format(library=library, wrong=wrong, call=call))
             if (status, "data race" in reports) != ((66, True) if wrong else (0, False)):
                 raise SystemExit(f"a {'planted race' if wrong else 'right program'} {where}: exit {status}\n{reports}")
-    print("planted races are reported, their right forms are not")
+    print("planted races are reported, their right forms are not", flush=True)
 
 
 def check_teams(sanitizer: Sanitizer, built: Path) -> None:
@@ -119,15 +119,15 @@ def check_teams(sanitizer: Sanitizer, built: Path) -> None:
     command = [sanitizer.symbolizer, f"--obj={extension}", "--no-inlines", "--output-style=GNU", *offsets]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ran = {(Path(file).name, int(line)) for file, line in re.findall(r"(\S+):(\d+)", lines)}
-    alone = [
-        f"{path.name}:{number}"
-        for path in sorted((ROOT / "csrc").iterdir())
+    regions = {
+        (path.name, number)
+        for path in (ROOT / "csrc").iterdir()
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if line.startswith("#pragma omp parallel") and (path.name, number) not in ran
-    ]
-    if alone:
-        raise SystemExit(f"parallel regions for which no job of tests/ops/teams.py starts a team: {', '.join(alone)}")
-    print(f"each of {len(ran)} parallel regions starts a team")
+        if line.startswith("#pragma omp parallel")
+    }
+    if alone := ", ".join(f"{name}:{number}" for name, number in sorted(regions - ran)):
+        raise SystemExit(f"parallel regions for which no job of tests/ops/teams.py starts a team: {alone}")
+    print(f"each of {len(regions)} parallel regions starts a team", flush=True)
 
 
 def main(built: str, version: str, *tests: str) -> int:
