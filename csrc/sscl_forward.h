@@ -143,7 +143,7 @@ void fill_square(Rows<T>& rows, T* square, Statistics<T>& stats) {
 // |s| <= kFixedBound: sums of e^s and products with e^-lse are far from float32's limits, no maximum is needed.
 constexpr double kFixedBound = 40;
 
-// Not of doubles: there e^-lse is off by as many units as lse has, more than all else together, and nobody is in a hurry.
+// Not of doubles: there e^-lse is off by as many units as lse has, more than all else together.
 template <class T>
 bool fixed_pivot(double bound) {
   return sizeof(T) < sizeof(double) && bound <= kFixedBound;
