@@ -49,8 +49,7 @@ Args make_group_rows(const Fields& given) {
     }
   }
   const DType acc = accumulation(own);
-  peers.class_share =
-      in.weighting == kMulSupCon ? given.buffer<const void>("class_share", acc, C) : nullptr;
+  peers.class_share = in.weighting == kMulSupCon ? given.buffer<const void>("class_share", acc, C) : nullptr;
   peers.table = in.weighting == kMsc ? given.buffer<const void>("table", acc, R * C) : nullptr;
   peers.table_back = in.weighting == kMsc && peers.both ? given.buffer<const void>("table_back", acc, K * C) : nullptr;
   peers.own = given.integer("first");

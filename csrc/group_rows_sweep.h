@@ -1,15 +1,15 @@
 // Own rows against columns of all ranks: part of mlc.cpp, whose sweep it is.
 //
 // Columns come in parts (what a ring passes on, a few thousand rows), so the forward gives sums that can be merged, and
-// the backward adds to a gradient. Columns that are anchors of other ranks bring four numbers each, and a block of scores
-// gives own rows what they receive as anchors and as columns:
+// the backward adds to a gradient. Columns that are anchors of other ranks bring four numbers each, and a block of
+// scores gives own rows what they receive as anchors and as columns:
 //
 //   g_i += sum_j (G_ij + G_ji) z_j,   G_ij = a_i b_j e^(s_ij - lse_i) - c_i f_ij
 //
 // with a_i = m_i sum_j W_ij and c_i = m_i times the factor that makes W of f. It is the whole gradient of own rows but
-// for 1 / tau and the normalisation. Floor: 2 R K D flops forward, 4 backward, and K D numbers read in each; the symmetry
-// of the scores brings nothing, as no rank adds to the rows of another. Oracles: those of the losses on the concatenated
-// batch.
+// for 1 / tau and the normalisation. Floor: 2 R K D flops forward, 4 backward, and K D numbers read in each; the
+// symmetry of the scores brings nothing, as no rank adds to the rows of another. Oracles: those of the losses on the
+// concatenated batch.
 #pragma once
 #include "group_rows.h"
 #include "mlc_sweep.h"
@@ -90,7 +90,7 @@ void backward_of_own_rows(const GroupRowsBackward& args) {
     for (int64_t i = 0; i < own.rows; ++i)
       if (stats[3 * own.rows + i] == T(HUGE_VAL))
         for (int64_t d = 0; d < v.D; ++d) v.panel(i / P)[d * P + i % P] = 0;
-  Moves<T> moves(v.panels * P, v.bound <= kFixedBound);
+  Moves<T> moves(v.panels * P, fixed_pivot<T>(v.bound));
   fill_moves(own, stats, in.temperature, moves);
   if (both) fill_moves(others, theirs, in.temperature, moves);
   const int64_t panels = args.grad_columns != nullptr ? v.panels : own.panels;
@@ -110,8 +110,7 @@ void backward_of_own_rows(const GroupRowsBackward& args) {
       mix_panels(ws.w, block.panels, v.panel(block.i0 / P), block.m / P, v.depth, gradients.get() + block.j0 * v.depth);
   });
   add_gradient(v, own, gradients.get(), true, static_cast<T*>(args.gradient));
-  if (args.grad_columns != nullptr)
-    add_gradient(v, others, gradients.get(), false, static_cast<T*>(args.grad_columns));
+  if (args.grad_columns != nullptr) add_gradient(v, others, gradients.get(), false, static_cast<T*>(args.grad_columns));
 }
 
 SADCL_KERNELS_END

@@ -42,8 +42,8 @@ void backward_by(const LabelAttentionBackward& g) {
   const Vector<T> bias(a.in_bias, 3 * E);
   const Index out_rows = Problem<T>::rows_of(g.grad_out), out_columns = {g.grad_out.stride[2]};
   auto narrower = [](const void* wanted, const Array& weight) { return wanted && weight.dtype != own_dtype<T>(); };
-  WeightGradients<T> made(
-      E * E, narrower(g.grad_out_weight, a.out_weight) || narrower(g.grad_in_weight, a.in_weight), mm.threads());
+  WeightGradients<T> made(E * E, narrower(g.grad_out_weight, a.out_weight) || narrower(g.grad_in_weight, a.in_weight),
+                          mm.threads());
   if (g.grad_out_weight != nullptr)
     made(g.grad_out_weight, a.out_weight.dtype, 0, [&](T* to) {
       mm({E, E, labels}, operand(source(g.grad_out, out_columns, out_rows)),

@@ -81,8 +81,7 @@ struct Folded {
        result(grad_q, {E}, p.d));
     if (g.grad_in_weight == nullptr) return;
     made(g.grad_in_weight, p.a.in_weight.dtype, 1, [&](T* to) {
-      mm({p.d, E, p.Q * p.C, {p.H, 1}}, operand(slice(q, true)), operand(by_head(df, true)),
-         result(to, {E}, p.d * E));
+      mm({p.d, E, p.Q * p.C, {p.H, 1}}, operand(slice(q, true)), operand(by_head(df, true)), result(to, {E}, p.d * E));
     });
     memset(static_cast<T*>(g.grad_in_bias) + E, 0, E * sizeof(T));  // the softmax does not see the key bias
   }

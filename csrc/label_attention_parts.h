@@ -202,8 +202,7 @@ struct WeightGradients {
   const int threads;
   Scratch<T> room;
 
-  WeightGradients(int64_t size, bool narrower, int threads)
-      : size(size), threads(threads), room(narrower ? size : 0) {}
+  WeightGradients(int64_t size, bool narrower, int threads) : size(size), threads(threads), room(narrower ? size : 0) {}
 
   // make(T* of `size` numbers) for the matrix of number `index` in `out`.
   template <class Make>

@@ -158,7 +158,8 @@ inline void narrow_row(const float* x, int n, BFloat16* out) {
   for (; i < n; ++i) narrow(x[i], out + i);
 }
 
-// A stretch of an operand as bfloat16, along its depth or across: where it lies, or rounded (after the sum) in `buffer`.
+// A stretch of an operand as bfloat16, along its depth or across: where it lies, or rounded (after the sum) in
+// `buffer`.
 struct Stretch {
   const Operand& x;
   const int64_t (&batch)[2];

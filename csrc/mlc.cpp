@@ -1,7 +1,7 @@
 // Image-level multi-label contrastive losses, compiled once per instruction set. Read in this order: panels.h,
 // sscl_blocks.h, sscl_forward.h (whose sums of exponentials these are), mlc_vectors.h (segments, sweep), mlc_pairs.h
-// (weights of pairs), mlc_weights.h (blocks of them), mlc_sweep.h (what is done with a block), mlc_classes.h (mulsupcon,
-// which needs no weights), mlc_stream.h (keys that pass by once), group_rows_sweep.h (rows of other ranks).
+// (weights of pairs), mlc_weights.h (blocks of them), mlc_sweep.h (what is done with a block), mlc_classes.h
+// (mulsupcon, which needs no weights), mlc_stream.h (keys that pass by once), group_rows_sweep.h (rows of other ranks).
 //
 // Forward: one sweep for lse and T_i = sum_j W_ij s_ij. Backward: one sweep; with m the upstream gradients,
 //
@@ -55,10 +55,9 @@ bool forward(const MlcForward& args) {
   const int64_t N = v.anchors().rows;
   const bool by_classes = pairs.by_classes();
   if (by_classes) pull_by_classes(v, pairs, sums.stats.positive.get());
-  sweep(v, workspaces, {true, kept.scores, kept.size, true},
-        [&](const Block<T>& block, int segment, Workspace<T>& ws) {
-          add_scores(v, pairs, block, segment, scale, by_classes ? nullptr : &tiles[thread_index()], ws, sums);
-        });
+  sweep(v, workspaces, {true, kept.scores, kept.size, true}, [&](const Block<T>& block, int segment, Workspace<T>& ws) {
+    add_scores(v, pairs, block, segment, scale, by_classes ? nullptr : &tiles[thread_index()], ws, sums);
+  });
   const Statistics<T>& stats = sums.stats;
   const Tally& tally = sums.tally;
   for (int64_t i = 0; i < N; ++i) {
@@ -142,7 +141,7 @@ double backward(const MlcBackward& args) {
   const KeptParts<T> kept(in, args.kept, args.kept_size);
   Pairs<T> pairs(v, kept.terms);
   restore(v, pairs, kept);
-  Moves<T> moves(v.padded(), v.bound <= kFixedBound);
+  Moves<T> moves(v.padded(), fixed_pivot<T>(v.bound));
   if (!fill_moves(v, pairs, args, moves)) {
     for (int s = 0; s < kSegments; ++s) {
       const int64_t bytes = v.segments[s].rows * v.D * element_size(outs[s]->dtype);

@@ -11,9 +11,9 @@ enum MlcWeighting : int { kAll, kAny, kMulSupCon, kJaccard, kOverlap, kSimDis, k
 
 // Where keys are rows of all ranks of a group (group_rows.h): what labels of a part of them do not say.
 struct MlcPeers {
-  int64_t own;              // the key that is anchor 0, the next one is anchor 1; far below 0: none of them
-  bool both;                // keys are anchors, too
-  const void* class_share;  // T [C], mulsupcon: what a partner in a class weighs
+  int64_t own;                     // the key that is anchor 0, the next one is anchor 1; far below 0: none of them
+  bool both;                       // keys are anchors, too
+  const void* class_share;         // T [C], mulsupcon: what a partner in a class weighs
   const void *table, *table_back;  // T [N, C], [K, C], msc: the same of each anchor; null: 0
   Array weights_back;              // [N, K], dense: the weights of keys towards anchors
 };

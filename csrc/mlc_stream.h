@@ -110,7 +110,7 @@ bool forward_in_one_sweep(const MlcForward& args) {
   const MlcInputs& in = args.in;
   T* kept = static_cast<T*>(args.kept);
   memset(kept, 0, size_t(args.kept_size) * sizeof(T));
-  if (!in.normalize || !(1 / in.temperature <= kFixedBound)) return true;
+  if (!in.normalize || !fixed_pivot<T>(1 / in.temperature)) return true;
   kept[0] = 1;
   Vectors<T> v(in, Vectors<T>::kPassingBy);
   v.gather(args.norm, nullptr);

@@ -21,7 +21,7 @@ template <class T>
 struct Sums {
   Statistics<T> stats;
   Tally tally;
-  explicit Sums(const Vectors<T>& v) : stats(v.padded()), tally(v.padded()) { stats.fixed = v.bound <= kFixedBound; }
+  explicit Sums(const Vectors<T>& v) : stats(v.padded()), tally(v.padded()) { stats.fixed = fixed_pivot<T>(v.bound); }
 };
 
 // A block of z_i.z_j to the sums, which spoils it. Without room for weights: to those of exponentials alone.

@@ -22,7 +22,7 @@ struct Anchors {
 
   Anchors(Rows<T>& rows, const SsclBackward& args)
       : anchor(rows.panels * Rows<T>::P + 1), pivot(rows.panels * Rows<T>::P + 1), pull(rows.panels * Rows<T>::P + 1),
-        fixed(rows.bound <= kFixedBound) {
+        fixed(fixed_pivot<T>(rows.bound)) {
     const T* grad = static_cast<const T*>(args.grad_rows.data);
     const T *pivots = static_cast<const T*>(args.lse), *log_sums = pivots + rows.V * rows.in.capacity;
     double largest = 0;

@@ -144,6 +144,12 @@ void fill_square(Rows<T>& rows, T* square, Statistics<T>& stats) {
 // |s| <= kFixedBound: sums of e^s and products with e^-lse are far from float32's limits, no maximum is needed.
 constexpr double kFixedBound = 40;
 
+// Not of doubles: there e^-lse is off by as many units as lse has, more than all else together.
+template <class T>
+bool fixed_pivot(double bound) {
+  return sizeof(T) < sizeof(double) && bound <= kFixedBound;
+}
+
 template <class T>
 void add_exponentials(const Block<T>& block, Scale<T> scale, Workspace<T>& ws, Statistics<T>& stats) {
   sums(block, 0, block.panels, 0, block.m, ws.lanes, ws.row_sums, ws.col_sums,
@@ -269,7 +275,7 @@ void forward(const SsclForward& args) {
   T* square = !small ? nullptr : fits ? kept : own.get();
   Statistics<T> stats(rows.n);
   if (small) fill_square(rows, square, stats);
-  else sweep_forward(rows, !args.released && rows.bound <= kFixedBound, stats, kept, args.kept_size);
+  else sweep_forward(rows, !args.released && fixed_pivot<T>(rows.bound), stats, kept, args.kept_size);
   Scratch<double> maxima(args.released ? rows.n + 1 : 1);
   if (args.released) released_maxima(rows, square, maxima.get());
   write_rows(rows, args, stats, maxima.get());

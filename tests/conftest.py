@@ -20,6 +20,10 @@ from sadcl._backends import triton_interprets
 from sadcl.ops._library import OPS
 from tests.here import instruction_sets
 
+# torch starts no more threads than there are processors, whatever OMP_NUM_THREADS says; `make races` wants them.
+if "SADCL_THREADS" in os.environ:
+    torch.set_num_threads(int(os.environ["SADCL_THREADS"]))
+
 # Triton reads the variable when it decorates a kernel, so these tests need a process of their own:
 # tests/ops/test_triton.py starts one for each file. By hand: ``TRITON_INTERPRET=1 pytest tests/interpreted``.
 # Compiled for a GPU and executed by tests/ptx: ``SADCL_EXECUTE_PTX=1 pytest tests/interpreted``.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 RAGGED = (
@@ -143,6 +143,9 @@ class Rounded(TorchDispatchMode):
         # Products of narrow numbers are summed in float32 and rounded once.
         self.sum_unit = min(self.unit, torch.finfo(torch.float32).eps / 2)
         self.smallest = torch.finfo(torch.promote_types(arithmetic, torch.float32)).smallest_normal
+        # Half the distance between numbers near 0, where that is no matter of the last digits of float32: of float16.
+        narrow = torch.finfo(arithmetic)
+        self.floor = narrow.smallest_normal * narrow.eps / 2 if arithmetic == torch.float16 else 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self.terms = WeakTensorKeyDictionary()  # of products and what they were scaled to: the sum of the terms' sizes
         self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._again)
@@ -166,10 +169,15 @@ class Rounded(TorchDispatchMode):
     def _each(self, x: Tensor) -> Tensor:
         """How far each of ``x`` moves; what is below the smallest normal number may become 0."""
         size = x.abs()
-        return torch.where(size < self.smallest, size, self.unit * size)
+        return self._stored(torch.where(size < self.smallest, size, self.unit * size), size)
+
+    def _stored(self, moved: Tensor, size: Tensor) -> Tensor:
+        """How far what is not 0 moves at least."""
+        return torch.where(size > 0, moved.clamp(min=self.floor), moved) if self.floor else moved
 
     def _drawn(self, size: Tensor) -> Tensor:
-        draw = torch.rand(size.shape, generator=self.generator, dtype=torch.float64, device=size.device).mul_(2).sub_(1)
+        draw = torch.empty(size.shape, dtype=torch.float64, device=size.device)
+        draw.uniform_(-1.0, 1.0, generator=self.generator)
         return draw.mul_(size).nan_to_num_(0.0, 0.0, 0.0)  # infinities stay what they are
 
     def _carry(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
@@ -203,12 +211,15 @@ class Rounded(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.terms:
             self._carry(func, args, out)
-        if kind == "exact" or not any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(out)):
+        if kind == "exact":
+            return out
+        made = [out] if isinstance(out, Tensor) else tree_leaves(out)  # the tree is walked in Python
+        if not any(isinstance(x, Tensor) and x.is_floating_point() for x in made):
             return out
         if kind == "sum":
-            terms = func(*tree_map_only(Tensor, torch.abs, args), **kwargs)
+            terms = func(*(x.abs() if isinstance(x, Tensor) else x for x in args), **kwargs)
             self.terms[out] = terms = terms * self.steps_of_sum(func, args, kwargs)
-            size = self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs()
+            size = self._stored(self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs(), terms)
         elif kind == "each" and isinstance(out, Tensor):
             size = self._each(out) * self.steps_of_each(func)
         else:

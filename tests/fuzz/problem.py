@@ -99,7 +99,10 @@ def _assert_within(
         alone = [
             problem.truth(wanted, [u if i == k else nothing for k, u in enumerate(upstream)]) for i in range(results)
         ]
-        stored[results:] = [sum(x.abs() for x in parts) for parts in zip(*(x[results:] for x in alone), strict=True)]
+        # Each part is rounded, and so is their sum.
+        stored[results:] = [
+            sum((x.abs() for x in parts), sum(parts).abs()) for parts in zip(*(x[results:] for x in alone), strict=True)
+        ]
     labels = [f"result {i}" for i in range(results)] + [f"gradient of {name}" for name in wanted]
     for label, ours, want, size in zip(labels, got, budgets, stored, strict=True):
         if label.startswith("grad"):

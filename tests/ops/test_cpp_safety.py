@@ -7,74 +7,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
+from teams import jobs
 from torch import Tensor
 
 from sadcl import functional as F
-from sadcl import metrics
-from sadcl._collectives import Group
-from sadcl.bank import MemoryBank
-from sadcl.functional._group import rows_of_ranks
-from sadcl.functional.linear import linear
-from sadcl.head import GroupClassifier
 from sadcl.ops._library import OPS
-from sadcl.testing import make_features, make_labels, value_and_grads
+from sadcl.testing import make_features
 
 _C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
-
-Job = Callable[[], tuple[Tensor, ...]]
-
-
-def jobs() -> dict[str, Job]:
-    """Every op, forward and backward, at a size where each starts more than one thread."""
-    b, c, d, width, heads = 24, 20, 64, 64, 4
-    y, p = make_labels(b, c), make_features(c, d, seed=5)
-    x, bank = make_features(b, c, d), make_features(b, c, d, seed=2)
-    memory, query = make_features(b, 30, width, seed=3), make_features(c, width, seed=4)
-    weights = [make_features(*shape, seed=6) * 0.1 for shape in ((3 * width, width), (width, width))]
-    biases = [torch.linspace(-1, 1, n) for n in (3 * width, width)]
-    classifier = GroupClassifier(c, d)
-    classifier.weight.data, classifier.bias.data = make_features(c, d, seed=8), torch.linspace(-1, 1, c)
-
-    def attention(query: Tensor, memory: Tensor) -> Tensor:
-        parameters = (weights[0], biases[0], weights[1], biases[1])
-        return F.label_attention(query, memory, *parameters, heads, backend="cpp")[0].square().sum()
-
-    def own_rows(x: Tensor) -> Tensor:  # of a process alone
-        more = {"labels": y, "keys": p, "key_labels": y[:c], "ring": False, "capacity": None}
-        number, tau = F.WEIGHTINGS.index("simdis"), torch.tensor(0.2)
-        return rows_of_ranks(x[:, :, None], tau, number, "", Group(), "cpp", **more).row_loss.sum()
-
-    def update() -> tuple[Tensor, ...]:
-        store = MemoryBank(b, c, d)
-        store.update(x, 3 * y - 1 + x[..., 0], y, 0.6)
-        return (store.slots,)
-
-    return {
-        "compact": lambda: tuple(F.compact_labels(y, "cpp")),
-        "sscl": lambda: value_and_grads(lambda x: F.sample_contrastive_loss(x, y, backend="cpp"), x[:, None]),
-        "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, y, backend="cpp"), x, p),
-        "dual": lambda: value_and_grads(lambda x, b: sum(F.dual_contrastive_loss(x, b, p, y, backend="cpp")), x, bank),
-        "asl": lambda: value_and_grads(lambda x: F.asymmetric_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
-        "mlc": lambda: value_and_grads(
-            lambda x, p: F.multilabel_supcon_loss(x, y, keys=p, key_labels=y[:c], weighting="jaccard", backend="cpp"),
-            x[:, :2],
-            p,
-        ),
-        "zlpr": lambda: value_and_grads(lambda x: F.zlpr_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
-        "two_way": lambda: value_and_grads(lambda x: F.two_way_loss(x.flatten(1), y.repeat(1, d), backend="cpp"), x),
-        "supcon": lambda: value_and_grads(lambda x: F.supcon_loss(x, y.argmax(1), backend="cpp"), x[:, :2]),
-        "label_attention": lambda: value_and_grads(attention, query, memory),
-        "group_rows": lambda: value_and_grads(own_rows, x[:, :2]),
-        "group_classifier": lambda: value_and_grads(lambda x: classifier(x).square().sum(), x),
-        "bank": update,
-        "linear": lambda: value_and_grads(lambda x: linear(x, weights[1], biases[1]).square().sum(), memory),
-        "average_precision": lambda: (metrics.average_precision(x[..., 0], y),),
-    }
-
 
 NAMES = tuple(jobs())
 
@@ -87,7 +30,7 @@ def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_is_a_job() -> None:
     """But for the one that runs another's kernel between its collectives."""
     ours = {name.removesuffix("_update") for name, op in OPS.items() if "cpp" in op.backends}
-    assert ours - {"group_pscl"} <= set(NAMES)
+    assert ours - {"group_pscl"} <= {name.split("-")[0] for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,36 +76,50 @@ def test_after_fork() -> None:
         child.kill()
 
 
-FOLLOWS_THREADS = "sscl, many rows"  # its blocks are as many as keep the threads busy
+# Their blocks are as many as keep the threads busy.
+FOLLOW_THREADS = {"sscl-blocks", "mlc", "mlc-batch", "mlc-queue"}
 
 
 def bits(threads: int) -> dict[str, list[bytes]]:
     """Every job's results as they lie in memory."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    y, x = make_labels(40, 30, labels_per_image=20.0), make_features(40, 1, 30, 16)
-    many = {FOLLOWS_THREADS: lambda: value_and_grads(lambda x: F.sample_contrastive_loss(x, y, backend="cpp"), x)}
-    assert y.sum() > 512
     try:
-        return {name: [t.numpy().tobytes() for t in run()] for name, run in {**jobs(), **many}.items()}
+        return {name: [t.numpy().tobytes() for t in run()] for name, run in jobs().items()}
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas())
 def test_what_bits_depend_on(isa: str) -> None:
-    """On the build, the instruction set and, for SSCL above 512 rows, the number of threads. Not on run or address."""
+    """On build, instruction set and, for large contrastive losses, the number of threads; not on run or address."""
     before = _C.isa()
     _C.set_isa(isa)
     try:
         alone, several = bits(1), bits(3)
         shifted = torch.empty(5)  # the next allocations lie elsewhere
         assert bits(1) == alone and bits(3) == several and shifted.numel() == 5
-        for name in alone:
-            if name != FOLLOWS_THREADS:
-                assert several[name] == alone[name], name
+        assert {name for name in alone if several[name] != alone[name]} <= FOLLOW_THREADS
     finally:
         _C.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_team_of_any_size_gives_what_one_thread_gives(name: str, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    got = {}
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            got[threads] = jobs(dtype)[name]()
+    finally:
+        torch.set_num_threads(before)
+    rounding = max(4 * torch.finfo(dtype).eps, 1e-12) if name in FOLLOW_THREADS else 0.0
+    for threads in (3, 8):
+        for mine, alone in zip(got[threads], got[1], strict=True):
+            size = float(alone.double().nan_to_num().abs().max())
+            torch.testing.assert_close(mine, alone, rtol=0, atol=rounding * size, equal_nan=True)
 
 
 def _in_process(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:

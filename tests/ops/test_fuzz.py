@@ -35,6 +35,32 @@ FOUND: dict[str, list[dict[str, Any]]] = {
             "reduction": "released", "weighted": "", "size": 100.0,
         },
     ],
+    # Doubles by way of e^-lse: off by as many units as a score has.
+    "sscl": [
+        {
+            "seed": 0, "b": 2, "c": 2, "d": 1, "v": 1, "dtype": torch.float64, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous"] * 4, "only": 1, "isa": 0, "temperature": 0.05,
+            "weighted": "", "formulation": "released", "reduction": "sum", "poisoned": False, "compacted": False,
+            "zero": False, "size": 1.0, "base": None,
+        },
+    ],
+    # A weight of 2e-8, which is 0 in float16, and a gradient of 36 times as much.
+    "label_attention": [
+        {
+            "seed": 0, "b": 1, "c": 1, "d": 1, "v": 1, "dtype": torch.float16, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous", "contiguous", "expanded", "contiguous"], "only": -2,
+            "isa": 0, "width": 24, "heads": 1, "masked": False, "form": "plain", "shared": False, "biased": False,
+            "length": 8, "pos": "", "need": True,
+        },
+    ],
+    # A gradient of two parts, each rounded to float16, whose sum is rounded once more.
+    "dual": [
+        {
+            "seed": 0, "b": 7, "c": 8, "d": 16, "v": 1, "dtype": torch.float16, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous"] * 4, "only": 0, "isa": 0, "temperature": 0.05,
+            "weighted": "", "formulation": "paper", "size": 1.0,
+        },
+    ],
     # Two rows, whose losses and gradients are differences of equal scores.
     "sscl-supcon": [
         {

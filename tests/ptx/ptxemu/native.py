@@ -54,14 +54,18 @@ def library() -> ctypes.CDLL:
     folder = Path(os.environ.get("PTXEMU_CACHE") or SOURCES / "__pycache__")
     target = folder / f"ptxemu-{key}.so"
     if not target.exists():
+        import fcntl  # which Windows has not
+
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / target.name
-            sources = [str(f) for f in files if f.suffix == ".cpp"]
-            done = subprocess.run([command, *flags, "-o", str(made), *sources], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"the PTX executor does not compile with {command}:\n{done.stderr[-4000:]}")
-            made.replace(target)  # other processes see all of it or none
+        with target.with_suffix(".lock").open("w") as turn, tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # of several test processes one compiles
+            if not target.exists():
+                made = Path(scratch) / target.name
+                sources = [str(f) for f in files if f.suffix == ".cpp"]
+                done = subprocess.run([command, *flags, "-o", str(made), *sources], capture_output=True, text=True)
+                if done.returncode != 0:
+                    raise RuntimeError(f"the PTX executor does not compile with {command}:\n{done.stderr[-4000:]}")
+                made.replace(target)  # other processes see all of it or none
     loaded = ctypes.CDLL(str(target))
     loaded.ptx_opcodes.restype = ctypes.c_char_p
     loaded.ptx_program.restype = ctypes.c_void_p

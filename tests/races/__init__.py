@@ -1,0 +1,1 @@
+"""The extension under ThreadSanitizer: ``make races`` builds it and calls ``python -m tests.races``."""
