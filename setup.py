@@ -72,7 +72,10 @@ if X86:
     ISA_FLAGS["avx512_popcnt"] = [*ISA_FLAGS["avx512"], "-mavx512vpopcntdq"]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512_popcnt"], "-mavx512bf16"]
 # An instruction set that differs from the one below it in some kernels only.
-ONLY = {"avx512_popcnt": ["csrc/mlc.cpp"], "avx512_bf16": ["csrc/sscl.cpp", "csrc/mlc.cpp"]}
+ONLY = {
+    "avx512_popcnt": ["csrc/mlc.cpp"],
+    "avx512_bf16": ["csrc/sscl.cpp", "csrc/mlc.cpp", "csrc/label_attention.cpp"],
+}
 # `make sanitize` (address errors and undefined behaviour end the process) and `make races` build with these.
 SANITIZERS = {
     "": [],

@@ -148,6 +148,7 @@ def main(cases: Sequence[str] = ()) -> None:
                 f"{case}, {what}",
                 {entry: block.step(entry, backward) for entry in NAMES},
                 flops=2.0 * case.macs() * (3 if backward else 1),
+                peak=harness.bfloat16_rate() if case.dtype == torch.bfloat16 else None,
                 rounds=6,
                 warmup=1,
                 slow=0.0,

@@ -58,6 +58,8 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in entries}
     last = dict.fromkeys(entries, 0.0)
     for number in range(-warmup, rounds):
+        if RECORD.quick and number >= 3 and sum(last.values()) > 2:
+            break
         for name, run in entries.items():
             if last[name] > slow and number > -warmup and number % slow_every:
                 continue
@@ -122,6 +124,17 @@ def _status(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
+def bfloat16_rate() -> float:
+    """FLOP/s of torch's own bfloat16 product, [1568, 2048] by [2048, 2048]: best of 5."""
+    x, weight = torch.ones(1568, 2048, dtype=torch.bfloat16), torch.ones(2048, 2048, dtype=torch.bfloat16)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * 1568 * 2048 * 2048 / best
+
+
 def fma_peak() -> float:
     """Float32 FLOP/s of independent FMAs in registers, all threads, on the instruction set in use; 0 without C++."""
     if not sadcl.backends()["cpp"].available:
@@ -141,7 +154,7 @@ class Row:
         flops: of our form; None where bytes are what is counted.
         traffic: bytes to and from memory at least; None where they do not bound it.
         floor_ms: the longer of both at the rates measured beside; None where neither was counted.
-        bound: ``"FMA peak"`` or ``"copy bandwidth"``.
+        bound: ``"FMA peak"``, ``"bfloat16 products"`` or ``"copy bandwidth"``.
     """
 
     name: str
@@ -171,6 +184,7 @@ class Record:
     rows: list[Row] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
     memory: bool = False
+    quick: bool = False  # at most 3 rounds where one takes longer than 2 s
 
 
 RECORD = Record()
@@ -182,6 +196,7 @@ def compare(
     entries: dict[str, Callable[[], object]],
     flops: float | None = None,
     traffic: float | None = None,
+    peak: float | None = None,
     **how: Any,
 ) -> Row:
     """Interleave the entries, measure the floor beside them, print the table, and keep it in :data:`RECORD`.
@@ -191,16 +206,17 @@ def compare(
         about: shape, dtype, what is timed.
         entries: what to run; ``"sadcl"`` is ours.
         flops: floating point operations of our form.
+        peak: FLOP/s that ``flops`` can go at, if not float32's.
         traffic: bytes that have to be read and written; their floor is a copy of as many, in the cache if they fit.
         how: for :func:`interleave`.
     """
     if not RECORD.rows:
         print(machine())
     timings = interleave(entries, **how)
-    peak = fma_peak()
+    rate, limit = (fma_peak(), "FMA peak") if peak is None else (peak, "bfloat16 products")
     floors = {}
-    if flops is not None and peak:
-        floors["FMA peak"] = 1e3 * flops / peak
+    if flops is not None and rate:
+        floors[limit] = 1e3 * flops / rate
     if traffic is not None:
         floors["copy bandwidth"] = 1e3 * traffic / copy_bandwidth(traffic)
     bound = max(floors, key=lambda key: floors[key], default="")

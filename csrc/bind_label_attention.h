@@ -12,7 +12,7 @@ LabelAttention make_label_attention(const Fields& given) {
   a.query = given.tensor("query"), a.memory = given.tensor("memory"), a.memory_pos = given.optional("memory_pos");
   a.in_weight = given.tensor("in_weight"), a.in_bias = given.optional("in_bias");
   a.out_weight = given.tensor("out_weight"), a.out_bias = given.optional("out_bias");
-  a.heads = given.integer("heads"), a.folded = given.flag("folded");
+  a.heads = given.integer("heads"), a.folded = given.flag("folded"), a.rounded = given.flag("rounded");
   a.keep_scale = given.number("keep_scale"), a.threads = given.threads();
   check_rank("memory", a.memory, 3);
   const bool wide = a.memory.dtype == kF64;
@@ -67,9 +67,9 @@ void bind_label_attention_backward(const py::args& parts, const py::kwargs& othe
   g.grad_query = given.optional_buffer("grad_query", acc, count(a.query));
   g.grad_memory = given.optional_buffer("grad_memory", acc, all);
   g.grad_pos = given.optional_buffer("grad_memory_pos", acc, all);
-  g.grad_in_weight = given.optional_buffer("grad_in_weight", acc, 3 * E * E);
+  g.grad_in_weight = given.optional_buffer("grad_in_weight", a.in_weight.dtype, 3 * E * E);
   g.grad_in_bias = given.optional_buffer("grad_in_bias", acc, 3 * E);
-  g.grad_out_weight = given.optional_buffer("grad_out_weight", acc, E * E);
+  g.grad_out_weight = given.optional_buffer("grad_out_weight", a.out_weight.dtype, E * E);
   const KernelTable& table = kernels();
   py::gil_scoped_release release;
   table.label_attention_backward(g);

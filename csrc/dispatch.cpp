@@ -32,11 +32,12 @@ SADCL_MLC_KERNELS(SADCL_DECLARE)
 SADCL_TABLE(avx512_popcnt)
 }  // namespace avx512_popcnt
 #endif
-#if defined(SADCL_HAS_AVX512_BF16)  // of the two losses that multiply bfloat16 by bfloat16
+#if defined(SADCL_HAS_AVX512_BF16)  // a copy of what multiplies bfloat16 by bfloat16
 namespace avx512_bf16 {
 using namespace avx512;
 SADCL_SSCL_KERNELS(SADCL_DECLARE)
 SADCL_MLC_KERNELS(SADCL_DECLARE)
+SADCL_ATTENTION_KERNELS(SADCL_DECLARE)
 SADCL_TABLE(avx512_bf16)
 }  // namespace avx512_bf16
 #endif

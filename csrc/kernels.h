@@ -22,9 +22,13 @@
   X(double, mlc_backward, (const MlcBackward&)) /* returns d loss / d temperature */            \
   X(bool, group_rows_forward, (const GroupRowsForward&))                                        \
   X(void, group_rows_backward, (const GroupRowsBackward&))
+#define SADCL_ATTENTION_KERNELS(X)                         \
+  X(void, label_attention_forward, (const LabelAttention&)) \
+  X(void, label_attention_backward, (const LabelAttentionBackward&))
 #define SADCL_KERNELS(X)                                                                     \
   SADCL_SSCL_KERNELS(X)                                                                      \
   SADCL_MLC_KERNELS(X)                                                                       \
+  SADCL_ATTENTION_KERNELS(X)                                                                 \
   X(bool, asl_forward, (const AslForward&)) /* returns false if a label is not allowed */    \
   X(void, asl_backward, (const AslBackward&))                                                \
   X(bool, zlpr_forward, (const ZlprForward&)) /* returns false if a label is not allowed */  \
@@ -36,8 +40,6 @@
   X(void, group_classifier_forward, (const GroupClassifierForward&))                         \
   X(void, group_classifier_backward, (const GroupClassifierBackward&))                       \
   X(void, linear, (const Linear&))                                                           \
-  X(void, label_attention_forward, (const LabelAttention&))                                  \
-  X(void, label_attention_backward, (const LabelAttentionBackward&))                         \
   X(void, exp2_array, (const Array& x, const Array& out)) /* simd.h's, for the test of it */ \
   X(double, fma_peak, (int threads))                      /* float32 FLOP/s, for benchmarks */
 

@@ -21,6 +21,7 @@ struct LabelAttention {
   double keep_scale;         // ... and by what it multiplies it
   int64_t heads;
   bool folded;
+  bool rounded;  // bfloat16 throughout, where the processor multiplies it: what one product hands the next is rounded
   int threads;
 
   void* out;      // T [B, C, E]
@@ -41,9 +42,9 @@ struct LabelAttentionBackward {
   void* grad_query;          // T [Q, C, E]
   void* grad_memory;         // T [B, L, E]
   void* grad_pos;            // T [B, L, E]
-  void* grad_in_weight;      // T [3E, E]
+  void* grad_in_weight;      // [3E, E] in the weights' dtype
   void* grad_in_bias;        // T [3E], comes with grad_in_weight
-  void* grad_out_weight;     // T [E, E]
+  void* grad_out_weight;     // [E, E] in the weights' dtype
 };
 
 }  // namespace sadcl

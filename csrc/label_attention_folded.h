@@ -10,10 +10,10 @@
 
 SADCL_KERNELS_BEGIN
 
-template <class T>
+template <class T, class Product>
 struct Folded {
   const Problem<T>& p;
-  Matmul<T>& mm;
+  Product& mm;
   T *q, *keys, *values, *context, *weights, *mass;
 
   int64_t width() const { return p.H * p.C; }
@@ -50,7 +50,8 @@ struct Folded {
     mm({p.B * p.C, p.d, E, {p.H, 1}}, operand(by_head(values, false)), operand(p.weight(2, true, true)), c);
   }
 
-  void backward(const LabelAttentionBackward& g, const T* grad_context, T* grad_q, const Vector<T>& bias) {
+  void backward(const LabelAttentionBackward& g, const T* grad_context, T* grad_q, const Vector<T>& bias,
+                WeightGradients<T>& made) {
     const bool shared = p.Q == 1;
     const int64_t E = p.E, labels = p.B * p.C;
     const int threads = mm.threads();
@@ -65,9 +66,10 @@ struct Folded {
                           threads);
     memory_backward(g, ds, dv);
     if (g.grad_in_weight != nullptr) {
-      T* dw = static_cast<T*>(g.grad_in_weight) + 2 * E * E;
-      mm({p.d, E, labels, {p.H, 1}}, operand(slice(grad_context, true)), operand(by_head(values, true)),
-         result(dw, {E}, p.d * E));
+      made(g.grad_in_weight, p.a.in_weight.dtype, 2, [&](T* to) {
+        mm({p.d, E, labels, {p.H, 1}}, operand(slice(grad_context, true)), operand(by_head(values, true)),
+           result(to, {E}, p.d * E));
+      });
       column_sums<T>(grad_context, labels, E, mass, p.d, static_cast<T*>(g.grad_in_bias) + 2 * E, threads);
     }
     if (grad_q == nullptr) return;
@@ -78,8 +80,10 @@ struct Folded {
     mm({p.Q * p.C, p.d, E, {p.H, 1}}, operand(by_head(df, false)), operand(p.weight(1, true, true)),
        result(grad_q, {E}, p.d));
     if (g.grad_in_weight == nullptr) return;
-    mm({p.d, E, p.Q * p.C, {p.H, 1}}, operand(slice(q, true)), operand(by_head(df, true)),
-       result(static_cast<T*>(g.grad_in_weight) + E * E, {E}, p.d * E));
+    made(g.grad_in_weight, p.a.in_weight.dtype, 1, [&](T* to) {
+      mm({p.d, E, p.Q * p.C, {p.H, 1}}, operand(slice(q, true)), operand(by_head(df, true)),
+         result(to, {E}, p.d * E));
+    });
     memset(static_cast<T*>(g.grad_in_bias) + E, 0, E * sizeof(T));  // the softmax does not see the key bias
   }
 

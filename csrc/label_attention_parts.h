@@ -194,6 +194,29 @@ void normalise_backward(const Problem<T>& p, T* grad, const T* added, const T* m
   });
 }
 
+// Where weights' gradients are made: in place or, for narrower weights, in a room that stays in the cache and is used
+// again, so that no float32 copy of them all is ever in memory.
+template <class T>
+struct WeightGradients {
+  const int64_t size;
+  const int threads;
+  Scratch<T> room;
+
+  WeightGradients(int64_t size, bool narrower, int threads)
+      : size(size), threads(threads), room(narrower ? size : 0) {}
+
+  // make(T* of `size` numbers) for the matrix of number `index` in `out`.
+  template <class Make>
+  void operator()(void* out, DType dtype, int64_t index, const Make& make) {
+    if (dtype == own_dtype<T>()) return make(static_cast<T*>(out) + index * size);
+    make(room.get());
+    constexpr int64_t kPart = 1 << 13;
+#pragma omp parallel for num_threads(size < kPart * 4 ? 1 : threads) schedule(static)
+    for (int64_t i = 0; i < size; i += kPart)
+      write_row(out, dtype, index * size + i, size - i < kPart ? size - i : kPart, room.get() + i);
+  }
+};
+
 // out[j] = sum over i of x[i][j], times factor[j / group][i] if there is one. Each column is summed by one thread.
 template <class T>
 void column_sums(const T* x, int64_t rows, int64_t columns, const T* factor, int64_t group, T* out,

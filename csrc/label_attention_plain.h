@@ -4,10 +4,10 @@
 
 SADCL_KERNELS_BEGIN
 
-template <class T>
+template <class T, class Product>
 struct Plain {
   const Problem<T>& p;
-  Matmul<T>& mm;
+  Product& mm;
   T *q, *keys, *values, *context, *weights, *mass;
 
   // Head h of image b of a matrix [B * rows, E], rows outside or summed over; `shared`: the same for all images.
@@ -42,7 +42,7 @@ struct Plain {
   }
 
   // From the context's gradient to that of the projected queries, and to everything on the way.
-  void backward(const LabelAttentionBackward& g, const T* grad_context, T* grad_q) {
+  void backward(const LabelAttentionBackward& g, const T* grad_context, T* grad_q, WeightGradients<T>& made) {
     const int64_t E = p.E, rows = p.B * p.L;
     const int threads = mm.threads();
     Scratch<T> grad_weights(rows * p.H * p.C), grad_keys(rows * E), grad_values(rows * E);
@@ -55,9 +55,13 @@ struct Plain {
     mm(back, operand(of_weights(ds, false)), operand(of_queries(true)), to_head(dk, p.L));
     if (grad_q != nullptr) queries_backward(ds, grad_q);
     if (g.grad_in_weight != nullptr) {
-      T *dw = static_cast<T*>(g.grad_in_weight) + E * E, *db = static_cast<T*>(g.grad_in_bias) + E;
-      mm({E, E, rows}, operand(source(dk, {1}, {E})), p.positions(true, true, true), result(dw, {E}));
-      mm({E, E, rows}, operand(source(dv, {1}, {E})), p.positions(false, true, true), result(dw + E * E, {E}));
+      T* db = static_cast<T*>(g.grad_in_bias) + E;
+      made(g.grad_in_weight, p.a.in_weight.dtype, 1, [&](T* to) {
+        mm({E, E, rows}, operand(source(dk, {1}, {E})), p.positions(true, true, true), result(to, {E}));
+      });
+      made(g.grad_in_weight, p.a.in_weight.dtype, 2, [&](T* to) {
+        mm({E, E, rows}, operand(source(dv, {1}, {E})), p.positions(false, true, true), result(to, {E}));
+      });
       column_sums<T>(dk, rows, E, nullptr, 1, db, threads);
       column_sums<T>(dv, rows, E, nullptr, 1, db + E, threads);
     }

@@ -10,34 +10,9 @@
 //
 // panels.h differs: there one packed copy serves as both operands, which symmetric scores want.
 #pragma once
-#include "convert.h"
-#include "scratch.h"
-#include "simd.h"
+#include "matmul_pack.h"
 
 SADCL_KERNELS_BEGIN
-
-// Offset of the i-th row (or column): i * near, or, for an index made of two, (i / split) * far + (i % split) * near.
-struct Index {
-  int64_t near = 0, split = 0, far = 0;
-  int64_t operator()(int64_t i) const { return split == 0 ? i * near : i / split * far + i % split * near; }
-  bool uniform(int64_t first, int64_t count) const {
-    return split == 0 || first / split == (first + count - 1) / split;
-  }
-};
-
-// Element (o, k) of batch (p, q): data[outer(o) + k(k) + p * batch[0] + q * batch[1]].
-struct Source {
-  Array array;  // data and dtype count
-  Index outer, k;
-  int64_t batch[2] = {0, 0};
-};
-
-// What is packed: `values`, plus `plus` if it has data; 0 for every k with a nonzero drop[k + p * drop_batch].
-struct Operand {
-  Source values, plus;
-  const uint8_t* drop = nullptr;
-  int64_t drop_batch = 0;
-};
 
 // Element (i, j): data[rows(i) + j + p * batch[0] + q * batch[1]].
 template <class T>
@@ -56,21 +31,9 @@ struct Sizes {
   int64_t batch[2] = {1, 1};
 };
 
-template <class T>
-struct MatmulTile {
-  static constexpr int kLanes = Simd<T>::kLanes, kVecs = 2;
-  static constexpr int kMR = kRegisters == 32 ? 12 : 6, kNR = kVecs * kLanes;
-  static constexpr int kDepth = 24 * 1024 / (kNR * int(sizeof(T)));                 // a right panel takes 24 KB of L1
-  static constexpr int kRows = 288 * 1024 / (kDepth * int(sizeof(T))) / kMR * kMR;  // a left block stays in L2
-  static constexpr int kColumns = 2048;                                             // a right block, in L3
-  // Terms summed one after the other. At 384 the rounding error is 1.5 times MKL's; 192 left rows of label attention's
-  // memory gradient at 1.3 of the error budget; 96 costs 3 % of the speed, 128 at most 1.
-  static constexpr int kChain = 128;
-};
-
-// c[r][:] (+)= sum over k of a[k][r] b[k][:], VECS vectors wide.
-template <int VECS, class T>
-SADCL_INLINE void multiply_chain(const T* a, const T* b, int depth, T* c, int64_t stride, bool load_c) {
+// c[r][:] (+)= sum over k of a[k][r] b[k][:], VECS vectors wide, k over elements E: numbers or pairs.
+template <int VECS, class T, class E>
+SADCL_INLINE void multiply_chain(const E* a, const E* b, int depth, T* c, int64_t stride, bool load_c) {
   constexpr int kMR = MatmulTile<T>::kMR, kNR = MatmulTile<T>::kNR, L = MatmulTile<T>::kLanes;
   vec<T> acc[kMR][VECS];
 #pragma GCC unroll 12
@@ -81,133 +44,34 @@ SADCL_INLINE void multiply_chain(const T* a, const T* b, int depth, T* c, int64_
   }
 #pragma GCC unroll 4
   for (int k = 0; k < depth; ++k, a += kMR, b += kNR) {
-    vec<T> right[VECS];
+    decltype(load(b)) right[VECS];
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) right[i] = load(b + i * L);
 #pragma GCC unroll 12
     for (int r = 0; r < kMR; ++r) {
-      const vec<T> left = splat(a[r]);
+      const auto left = splat(a[r]);
 #pragma GCC unroll 2
-      for (int i = 0; i < VECS; ++i) acc[r][i] += left * right[i];
+      for (int i = 0; i < VECS; ++i) acc[r][i] = add_product<T>(acc[r][i], left, right[i]);
     }
+  }
+  if (load_c) {  // all of it before the first store: rows of c alias in their low address bits, and loads would wait
+#pragma GCC unroll 12
+    for (int r = 0; r < kMR; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < VECS; ++i) acc[r][i] += loadu(c + r * stride + i * L);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kMR; ++r)
 #pragma GCC unroll 2
-    for (int i = 0; i < VECS; ++i) {
-      T* out = c + r * stride + i * L;
-      storeu(out, load_c ? acc[r][i] + loadu(out) : acc[r][i]);
-    }
+    for (int i = 0; i < VECS; ++i) storeu(c + r * stride + i * L, acc[r][i]);
 }
 
-template <int VECS, class T>
-SADCL_INLINE void multiply_tile(const T* a, const T* b, int depth, T* c, int64_t stride, bool load_c) {
+template <int VECS, class T, class E>
+SADCL_INLINE void multiply_tile(const E* a, const E* b, int depth, T* c, int64_t stride, bool load_c) {
   using B = MatmulTile<T>;
   for (int k = 0; k < depth; k += B::kChain, load_c = true)
     multiply_chain<VECS>(a + k * B::kMR, b + k * B::kNR, depth - k < B::kChain ? depth - k : B::kChain, c, stride,
                          load_c);
-}
-
-// out[k * P + lane] = row[lane][k] for 8 lanes, k ascending. Where the panel has fewer, the surplus lands on lanes that
-// are written later: those of the next k, of the lanes before (packed after), of the next panel, and at last on kSlack.
-constexpr int kSlack = 16;
-template <class T>
-SADCL_INLINE void transpose_lanes(const T* const* row, int depth, int P, T* out) {
-  for (int k = 0; k < depth; ++k)
-    for (int l = 0; l < 8; ++l) out[k * P + l] = row[l][k];
-}
-#if defined(__AVX2__)
-template <>
-SADCL_INLINE void transpose_lanes<float>(const float* const* row, int depth, int P, float* out) {
-  int k = 0;
-  for (; k + 8 <= depth; k += 8) {
-    __m256 x[8], y[8];
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) {  // halves of rows l and l + 4 side by side: no shuffle crosses the middle later
-      const __m256 low = _mm256_loadu_ps(row[l] + k), high = _mm256_loadu_ps(row[l + 4] + k);
-      x[l] = _mm256_permute2f128_ps(low, high, 0x20);
-      x[l + 4] = _mm256_permute2f128_ps(low, high, 0x31);
-    }
-#pragma GCC unroll 2
-    for (int h = 0; h < 8; h += 4) {
-      y[0] = _mm256_unpacklo_ps(x[h], x[h + 1]), y[1] = _mm256_unpackhi_ps(x[h], x[h + 1]);
-      y[2] = _mm256_unpacklo_ps(x[h + 2], x[h + 3]), y[3] = _mm256_unpackhi_ps(x[h + 2], x[h + 3]);
-      float* o = out + int64_t(k + h) * P;
-      _mm256_storeu_ps(o, _mm256_shuffle_ps(y[0], y[2], 0x44));
-      _mm256_storeu_ps(o + P, _mm256_shuffle_ps(y[0], y[2], 0xee));
-      _mm256_storeu_ps(o + 2 * P, _mm256_shuffle_ps(y[1], y[3], 0x44));
-      _mm256_storeu_ps(o + 3 * P, _mm256_shuffle_ps(y[1], y[3], 0xee));
-    }
-  }
-  for (; k < depth; ++k)
-    for (int l = 0; l < 8; ++l) out[int64_t(k) * P + l] = row[l][k];
-}
-#endif
-
-template <class T>
-constexpr DType own_dtype() {
-  return sizeof(T) == 8 ? kF64 : kF32;
-}
-
-// Eight lanes of a panel; those past the end of the matrix (`lanes` are left) become 0.
-template <class T, int P>
-void pack_lanes(const Source& s, int64_t offset, int64_t first, int lanes, int64_t k0, int depth, T* out) {
-  constexpr int kMost = MatmulTile<T>::kDepth;
-  T buffer[8][kMost];
-  const T* row[8];
-  static const T zeros[kMost] = {};
-  const bool uniform = s.k.uniform(k0, depth);
-  for (int l = 0; l < 8; ++l) {
-    if (l >= lanes) {
-      row[l] = zeros;
-      continue;
-    }
-    const int64_t at = offset + s.outer(first + l);
-    if (uniform && s.k.near == 1 && s.array.dtype == own_dtype<T>()) {
-      row[l] = static_cast<const T*>(s.array.data) + at + s.k(k0);
-      continue;
-    }
-    if (uniform) read_row(s.array, at + s.k(k0), s.k.near, depth, buffer[l]);
-    else
-      for (int k = 0; k < depth; ++k) read_row(s.array, at + s.k(k0 + k), 1, 1, buffer[l] + k);
-    row[l] = buffer[l];
-  }
-  transpose_lanes<T>(row, depth, P, out);
-}
-
-// out[k][lane] = element (first + lane, k0 + k) of the source.
-template <class T, int P>
-void pack_source(const Source& s, int64_t offset, int64_t first, int lanes, int64_t k0, int depth, T* out) {
-  if (s.outer.near == 1 && s.outer.uniform(first, lanes)) {
-    const int64_t at = offset + s.outer(first);
-    const bool plain = s.array.dtype == own_dtype<T>() && lanes == P;
-    for (int k = 0; k < depth; ++k, out += P) {
-      if (plain) {
-        memcpy(out, static_cast<const T*>(s.array.data) + at + s.k(k0 + k), P * sizeof(T));
-      } else {
-        read_row(s.array, at + s.k(k0 + k), 1, lanes, out);
-        for (int l = lanes; l < P; ++l) out[l] = 0;
-      }
-    }
-    return;
-  }
-  for (int l = (P - 1) / 8 * 8; l >= 0; l -= 8)
-    pack_lanes<T, P>(s, offset, first + l, lanes - l < 8 ? (lanes > l ? lanes - l : 0) : 8, k0, depth, out + l);
-}
-
-template <class T, int P>
-void pack(const Operand& x, const int64_t (&batch)[2], int64_t first, int lanes, int64_t k0, int depth, T* out) {
-  auto offset = [&](const Source& s) { return batch[0] * s.batch[0] + batch[1] * s.batch[1]; };
-  pack_source<T, P>(x.values, offset(x.values), first, lanes, k0, depth, out);
-  if (x.plus.array.data != nullptr) {
-    alignas(64) T more[P * MatmulTile<T>::kDepth + kSlack];
-    pack_source<T, P>(x.plus, offset(x.plus), first, lanes, k0, depth, more);
-    for (int i = 0; i < depth * P; ++i) out[i] += more[i];
-  }
-  if (x.drop == nullptr) return;
-  for (int k = 0; k < depth; ++k)  // after the sum: what is dropped may be NaN
-    if (x.drop[batch[0] * x.drop_batch + k0 + k])
-      for (int l = 0; l < P; ++l) out[k * P + l] = 0;
 }
 
 // A thread's rectangle: rows in units of kMR, columns in units of kNR.
@@ -215,7 +79,8 @@ struct Rectangle {
   int64_t row[2], column[2], batch[2];
 };
 
-template <class T>
+// E: what operands are packed as, T or Pair (rounded to bfloat16, summed in float32).
+template <class T, class E = T>
 class Matmul {
   using Blk = MatmulTile<T>;
   static constexpr int kMR = Blk::kMR, kNR = Blk::kNR;
@@ -243,6 +108,7 @@ class Matmul {
   }
 
  private:
+  static constexpr int64_t kCut = Blk::kDepth * kTerms<E>;
   static constexpr int64_t kLeft = int64_t(Blk::kRows) * Blk::kDepth + kSlack;
   static constexpr int64_t kRight = int64_t(Blk::kColumns) * Blk::kDepth + kSlack;
   static constexpr int64_t kBuffer = kLeft + kRight;
@@ -259,7 +125,7 @@ class Matmul {
   }
 
   static void run(const Sizes& s, const Operand& left, const Operand& right, const Result<T>& c, const Rectangle& mine,
-                  T* buffer) {
+                  E* buffer) {
     T* base = c.data + mine.batch[0] * c.batch[0] + mine.batch[1] * c.batch[1];
     const bool load_first = c.accumulate || c.bias != nullptr;
     const int64_t last_row = mine.row[1] * kMR < s.m ? mine.row[1] * kMR : s.m;
@@ -270,18 +136,18 @@ class Matmul {
       for (int64_t i = mine.row[0] * kMR; i < last_row; ++i)
         memset(base + c.rows(i) + mine.column[0] * kNR, 0, size_t(last_column - mine.column[0] * kNR) * sizeof(T));
     }
-    T *lefts = buffer, *rights = buffer + kLeft;
-    for (int64_t k0 = 0; k0 < s.k; k0 += Blk::kDepth) {
-      const int depth = int(s.k - k0 < Blk::kDepth ? s.k - k0 : Blk::kDepth);
+    E *lefts = buffer, *rights = buffer + kLeft;
+    for (int64_t k0 = 0; k0 < s.k; k0 += kCut) {
+      const int terms = int(s.k - k0 < kCut ? s.k - k0 : kCut), depth = (terms + kTerms<E> - 1) / kTerms<E>;
       const bool load_c = k0 > 0 || load_first;
       for (int64_t n0 = mine.column[0] * kNR; n0 < last_column; n0 += Blk::kColumns) {
         const int64_t n1 = n0 + Blk::kColumns < last_column ? n0 + Blk::kColumns : last_column;
         for (int64_t j = n0; j < n1; j += kNR)
-          pack<T, kNR>(right, mine.batch, j, int(n1 - j < kNR ? n1 - j : kNR), k0, depth, rights + (j - n0) * depth);
+          pack<T, kNR>(right, mine.batch, j, int(n1 - j < kNR ? n1 - j : kNR), k0, terms, rights + (j - n0) * depth);
         for (int64_t m0 = mine.row[0] * kMR; m0 < last_row; m0 += Blk::kRows) {
           const int64_t m1 = m0 + Blk::kRows < last_row ? m0 + Blk::kRows : last_row;
           for (int64_t i = m0; i < m1; i += kMR)
-            pack<T, kMR>(left, mine.batch, i, int(m1 - i < kMR ? m1 - i : kMR), k0, depth, lefts + (i - m0) * depth);
+            pack<T, kMR>(left, mine.batch, i, int(m1 - i < kMR ? m1 - i : kMR), k0, terms, lefts + (i - m0) * depth);
           for (int64_t j = n0; j < n1; j += kNR)
             for (int64_t i = m0; i < m1; i += kMR)
               tile(lefts + (i - m0) * depth, rights + (j - n0) * depth, depth, c.rows, base + j, i,
@@ -292,7 +158,7 @@ class Matmul {
   }
 
   // One tile of the result, directly where it is whole and its rows evenly spaced, else by way of a small copy.
-  static SADCL_INLINE void tile(const T* a, const T* b, int depth, const Index& rows, T* c, int64_t i, int m, int n,
+  static SADCL_INLINE void tile(const E* a, const E* b, int depth, const Index& rows, T* c, int64_t i, int m, int n,
                                 bool load_c) {
     if (m == kMR && n == kNR && rows.uniform(i, kMR))
       return multiply_tile<Blk::kVecs>(a, b, depth, c + rows(i), rows.near, load_c);
@@ -316,7 +182,7 @@ class Matmul {
   }
 
   int threads_;
-  Scratch<T> buffer_;
+  Scratch<E> buffer_;
 };
 
 SADCL_KERNELS_END

@@ -27,12 +27,6 @@ struct Tile {
   static_assert(P % kMR == 0, "a register tile must not straddle panels");
 };
 
-// Terms of a sum that one step over elements E adds.
-template <class E>
-inline constexpr int kTerms = 1;
-template <>
-inline constexpr int kTerms<Pair> = 2;
-
 template <class T>
 struct Accumulators {
   vec<T> v[Tile<T>::kMR][Tile<T>::kVecs];

@@ -142,6 +142,12 @@ struct Pair {
   uint32_t bits;
 };
 
+// Terms of a sum that one step over elements E adds.
+template <class E>
+inline constexpr int kTerms = 1;
+template <>
+inline constexpr int kTerms<Pair> = 2;
+
 // SADCL_BF16_PAIRS compiles the same for any instruction set, out of shifts and FMAs: to test on processors without it.
 #if defined(__AVX512BF16__) || defined(SADCL_BF16_PAIRS)
 constexpr bool kHasPairs = true;
@@ -152,7 +158,10 @@ constexpr bool kHasPairs = false;
 typedef Simd<float>::I PairVec;
 typedef Simd<float>::V FloatVec;
 
-SADCL_INLINE PairVec load(const Pair* p) { return *reinterpret_cast<const PairVec*>(p); }
+SADCL_INLINE PairVec load(const Pair* p) {  // whatever type they were written as
+  typedef int32_t Any __attribute__((vector_size(kVecBytes), may_alias));
+  return *reinterpret_cast<const Any*>(p);
+}
 SADCL_INLINE PairVec splat(Pair x) { return PairVec{} + int32_t(x.bits); }
 
 template <class T>

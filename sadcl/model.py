@@ -39,6 +39,8 @@ class SADCL(nn.Module):
         feature_size: (H, W) of the feature map; by default what the backbone makes of image_size.
         frozen: parts of the backbone not to train.
         freeze_norm: keep the backbone's batch norms in eval mode and untrained.
+        strides: of the backbone's maps that the head reads, such as ``(16, 32)``; None: the last map (of
+            ``efficientnet_lite2`` these two).
     """
 
     def __init__(
@@ -61,9 +63,12 @@ class SADCL(nn.Module):
         feature_size: tuple[int, int] | None = None,
         frozen: str | Sequence[str] = "default",
         freeze_norm: bool = True,
+        strides: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, pretrained, image_size, frozen=frozen, freeze_norm=freeze_norm)
+        self.backbone = build_backbone(
+            backbone, pretrained, image_size, frozen=frozen, freeze_norm=freeze_norm, strides=strides
+        )
         self.head = SADCLHead(
             self.backbone.channels,
             num_classes,
@@ -89,10 +94,11 @@ class SADCL(nn.Module):
             "decoder_layers": decoder_layers,
             "proj_dim": proj_dim,
             "dropout": dropout,
-            "input_proj": isinstance(self.head.input_proj, nn.Conv2d),
+            "input_proj": not isinstance(self.head.input_proj, nn.Identity),
             "feature_size": list(self.head.position.size),
             "frozen": frozen if isinstance(frozen, str) else list(frozen),
             "freeze_norm": freeze_norm,
+            "strides": None if self.backbone.strides is None else list(self.backbone.strides),
         }
 
     @property

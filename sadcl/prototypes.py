@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_tensor
+from .head import move_maps
 
 
 class PrototypeSums:
@@ -149,7 +150,7 @@ def build_prototypes(
     try:
         with torch.no_grad():
             for inputs, labels, *_ in loader:
-                output = model(inputs.to(where, non_blocking=True), contrastive=False)
+                output = model(move_maps(inputs, where), contrastive=False)
                 sums.add(output.label_features, output.logits, labels)
     finally:
         model.train(was_training)

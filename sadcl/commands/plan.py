@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sadcl._own import own_tensors
+from sadcl.backbone_weights import PACKAGED, where_weights_are
+from sadcl.data.features import SHARD_IMAGES
 from sadcl.losses import DualContrastiveLoss
 from sadcl.model import SADCL
 from sadcl.train.build import make_loss
@@ -40,6 +42,7 @@ def plan(config: TrainConfig) -> str:
     model = _meta_model(config, counts[2], contrastive=True)
     lines = ["data", *data, "", "model", *_model_lines(config, model), "", "memory on the device, estimated"]
     lines += _memory_lines(config, model)
+    lines += _feature_lines(config, model, counts)
     for name, step in (("step1", config.step1), ("control", config.step2), ("step2", config.step2)):
         if step.epochs == 0 or (name == "control" and not config.control):
             continue
@@ -104,12 +107,35 @@ def _model_lines(config: TrainConfig, model: SADCL) -> list[str]:
         lines.append(f"  {name:28}{trained:>14,}{_numel(tensors) - trained:>14,}")
     trained = _numel(p for p in model.parameters() if p.requires_grad)
     lines.append(f"  {'all':28}{trained:>14,}{_numel(model.parameters()) - trained:>14,}")
-    m, size = config.model, model.backbone.feature_size
-    lines.append(f"  {m.backbone}, feature map {size[0]} x {size[1]} x {model.backbone.channels}, width {m.hidden_dim}")
+    m, size, channels = config.model, model.backbone.feature_size, model.backbone.channels
+    several = "" if isinstance(channels, int) else f", joined from strides {model.backbone.strides}"
+    depth = channels if isinstance(channels, int) else " + ".join(map(str, channels))
+    lines.append(f"  {m.backbone}, feature map {size[0]} x {size[1]} x {depth}{several}, width {m.hidden_dim}")
     for what, path in (("pretrained", m.pretrained), ("init_from", m.init_from)):
         if isinstance(path, str):
             lines.append(f"  {what}: {path}" + ("" if os.path.isfile(path) else " (not found)"))
-    return lines
+    if m.pretrained is True and m.backbone not in PACKAGED:
+        lines.append("  pretrained: true, but no package carries these weights: this config would be refused")
+    where = where_weights_are(m.backbone, model.backbone.body)
+    return [*lines, f"  weights: {where[0]}", *(f"           {line}" for line in where[1:])]
+
+
+def _feature_lines(config: TrainConfig, model: SADCL, counts: Counts) -> list[str]:
+    """Maps of a frozen backbone on disk."""
+    if config.model.train_backbone:
+        return []
+    side = config.data.image_size
+    with torch.no_grad():
+        maps = model.backbone(torch.empty((1, 3, side, side), device="meta"))
+    each = 2 * sum(part.numel() for part in ([maps] if isinstance(maps, Tensor) else maps))
+    where = config.data.feature_cache or os.path.join(config.output, "features")
+    whole = each * (counts[0] + counts[1])
+    return [
+        "",
+        "feature maps on disk",
+        f"  {counts[0] + counts[1]:,} images x {each / 1e3:,.0f} KB in float16 = {whole / 1e9:,.1f} GB in {where}, "
+        f"{SHARD_IMAGES} images a file",
+    ]
 
 
 def _memory_lines(config: TrainConfig, model: SADCL) -> list[str]:
@@ -150,8 +176,10 @@ def _saved_bytes(config: TrainConfig, model: SADCL, width: int) -> int:
         return tensor
 
     frozen, size = not config.model.train_backbone, config.data.image_size
-    shape = (model.backbone.channels, *model.backbone.feature_size) if frozen else (3, size, size)
-    batch = torch.empty((config.batch_size, *shape), device="meta")
+    batch = torch.empty((config.batch_size, 3, size, size), device="meta")
+    if frozen:
+        with torch.no_grad():
+            batch = model.backbone(batch)
     model.train()
     backend = patch.dict(os.environ, SADCL_BACKEND="")  # as on a GPU: a backend for CPUs takes no meta tensors
     with backend, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

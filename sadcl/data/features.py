@@ -1,51 +1,70 @@
-"""Feature maps of a frozen backbone, computed once and kept in a file that training reads from."""
+"""Feature maps of a frozen backbone, computed once and kept in files that training reads from.
+
+A side of the data is a folder of shards: safetensors files of :data:`SHARD_IMAGES` images each, with the maps in
+float16 and the labels, and in their metadata what they belong to. A shard is written whole or not at all, so an
+extraction that was killed goes on with the first that is missing; files are mapped into memory, so a set may be larger
+than it.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["FeatureDataset", "cached_features"]
+from sadcl.checkpoint import write_atomically
+from sadcl.head import Maps
+
+__all__ = ["SHARD_IMAGES", "FeatureDataset", "ShardError", "cached_features"]
+
+SHARD_IMAGES = 256
 
 
-class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Feature maps (float16 in a memory-mapped file, handed out as float32) with their labels.
+class ShardError(ValueError):
+    """A file of feature maps is not what it should be; the message begins with its path."""
+
+
+class FeatureDataset(Dataset[tuple[Maps, Tensor]]):
+    """Feature maps with their labels.
 
     Args:
-        features: [n, channels, H, W] array.
-        labels: [n, C] float32.
+        shards: of each shard its maps, tensors [n, channels, H, W] in any floating type, one for every map of an image.
+            All but the last hold the same number of images.
+        labels: [sum of n, C] float32.
+
+    Items are (map float32 [channels, H, W], or a tuple of them where there are several; labels float32 [C]).
     """
 
-    def __init__(self, features: np.ndarray, labels: Tensor) -> None:
-        if len(features) != len(labels):
-            raise ValueError(f"expected as many feature maps as label rows, got {len(features)} and {len(labels)}")
-        self.features, self.labels = features, labels
+    def __init__(self, shards: Sequence[Sequence[Tensor]], labels: Tensor) -> None:
+        counts = [len(shard[0]) for shard in shards]
+        if sum(counts) != len(labels) or any(count != counts[0] for count in counts[:-1]):
+            raise ValueError(f"expected {len(labels)} feature maps in shards of one size, got shards of {counts}")
+        self.shards, self.labels, self.size = shards, labels, counts[0]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """(feature map float32 [channels, H, W], labels float32 [C])."""
-        return torch.from_numpy(self.features[index].astype(np.float32)), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Maps, Tensor]:
+        """The maps and labels of an image."""
+        maps = tuple(part[index % self.size].float() for part in self.shards[index // self.size])
+        return (maps if len(maps) > 1 else maps[0]), self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def __getitems__(self, indices: list[int]) -> list[tuple[Maps, Tensor]]:
         """A whole batch at once (the DataLoader asks for it)."""
         return [self[index] for index in indices]
 
 
 def cached_features(
     images: Dataset[tuple[Tensor, Tensor]],
-    extract: Callable[[Tensor], Tensor],
+    extract: Callable[[Tensor], Maps],
     path: Path,
     key: dict[str, Any],
     *,
@@ -53,72 +72,82 @@ def cached_features(
     workers: int = 1,
     progress: Callable[..., Any] | None = None,
 ) -> FeatureDataset:
-    """Run ``extract`` over all images, once; a file that was made with the same ``key`` is used again.
+    """Run ``extract`` over all images, once; shards that were made with the same ``key`` are used again.
 
     Args:
         images: items (uint8 [3, H, W], labels [C]).
-        extract: uint8 batch [b, 3, H, W] -> feature maps [b, channels, h, w], without gradient.
-        path: file stem; writes ``<path>.<key hash>.npy`` (features) and ``.labels.npy``, both atomically.
+        extract: uint8 batch [b, 3, H, W] -> feature maps [b, channels, h, w], or several of them, without gradient.
+        path: writes the folder ``<path>.<key hash>`` with a file a shard.
         key: everything the features depend on, as JSON values.
         batch_size: images per call of ``extract``.
         workers: processes that draw or decode images.
         progress: wraps the batches, e.g. tqdm.
+
+    Raises:
+        ShardError: a shard is cut off, or another's; with ``SADCL_CHECK=1`` in the environment also: it has other bits
+            than those that were written.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    features_file = path.with_name(f"{path.name}.{digest}.npy")
-    labels_file = path.with_name(f"{path.name}.{digest}.labels.npy")
-    if not (features_file.is_file() and labels_file.is_file()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _extract_all(images, extract, features_file, labels_file, batch_size, workers, progress)
-    features = np.load(features_file, mmap_mode="r")
-    return FeatureDataset(features, torch.from_numpy(np.load(labels_file)))
+    folder = path.with_name(f"{path.name}.{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    count: int = len(images)  # type: ignore[arg-type]
+    starts = range(0, count, SHARD_IMAGES)
+    files = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    batches = [
+        list(range(first, min(first + batch_size, starts[number] + SHARD_IMAGES, count)))
+        for number in missing
+        for first in range(starts[number], min(starts[number] + SHARD_IMAGES, count), batch_size)
+    ]
+    if batches:
+        loader: Any = DataLoader(images, batch_sampler=batches, num_workers=workers)
+        pieces: list[tuple[Tensor, ...]] = []  # of the shard that is being filled: labels and maps of its batches
+        for batch, labels in loader if progress is None else progress(loader):
+            maps = extract(batch)
+            maps = (maps,) if isinstance(maps, Tensor) else maps
+            pieces.append((labels, *(part.to("cpu", torch.float16).contiguous() for part in maps)))
+            number = missing[0]
+            if sum(len(piece[0]) for piece in pieces) == min(SHARD_IMAGES, count - starts[number]):
+                labels, *maps = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+                _write(files[number], digest, number, labels, maps)
+                pieces = []
+                missing.pop(0)
+    read = [_read(file, digest, number, min(SHARD_IMAGES, count - starts[number])) for number, file in enumerate(files)]
+    return FeatureDataset([maps for _, maps in read], torch.cat([labels for labels, _ in read]))
 
 
-def _reserve(path: Path) -> None:
-    """Claim the disk space of a sparse file: written through a map, a full disk would end the process (SIGBUS)."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    size = f"{path.stat().st_size / 1e6:.0f} MB"
-                    raise OSError(error.errno, f"no room for {size} of feature maps", str(path.parent)) from error
+def _write(file: Path, digest: str, number: int, labels: Tensor, maps: Sequence[Tensor]) -> None:
+    from safetensors.torch import save
+
+    content = {"labels": labels, **{f"map{i}": part for i, part in enumerate(maps)}}
+    sums = {f"crc32.{name}": str(_checksum(value)) for name, value in content.items()}
+    whole = save(content, {"key": digest, "shard": str(number), **sums})
+    write_atomically(file, lambda stream: stream.write(whole))
 
 
-def _extract_all(
-    images: Dataset[tuple[Tensor, Tensor]],
-    extract: Callable[[Tensor], Tensor],
-    features_file: Path,
-    labels_file: Path,
-    batch_size: int,
-    workers: int,
-    progress: Callable[..., Any] | None,
-) -> None:
-    batches: Any = DataLoader(images, batch_size, num_workers=workers)
-    if progress is not None:
-        batches = progress(batches)
-    unfinished = features_file.with_suffix(f".{os.getpid()}.part")
-    table: np.ndarray | None = None
-    labels: list[Tensor] = []
-    count = len(images)  # type: ignore[arg-type]
+def _read(file: Path, digest: str, number: int, count: int) -> tuple[Tensor, list[Tensor]]:
+    """Labels of a shard, in memory, and its maps, mapped."""
+    from safetensors import safe_open
+
+    again = "delete it, and the next run makes it again"
     try:
-        done = 0
-        for batch, batch_labels in batches:
-            maps = extract(batch).to("cpu", torch.float16).numpy()
-            if table is None:
-                shape = (count, *maps.shape[1:])
-                table = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
-                _reserve(unfinished)
-            table[done : done + len(maps)] = maps
-            labels.append(batch_labels)
-            done += len(maps)
-        assert table is not None
-        table.flush()  # type: ignore[attr-defined]
-        del table
-        unfinished_labels = labels_file.with_suffix(f".{os.getpid()}.part.npy")
-        np.save(unfinished_labels, torch.cat(labels).numpy())
-        os.replace(unfinished_labels, labels_file)
-        os.replace(unfinished, features_file)  # last: a features file says that both are whole
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with safe_open(file, "pt") as content:
+            about = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (no mapping)
+    except Exception as error:
+        raise ShardError(f"{file}: cut off, or no file of feature maps ({error}); {again}") from error
+    if about.get("key") != digest or about.get("shard") != str(number):
+        of = f"shard {about.get('shard')} of key {about.get('key')}" if "shard" in about else "no shard"
+        raise ShardError(f"{file}: expected shard {number} of key {digest}, this is {of}; {again}")
+    maps = [tensors[f"map{i}"] for i in range(len(tensors) - 1)]
+    if any(len(part) != count for part in tensors.values()):
+        raise ShardError(f"{file}: expected {count} images, got {len(tensors['labels'])}; {again}")
+    for name, value in tensors.items():
+        checked = name == "labels" or os.environ.get("SADCL_CHECK") == "1"  # maps: every byte would be read
+        if checked and about.get(f"crc32.{name}") != str(_checksum(value)):
+            raise ShardError(f"{file}: {name} has other bits than were written; {again}")
+    return tensors["labels"].clone(), maps
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.contiguous().view(torch.uint8).numpy().data)

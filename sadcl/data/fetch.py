@@ -19,6 +19,11 @@ from sadcl.data.sources import SourceNotFound, cache_dir, find_source
 
 PACKAGES = ("tuxpaint-stamps-default", "tuxpaint-data")
 EXIT_UNAVAILABLE = 3
+NEEDED = (
+    f"the photo cut-outs are in the packages {' and '.join(PACKAGES)} of Debian and Ubuntu (universe); unpack them "
+    "(dpkg-deb -x) and give their usr/share/tuxpaint as `sadcl train --data.source photos --data.root FOLDER`, or "
+    "train on drawings: pip install 'sadcl[emoji]'"
+)
 
 
 def _run(command: list[str], cwd: Path | None = None) -> None:
@@ -64,10 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except SourceNotFound:
         pass
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        print(
-            "no apt on this machine: the photo cut-outs cannot be fetched; use the emoji source",
-            file=sys.stderr,
-        )
+        print(f"no apt (apt-get and dpkg-deb) on this machine: {NEEDED}", file=sys.stderr)
         return EXIT_UNAVAILABLE
     try:
         if into is None and os.geteuid() == 0:
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             fetch_into(into or cache_dir() / "tuxpaint")
         source = find_source("photos", into)
     except (subprocess.CalledProcessError, OSError, SourceNotFound) as error:
-        print(f"the photo cut-outs could not be fetched: {error}", file=sys.stderr)
+        print(f"the photo cut-outs could not be fetched: {error}\n{NEEDED}", file=sys.stderr)
         return EXIT_UNAVAILABLE
     print(f"fetched: {source.title}, {source.num_objects} objects")
     return 0

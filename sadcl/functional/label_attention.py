@@ -7,6 +7,9 @@ Backend ``cpp`` is one op (:mod:`sadcl.ops.label_attention`), ``triton`` torch's
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +31,15 @@ from ..reference.label_attention import label_attention as _reference
 from . import label_attention_core as core
 
 BACKENDS = ("cpp", "triton", "torch")
+
+
+def _has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles (AMX): oneDNN does, behind torch, and our kernels not."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
+
+
+TORCH_HAS_TILES = _has_tiles()  # when this module loads: a call under torch.compile only reads it
 
 
 def label_attention(
@@ -61,7 +73,8 @@ def label_attention(
         dropout: probability in [0, 1) with which a weight is dropped (0 outside training).
         need_weights: also return the applied weights.
         form: ``"plain"``, ``"folded"`` or None for :func:`choose_form`.
-        backend: None for the best on the device, or a backend's name.
+        backend: None for the best on the device, or a backend's name. A CPU that multiplies bfloat16 (AVX512_BF16) does
+            so for None: what one product hands the next is rounded to it, as torch's is. ``"cpp"`` keeps float32.
 
     Returns:
         out ``[B, C, E]`` and, if asked, the weights as applied (after dropout) ``[B, heads, C, L]``.
@@ -116,7 +129,12 @@ def label_attention(
     arguments = (query, memory, projections, memory_pos, key_padding_mask, dropout, need_weights, form)
     if chosen == "torch":
         return portable.attend(*arguments)
-    return core.attend(*arguments, chosen) if chosen == "triton" else _fused(*arguments, chosen)
+    if chosen == "triton":
+        return core.attend(*arguments, chosen)
+    by_name = backend is not None or bool(os.environ.get("SADCL_BACKEND"))
+    if TORCH_HAS_TILES and not by_name and all(t.dtype == torch.bfloat16 for t in (query, memory, in_proj_weight)):
+        return portable.attend(*arguments)
+    return _fused(*arguments, not by_name, chosen)
 
 
 def _check_parameters(
@@ -181,6 +199,7 @@ def _fused(
     dropout: float,
     need_weights: bool,
     form: str,
+    rounded: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, and what surrounds it: the dropout mask out of torch's generator, and the result's dtype."""
@@ -202,9 +221,10 @@ def _fused(
         heads=heads,
         folded=form == "folded",
         keep_scale=1.0 / (1.0 - dropout),
+        rounded=rounded,
     )
     out, weights, *_ = _label_attention.label_attention(inputs, backend)
-    # Inside, the arithmetic is float32 (float64) whatever autocast says; outside, the dtype is what torch's would be.
+    # Inside, sums and what autocast would narrow are float32 (float64); outside, the dtype is what torch's would be.
     device = memory.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else memory.dtype
     if memory.dtype == torch.float64:

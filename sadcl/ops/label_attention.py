@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
     heads: int
     folded: bool
     keep_scale: float  # what dropout multiplies its survivors by
+    rounded: bool = False  # whether bfloat16 products, where the processor has them, may round what they are given
 
 
 class Outputs(NamedTuple):
@@ -58,7 +59,7 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward fills, in the accumulation dtype."""
+    """What the backward fills: weights' in their own dtype, the others in the accumulation dtype."""
 
     grad_query: Tensor | None
     grad_memory: Tensor | None
@@ -98,7 +99,8 @@ def _allocate_gradients(x: Inputs, wanted: tuple[str, ...]) -> Gradients:
         asked = name in wanted or (name.startswith("in_") and not {"in_weight", "in_bias"}.isdisjoint(wanted))
         if name == "in_bias" and asked:
             like = x.in_weight[:, 0]
-        grads[f"grad_{name}"] = like.new_empty(like.shape, dtype=dtype) if asked else None
+        kept = like.dtype if name.endswith("_weight") else dtype
+        grads[f"grad_{name}"] = like.new_empty(like.shape, dtype=kept) if asked else None
     return Gradients(**grads)
 
 

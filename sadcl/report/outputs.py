@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from sadcl.checkpoint import load_checkpoint, restore_model
+from sadcl.head import move_maps
 from sadcl.model import SADCL
 from sadcl.train.run import Run
 
-__all__ = ["Look", "StageOutputs", "attention_maps", "looks", "predictions", "stage_outputs"]
+__all__ = ["Look", "StageOutputs", "attention_maps", "looks", "predictions", "said", "stage_outputs"]
 
-OVERLAY_IMAGES = 6
+OVERLAY_IMAGES = 8
+LOOK_LABELS = 5  # of a picture, at most
 
 
 @dataclass
@@ -43,7 +45,7 @@ def stage_outputs(run: Run, stage: str) -> StageOutputs:
     forward = run.forward_of(model)
     scores, truth, vectors, classes = [], [], [], []
     for inputs, labels in run.val_batches():
-        output = forward(inputs.to(run.device), contrastive=False)
+        output = forward(move_maps(inputs, run.device), contrastive=False)
         image, category = (labels == 1).nonzero(as_tuple=True)
         scores.append(output.logits.float().sigmoid().cpu())
         truth.append(labels)
@@ -74,6 +76,12 @@ def looks(run: Run, model: SADCL) -> list[Look]:
         if len(found) == OVERLAY_IMAGES:
             break
     return found
+
+
+def said(look: Look, thresholds: Tensor, most: int = LOOK_LABELS) -> list[int]:
+    """The labels above their thresholds [C], the most probable first: at most so many, at least the first."""
+    order = look.probabilities.argsort(descending=True).tolist()
+    return [i for i in order if look.probabilities[i] > thresholds[i]][:most] or order[:1]
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor
 from sadcl.metrics import MultilabelReport, multilabel_report
 from sadcl.report.analysis import cooccurrence_confusion, precision_recall, prototype_similarity, similarity_order
 from sadcl.report.html import Html, bar, data_uri, escape, figure, page, section, sparkline, table
-from sadcl.report.outputs import Look, StageOutputs
+from sadcl.report.outputs import LOOK_LABELS, Look, StageOutputs, said
 from sadcl.report.plots import curve_figures, heatmap_figure, overlay, precision_recall_figure, svg
 from sadcl.train.thresholds import tune_thresholds
 
@@ -30,7 +30,6 @@ STAGE_NAMES = {
 }
 CONFUSED_CLASSES = 40  # in the map: those with most mistakes
 CONFUSED_PAIRS = 20
-LOOK_LABELS = 4
 LOOK_SIDE = 224  # pixels
 
 
@@ -66,17 +65,17 @@ def report_page(shown: Shown) -> str:
     """The whole page as text."""
     metrics = shown.metrics
     sections = [
-        _stages(shown),
+        _attention(shown),
         _curves(shown),
+        _stages(shown),
         _classes(shown),
         _precision_recall(shown),
         _confusion(shown),
-        _attention(shown),
         _scatter(shown),
         _prototypes(shown),
         _origin(shown),
     ]
-    subtitle = f"{metrics['data']}. Validation: {metrics['protocol']}."
+    subtitle = f"mAP {metrics['mAP']:.3f}. {metrics['data']}. Validation: {metrics['protocol']}."
     return page(f"Training report: {shown.name}", subtitle, [part for part in sections if part])
 
 
@@ -242,9 +241,14 @@ def _attention(shown: Shown) -> Html:
     strips = []
     for look in shown.looks:
         picture = look.picture.permute(1, 2, 0).numpy()
-        truth = ", ".join(names[i] for i in (look.labels == 1).nonzero().flatten())
-        cells = [_thumbnail(picture / 255.0, f"picture with {truth}", escape(f"there: {truth}"))]
-        for i in look.probabilities.topk(min(LOOK_LABELS, len(names))).indices.tolist():
+        there, chosen = (look.labels == 1).nonzero().flatten().tolist(), said(look, shown.tuned, LOOK_LABELS)
+        truth = ", ".join(names[i] for i in there)
+        missed = ", ".join(names[i] for i in there if i not in chosen)
+        caption = Html(
+            f"there: {escape(truth)}" + (f'<br><span class="no">not said: {escape(missed)}</span>' if missed else "")
+        )
+        cells = [_thumbnail(picture / 255.0, f"picture with {truth}", caption)]
+        for i in chosen:
             right = bool(look.labels[i] == 1)
             mark = f'<span class="{"yes" if right else "no"}">{"✓" if right else "✗"}</span>'
             caption = Html(f"{mark} {escape(names[i])} {float(look.probabilities[i]):.2f}")
@@ -254,7 +258,8 @@ def _attention(shown: Shown) -> Html:
         "attention",
         "Where the model looks",
         f"The first {len(shown.looks)} validation pictures with two labels or more (not chosen for looks), each with "
-        f"the attention of its {LOOK_LABELS} most probable labels: ✓ it is there, ✗ it is not.",
+        "the attention of the labels that the model says (probability above the label's tuned threshold, at most "
+        f"{LOOK_LABELS}, at least the most probable one): ✓ it is there, ✗ it is not.",
         *strips,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import sadcl
 from sadcl.checkpoint import write_atomically
 from sadcl.metrics import MultilabelReport
-from sadcl.report.outputs import StageOutputs, looks, predictions, stage_outputs
+from sadcl.report.outputs import StageOutputs, looks, said, stage_outputs
 from sadcl.report.page import Shown, report_page
 from sadcl.report.plots import embeddings_figure, plot_attention, plot_curves, plot_scenes, save_figure
 from sadcl.train.run import Run
@@ -94,16 +94,23 @@ def draw(run: Run, reports: dict[str, MultilabelReport], metrics: dict[str, Any]
     final = list(reports)[-1]
     outputs = stage_outputs(run, final)
     seen = looks(run, outputs.model)
-    if seen:
-        heading = "where the model looks for its four most probable labels (green: it is there, red: it is not)"
-        titles = [", ".join(classes[i] for i in (look.labels == 1).nonzero().flatten()) for look in seen]
-        pictures, maps = [look.picture for look in seen], [look.attention for look in seen]
-        chosen = [predictions(look.probabilities, classes, 4, look.labels) for look in seen]
-        plot_attention(run.folder / "attention.png", pictures, titles, maps, chosen, heading)
     scatter = _embeddings(run, outputs) if final == "step2" else None
     if scatter is not None:
         save_figure(scatter, run.folder / "embeddings.png")
-    page = report_page(Shown(run.folder.name, metrics, reports, outputs, seen, scatter, run.config.as_yaml()))
+    shown = Shown(run.folder.name, metrics, reports, outputs, seen, scatter, run.config.as_yaml())
+    if seen:
+        heading = "where the model looks for the labels that it says (green: it is there, red: it is not)"
+        titles = [", ".join(classes[i] for i in (look.labels == 1).nonzero().flatten()) for look in seen]
+        pictures, maps = [look.picture for look in seen], [look.attention for look in seen]
+        chosen = [
+            [
+                (i, f"{classes[i]} {look.probabilities[i]:.2f}", bool(look.labels[i] == 1))
+                for i in said(look, shown.tuned)
+            ]
+            for look in seen
+        ]
+        plot_attention(run.folder / "attention.png", pictures, titles, maps, chosen, heading)
+    page = report_page(shown)
     write_atomically(run.folder / "report.html", lambda file: file.write(page.encode("utf-8", "replace")))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sadcl.head import SADCLOutput
+from sadcl.head import Maps, SADCLOutput
 from sadcl.prototypes import build_prototypes
 from sadcl.study.config import ARMS, PartConfig, StudyConfig, train_config
 from sadcl.study.trials import Trial
@@ -42,11 +42,15 @@ class PooledLinear(nn.Module):
         self.backbone = backbone
         self.linear = nn.Linear(channels, num_classes)
 
-    def forward(self, inputs: Tensor, contrastive: bool = False) -> SADCLOutput:
-        """Logits of images ``[B, 3, H, W]`` or feature maps ``[B, channels, H, W]``."""
+    def forward(self, inputs: Maps, contrastive: bool = False) -> SADCLOutput:
+        """Logits of images ``[B, 3, H, W]`` or feature maps ``[B, channels, H, W]``, several side by side."""
         maps = inputs if self.backbone is None else self.backbone(inputs)
-        pooled = maps.mean((2, 3))
+        pooled = torch.cat([one.mean((2, 3)) for one in ([maps] if isinstance(maps, Tensor) else maps)], 1)
         return SADCLOutput(self.linear(pooled), pooled[:, None])
+
+
+def _width(channels: int | tuple[int, ...]) -> int:
+    return channels if isinstance(channels, int) else sum(channels)
 
 
 class Bench:
@@ -88,7 +92,7 @@ class Bench:
             torch.manual_seed(self.seed)
             model: Any = PooledLinear(
                 None if self.frozen else copy.deepcopy(self.model.backbone),
-                self.model.backbone.channels,
+                _width(self.model.backbone.channels),
                 self.model.num_classes,
             ).to(self.device)
             self._epochs(model, model, 1, choice.rate1, loss_config, contrastive=False)

@@ -117,8 +117,8 @@ class StudyConfig:
 
     output: str = "runs/study"
     batch_size: int = 32
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(image_size=160))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("efficientnet_lite0"))
     frozen: PartConfig = field(default_factory=PartConfig)
     finetuned: PartConfig = field(default_factory=_finetuned)
 

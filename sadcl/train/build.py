@@ -26,6 +26,7 @@ def build_model(config: TrainConfig, num_classes: int) -> SADCL:
         dropout=m.dropout,
         contrastive=False,
         frozen=m.frozen if m.train_backbone else "all",
+        strides=m.strides,
     )
 
 

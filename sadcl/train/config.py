@@ -39,6 +39,8 @@ class ModelConfig:
 
     Args:
         backbone: name of the feature extractor.
+        strides: of the backbone's maps that the head reads, the finest first, such as [16, 32]; default: the last map
+            (of efficientnet_lite2 these two).
         pretrained: start the backbone from its packaged weights (true), or from a file (its path).
         train_backbone: fine-tune it; otherwise it is frozen and its feature maps are computed once.
         frozen: with train_backbone, what stays frozen: nothing, or the backbone's default (ResNets: stem and layer1).
@@ -54,7 +56,8 @@ class ModelConfig:
         dropout: dropout of encoder and decoder.
     """
 
-    backbone: str = "efficientnet_lite0"
+    backbone: str = "efficientnet_lite2"
+    strides: list[int] | None = None
     pretrained: bool | str = True
     train_backbone: bool = False
     frozen: Literal["none", "default"] = "none"
@@ -189,7 +192,8 @@ class TrainConfig:
         batch_size: images a batch of one process; also the number of slots in the memory bank.
         control: also continue step 1 for as long as step 2 runs, so that the two can be compared fairly.
         plots: draw curves, attention overlays and the embedding scatter.
-        amp: forward in bfloat16, or in float16 with a gradient scaler (GPU only). The losses stay in float32.
+        amp: forward in bfloat16, or in float16 with a gradient scaler (GPU only). The losses stay in float32. A frozen
+            backbone then runs in bfloat16, either way.
         channels_last: the backbone's weights and maps in NHWC memory order, often faster.
         checkpoint_every: optimizer steps between two writes of last.pt; 0: at the ends of epochs only.
         eval_image_size: also measure the finished models on validation pictures of this size.

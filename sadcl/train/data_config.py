@@ -75,8 +75,8 @@ class DataConfig:
     empty_images: Literal["keep", "drop"] | None = None
     missing_images: Literal["error", "drop"] = "error"
     difficult: Literal["negative", "ignored"] = "negative"
-    image_size: int = 160
-    train_images: int = 3000
+    image_size: int = 256
+    train_images: int = 2400
     val_images: int = 1000
     split_seed: int = 0
     workers: int = 1

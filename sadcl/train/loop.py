@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sadcl.head import SADCLOutput
+from sadcl.head import SADCLOutput, move_maps
 from sadcl.losses import DualContrastiveLoss
 from sadcl.metrics import MultilabelAccumulator, MultilabelReport
 from sadcl.model import SADCL
@@ -261,7 +261,7 @@ def train_epoch(
     seen = 0
     clock = Stopwatch(device)
     for images, labels in stage.loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = move_maps(images, device), labels.to(device, non_blocking=True)
         clock.lap("data")
         with (
             torch.autocast(device.type, stage.autocast, enabled=stage.autocast is not None),
@@ -368,10 +368,10 @@ def predict_all(
     for model, _, _ in models:
         model.eval()
     for images, labels in batches:
-        images = images.to(device, non_blocking=True)
+        maps = move_maps(images, device)
         for _, forward, seen in models:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                output = forward(images, contrastive=False)
+                output = forward(maps, contrastive=False)
             seen.update(output.logits.float().sigmoid(), labels)
     shard = getattr(batches, "batch_sampler", None)
     for (model, _, seen), training in zip(models, were_training, strict=True):

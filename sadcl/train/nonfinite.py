@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from sadcl.head import Maps, move_maps
 
 __all__ = ["NonFiniteLoss", "accused", "another"]
 
@@ -28,7 +31,7 @@ def another() -> NonFiniteLoss:
     return NonFiniteLoss("the loss or gradient of another process is not finite", {})
 
 
-def accused(model: nn.Module, images: Tensor, labels: Tensor, parts: dict[str, float]) -> NonFiniteLoss:
+def accused(model: nn.Module, images: Maps, labels: Tensor, parts: dict[str, float]) -> NonFiniteLoss:
     """It happened in this process, with this batch.
 
     Args:
@@ -38,7 +41,12 @@ def accused(model: nn.Module, images: Tensor, labels: Tensor, parts: dict[str, f
         parts: its losses.
     """
     wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    batch = {"images": images.cpu(), "labels": labels.cpu(), "parts": parts, "gradient": wrong}
+    batch = {
+        "images": move_maps(images, torch.device("cpu")),
+        "labels": labels.cpu(),
+        "parts": parts,
+        "gradient": wrong,
+    }
     said = ", ".join(f"{name} {value:g}" for name, value in parts.items())
     if all(map(math.isfinite, parts.values())):
         return NonFiniteLoss(f"the gradient is not finite, though the loss is: {said}", batch)

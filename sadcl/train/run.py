@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from sadcl import backends
 from sadcl.checkpoint import load_checkpoint, make_folder, restore_model, save_checkpoint, write_atomically
 from sadcl.data.images import ImageFileError
 from sadcl.losses import DualContrastiveLoss
@@ -69,6 +70,8 @@ class Run:
         if config.model.init_from:
             self.say(init_from(model, config, self.images.classes))
         self.model = self._placed(model)
+        if self.device.type == "cpu" and not (cpp := backends()["cpp"]).available:
+            self.say(f"torch's operators do the work of the C++ kernels: {cpp.reason}")
         self.loss: DualContrastiveLoss = make_loss(config.loss).to(self.device)
         self.progress = Progress()
         self.log: RunLog | None = None

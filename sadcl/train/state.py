@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sadcl.checkpoint import CheckpointError, load_checkpoint, write_atomically
 from sadcl.metrics import MultilabelAccumulator
@@ -167,14 +168,15 @@ def read_last(config: TrainConfig, images: Images, edited: bool = False) -> dict
 
 def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) -> NonFiniteLoss:
     """Write the batch that gave a NaN or infinity to ``nonfinite.pt``; returns the error with what to look at."""
-    images, labels = error.batch["images"], error.batch["labels"]
+    given, labels = error.batch["images"], error.batch["labels"]
+    images = torch.cat([part.flatten(1) for part in ([given] if isinstance(given, Tensor) else given)], 1)
     position = training.batches
     where = {"stage": stage, "epoch": position.epoch + 1, "batch": position.batch + 1, "step": training.steps}
     own = f".{distributed.rank()}" if distributed.rank() else ""
     path = folder / f"nonfinite{own}.pt"
     write_atomically(path, lambda file: torch.save({**error.batch, **where}, file))
     rate = max(group["lr"] for group in training.optimizer.param_groups)
-    bad = int((~images.isfinite().flatten(1).all(1)).sum())
+    bad = int((~images.isfinite().all(1)).sum())
     look = [
         f"{bad} of its {len(images)} inputs are not finite: look at the pictures"
         if bad

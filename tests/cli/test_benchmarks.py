@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, harness, report, results
+from benchmarks import compare, harness, report, results, targets
 from benchmarks.harness import Record, Row, Series, Timing
 from benchmarks.results import Results
 
@@ -78,6 +78,16 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
         (tmp_path / "wrong.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"wrong\.json: expected the JSON of python -m benchmarks"):
             results.load(tmp_path / "wrong.json")
+
+
+def test_table_holds_ours_against_the_fastest_peer_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    linear = {"MKL": [10.0], "oneDNN": [8.0], "sadcl, auto": [1.0], "sadcl": [9.0]}
+    run = made({"linear 2048 x 2048": linear, "unknown": {"peer": [3.0], "sadcl": [2.0]}})
+    results.save(Record(run.rows, run.series), tmp_path / "run.json")
+    targets.main([str(tmp_path / "run.json")])
+    shown = capsys.readouterr().out
+    assert "| linear layer, 2048 to 2048 | 9 ms | oneDNN: 8 ms | **0.89x** | 0.97x | 0.5 ms |" in shown
+    assert shown.count("\n| ") == 2 and "Not in this run: asl, " in shown
 
 
 def test_page_needs_nothing_else_and_shows_every_row(tmp_path: Path) -> None:

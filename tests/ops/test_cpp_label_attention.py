@@ -46,7 +46,7 @@ def make(b: int, c: int, l: int, heads: int, d: int, shared: bool = True, dtype=
     return query, normal(b, l, e), *weights, normal(l, e)
 
 
-def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Tensor | None = None, dtype=None):
+def run(tensors, heads: int, upstream: Tensor, backend: str | None, form: str, mask: Tensor | None = None, dtype=None):
     """Output and gradients of all tensors."""
     leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in tensors]
     *inputs, pos = leaves
@@ -60,7 +60,15 @@ def run(tensors, heads: int, upstream: Tensor, backend: str, form: str, mask: Te
 
 
 @functools.lru_cache(maxsize=32)
-def budgets(shape: tuple[int, ...], form: str, shared: bool, padded: bool, own_pos: bool, dtype: torch.dtype):
+def budgets(
+    shape: tuple[int, ...],
+    form: str,
+    shared: bool,
+    padded: bool,
+    own_pos: bool,
+    dtype: torch.dtype,
+    arithmetic: torch.dtype = torch.float32,
+):
     """Tensors, upstream gradient, padding, and what the oracle says of output and gradients."""
     b, c, length, heads, _ = shape
     mask = torch.zeros(b, length, dtype=torch.bool) if padded else None
@@ -70,7 +78,7 @@ def budgets(shape: tuple[int, ...], form: str, shared: bool, padded: bool, own_p
     *tensors, pos = make(*shape, shared=shared, dtype=dtype)
     tensors.append(pos.expand(b, -1, -1) if own_pos else pos)
     upstream = torch.randn(b, c, pos.shape[-1], generator=torch.Generator().manual_seed(9)).to(dtype)
-    wanted = error_budgets(lambda: run(tensors, heads, upstream, "reference", form, mask, torch.float64))
+    wanted = error_budgets(lambda: run(tensors, heads, upstream, "reference", form, mask, torch.float64), arithmetic)
     return tensors, upstream, mask, wanted
 
 
@@ -128,6 +136,25 @@ def test_bfloat16_is_accumulated_in_float32(form: str, isa: str) -> None:
     assert torch.equal(shared, own.sum(0))
 
 
+@pytest.mark.budget
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1, 16), (3, 5, 7, 3, 13), (2, 20, 33, 2, 24), (1, 3, 600, 1, 31)], ids=str)
+def test_rounded_bfloat16_products(shape, shared: bool, form: str, isa: str) -> None:
+    """With no backend named a processor that multiplies bfloat16 does; odd sizes leave half a pair, 600 is two cuts."""
+    padded = shape[0] > 1
+    tensors, upstream, mask, wanted = budgets(shape, form, shared, padded, True, torch.bfloat16, torch.bfloat16)
+    if mask is not None:  # what is dropped is dropped out of pairs, too
+        tensors = [tensors[0], tensors[1].masked_fill(mask[:, :, None], torch.nan), *tensors[2:]]
+    ours = run(tensors, shape[3], upstream, None, form, mask)
+    for name, got, want in zip(NAMES, ours, wanted, strict=True):
+        assert_within_budget(name, got, want)
+    if shape[2] == 33:
+        named = run(tensors, shape[3], upstream, "cpp", form, mask)
+        same = all(torch.equal(a, b) for a, b in zip(ours, named, strict=True))
+        assert same == (isa != "avx512_bf16")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_strides(form: str) -> None:
     """Transposed, stepped and expanded inputs give the numbers of contiguous ones."""
@@ -178,7 +205,7 @@ def arguments(dtype: torch.dtype, folded: bool, shared: bool, grad: bool) -> tup
     query, memory, *weights, pos = (t.requires_grad_(grad) for t in make(2, 3, 5, 2, 4, shared=shared, dtype=dtype))
     padded = torch.tensor([[False] * 5, [False, True, True, False, True]])
     kept = torch.rand(2, 5, 6) > 0.3
-    return query, memory, *weights, pos.expand(2, -1, -1), padded, kept, 2, folded, 1 / 0.7, "cpp"
+    return query, memory, *weights, pos.expand(2, -1, -1), padded, kept, 2, folded, 1 / 0.7, True, "cpp"
 
 
 @pytest.mark.parametrize("folded, shared, grad", list(itertools.product([False, True], repeat=3)))
@@ -189,11 +216,11 @@ def test_opcheck(folded: bool, shared: bool, grad: bool) -> None:
 
 @pytest.mark.parametrize("folded, shared", list(itertools.product([False, True], repeat=2)))
 def test_gradcheck_of_output_and_weights(folded: bool, shared: bool) -> None:
-    *tensors, padded, kept, heads, _, scale, name = arguments(torch.float64, folded, shared, True)
+    *tensors, padded, kept, heads, _, scale, rounded, name = arguments(torch.float64, folded, shared, True)
     leaves = [t.detach().contiguous().requires_grad_() for t in tensors]
 
     def call(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.sadcl.label_attention(*values, padded, kept, heads, folded, scale, name)[:2]
+        return torch.ops.sadcl.label_attention(*values, padded, kept, heads, folded, scale, rounded, name)[:2]
 
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 

@@ -174,7 +174,7 @@ def test_the_choice_is_what_runs(monkeypatch):
 
     ran: list[str] = []
     fused, attend = ops._fused, ops.portable.attend
-    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append(a[-2]), fused(*a))[1])
+    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append(a[-3]), fused(*a))[1])
     monkeypatch.setattr(ops.portable, "attend", lambda *a: (ran.append(a[-1]), attend(*a))[1])
     many, few = torch.randn(300, 64), torch.randn(2, 64)
     module = LabelAttention(64, 1)
@@ -182,6 +182,22 @@ def test_the_choice_is_what_runs(monkeypatch):
     module(many, memory)
     module(few, memory)
     assert ran == ["plain", "folded"]
+
+
+@pytest.mark.parametrize("name, dtype, torchs", [
+    (None, torch.bfloat16, True), ("cpp", torch.bfloat16, False), (None, torch.float32, False),
+])  # fmt: skip
+def test_bfloat16_goes_to_torch_where_the_processor_has_tiles(monkeypatch, name, dtype, torchs):
+    ops = importlib.import_module("sadcl.functional.label_attention")
+    ran: list[str] = []
+    fused, attend = ops._fused, ops.portable.attend
+    monkeypatch.setattr(ops, "TORCH_HAS_TILES", True)
+    monkeypatch.delenv("SADCL_BACKEND", raising=False)
+    monkeypatch.setattr(ops, "_fused", lambda *a: (ran.append("cpp"), fused(*a))[1])
+    monkeypatch.setattr(ops.portable, "attend", lambda *a: (ran.append("torch"), attend(*a))[1])
+    module = LabelAttention(64, 1, backend=name).to(dtype)
+    module(torch.randn(3, 64).to(dtype), torch.randn(4, 20, 64).to(dtype))
+    assert ran == ["torch" if torchs else "cpp"]
 
 
 def test_gradcheck():
