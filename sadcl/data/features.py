@@ -150,4 +150,4 @@ def _read(file: Path, digest: str, number: int, count: int) -> tuple[Tensor, lis
 
 
 def _checksum(value: Tensor) -> int:
-    return zlib.crc32(value.contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

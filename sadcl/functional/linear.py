@@ -36,6 +36,7 @@ def _probe() -> bool:
     return cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
 
 
+CPP = backends()["cpp"]
 OURS_IS_FASTER = _probe()  # when this module loads: a call under torch.compile only reads it
 
 
@@ -43,8 +44,8 @@ def _chosen() -> str:
     asked = check_choice(SWITCH, os.environ.get(SWITCH) or "auto", ("auto", "cpp", "torch"))
     if asked == "auto":
         return "cpp" if OURS_IS_FASTER and not makes_program() else "torch"
-    if asked == "cpp" and not backends()["cpp"].available:
-        raise RuntimeError(f"{SWITCH}='cpp': {backends()['cpp'].reason}")
+    if asked == "cpp" and not CPP.available:
+        raise RuntimeError(f"{SWITCH}='cpp': {CPP.reason}")
     return asked
 
 

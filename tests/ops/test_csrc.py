@@ -55,7 +55,7 @@ def code(path: Path) -> str:
 def definitions(folder: Path) -> dict[tuple[str, str], list[str]]:
     """Where each struct or class of a named namespace is defined; nested and unnamed ones meet nobody else's."""
     found = defaultdict(list)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         text = re.sub(r'^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|"(?:\\.|[^"\\\n])*"', "", code(path), flags=re.MULTILINE)
         scopes: list[str | None] = []  # a namespace's name; None is any other pair of braces
         for token in TOKEN.finditer(text):
