@@ -105,7 +105,13 @@ def test_momentum_queue(tmp_path: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    printed = run("two_processes.py", tmp_path)
+    """Rarely, on a loaded machine, torch aborts when Python has ended and all is done: then once more."""
+    try:
+        printed = run("two_processes.py", tmp_path)
+    except AssertionError as error:
+        if "terminate called without an active exception" not in str(error):
+            raise
+        printed = run("two_processes.py", tmp_path)
     assert "weights are the same in every process: True" in printed
     losses = [float(value) for value in re.findall(r"mean loss of 2 processes (\S+)", printed)]
     assert losses[-1] < losses[0]
