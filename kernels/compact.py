@@ -128,11 +128,7 @@ def _scatter_kernel(
 def compact(x: Any, out: Any) -> None:
     """Fill ``pairs``, ``class_ptr`` and ``target``, see :mod:`sadcl.ops.compact`."""
     labels = x.labels
-    if _checks.reads_values(labels):
-        _checks.check_label_values(labels)
-    b, c = labels.shape
-    if b * c >= 1 << 31:
-        raise ValueError(f"labels: pairs are int32, so expected B * C < 2^31, got {b} * {c}")
+    b, c = _checks.check_compactable(labels)
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
     if b <= _SMALL_IMAGES and c <= _SMALL_CLASSES:

@@ -108,6 +108,16 @@ def check_label_values(labels: Tensor, name: str = "labels") -> None:
         raise ValueError(f"{name}: expected 0, 1 or -1 (ignored), got values {values}")
 
 
+def check_compactable(labels: Tensor) -> tuple[int, int]:
+    """Sizes of labels ``[B, C]`` that a GPU kernel compacts; a ValueError for values or sizes that it does not take."""
+    if reads_values(labels):
+        check_label_values(labels)
+    b, c = labels.shape
+    if b * c >= 1 << 31:
+        raise ValueError(f"labels: pairs are int32, so expected B * C < 2^31, got {b} * {c}")
+    return b, c
+
+
 def check_soft_labels(labels: Tensor) -> None:
     """Raise a ValueError that names the values outside [0, 1] that are not -1. Reads the labels: a sync on a GPU."""
     if labels.numel() == 0 or labels.dtype == torch.bool:

@@ -13,11 +13,7 @@ from ._types import type_of
 def compact(x: Any, out: Any) -> None:
     """Fill ``pairs``, ``class_ptr`` and ``target``, see :mod:`sadcl.ops.compact`."""
     labels = x.labels
-    if _checks.reads_values(labels):
-        _checks.check_label_values(labels)
-    b, c = labels.shape
-    if b * c >= 1 << 31:
-        raise ValueError(f"labels: pairs are int32, so expected B * C < 2^31, got {b} * {c}")
+    b, c = _checks.check_compactable(labels)
     launch(
         Program("compact", "compact", {"LABELS": type_of(labels)}), grid=1, threads=1024, shared=4 * 32,
         args=(labels, out.pairs, out.class_ptr, out.target, b, c, labels.stride()),
