@@ -160,7 +160,9 @@ class OnGpu(Rounded):
     """The arithmetic of a thread: sums are chains, of n terms off by the root of n; exponentials by two ulp."""
 
     def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The number of terms is the same sum over ones."""
+        """The number of terms is the same sum over ones; adding a 0 rounds nothing."""
+        if func._schema.name == "aten::sum":
+            return func(args[0].ne(0).double(), *args[1:], **kwargs).clamp(min=1.0).sqrt()
         key = func, repr(tree_map_only(Tensor, lambda x: (*x.shape,), args)), repr(kwargs)
         if key not in _steps:
             _steps[key] = func(*tree_map_only(Tensor, torch.ones_like, args), **kwargs).clamp(min=1.0).sqrt()
