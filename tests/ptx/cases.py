@@ -201,7 +201,7 @@ class OnGpu(Rounded):
         return 4.0 if name in ("exp", "log", "div", "reciprocal") else 1.0
 
 
-class WithNarrowWeights(OnGpu):
+class NarrowWeights(OnGpu):
     """The same, where weights of a gradient's products are bfloat16: each of their terms is off by half a digit."""
 
     def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -235,8 +235,11 @@ def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, p
             narrow = torch.float16 if precision == "tf32" else dtype
             forward = backward = _drawn(function, wide if case.op in FLOAT32 else narrow)
             if case.op in FLOAT32_FORWARD and dtype == torch.bfloat16:
-                forward = error_budgets(function, wide, rounding=WithNarrowWeights)
-                backward = [*forward[:-1], backward[-1]]  # the temperature's is z . gradient, another sum
+                forward = error_budgets(function, wide, rounding=NarrowWeights)
+                # A temperature's is z . gradient, a sum that the oracle does not make.
+                names = *("" for _ in range(OPS[case.op].results)), *differentiable(case.op, x)
+                threes = zip(names, forward, backward, strict=True)
+                backward = [loose if "temperature" in name else sharp for name, sharp, loose in threes]
             elif case.op in FLOAT32_FORWARD and dtype == torch.float16:
                 forward = _drawn(functools.partial(function, gradients=False), wide)
             forward, backward = forward[: OPS[case.op].results], backward[OPS[case.op].results :]
