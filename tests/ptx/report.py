@@ -5,6 +5,7 @@ OUTCOMES is the file that ``python -m tests.ptx.mutants OUTCOMES`` made.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import Counter, defaultdict
@@ -38,7 +39,7 @@ roundings of the kernels: of operands in tf32, of weights of a product in the op
 constants, and the errors that PTX documents for `ex2.approx`, `lg2.approx` and `div.full`, which are drawn. What is
 float64 up to its last rounding (PSCL's losses) or is kept so for the backward (norms, PSCL's scores and log-sum-exps,
 on ties those of ZLPR and the two-way loss) has a few roundings of float64, and gradients that are float32 until they
-are rounded to 16 bits are held element by element. `mlc` is executed in bfloat16, `group_pscl` launches PSCL's kernels.
+are rounded to 16 bits are held element by element. `group_pscl` launches PSCL's kernels.
 
 `executed` is the share of a kernel's instructions that some lane of some case executed, over its compiled versions.
 
@@ -100,7 +101,7 @@ def executed() -> tuple[list[str], int]:
     versions: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
     launches: Counter[tuple[str, str, str]] = Counter()
     cases = 0
-    for op, kind in [(name, kind) for name in TRITON for kind in (("bf16",) if name == "mlc" else _KINDS)]:
+    for op, kind in itertools.product(TRITON, _KINDS):
         if kind.startswith("tf32") and op not in PRODUCTS:
             continue
         for case in cases_of(op, kind):
