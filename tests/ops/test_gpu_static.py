@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 from benchmarks import gpu_static
 from benchmarks.gpu_static import examine
 from benchmarks.launches import Job, job_of, jobs_of, record
+from sadcl.ops import asl, mlc
 from sadcl.testing.examples import PUBLISHED, Size
 
 
@@ -61,8 +62,13 @@ def test_results_are_kept_and_faults_end_in_failure(
 
 
 @pytest.mark.parametrize("size", [PUBLISHED, Size(32, v=3, c=7, d=33, e=36, length=50, heads=4)], ids=["coco", "odd"])
-def test_a_kernel_is_compiled_a_few_times_for_all_batch_sizes(size: Size) -> None:
+def test_a_kernel_is_compiled_a_few_times_for_all_batch_sizes(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last batch of an epoch, or buckets, must not stop for a compiler: no constant follows the batch closely."""
+    # Most of the time goes to what portable torch adds to the kernels' gradients, which launches none.
+    whole = [launch.name for launch in record("sm_90", torch.float16, dataclasses.replace(size, b=5))]
+    monkeypatch.setattr(mlc, "_fill_rare", lambda *_: None)
+    monkeypatch.setattr(asl.portable, "rare_gradients", lambda *_: None)
+    assert [launch.name for launch in record("sm_90", torch.float16, dataclasses.replace(size, b=5))] == whole
     versions: dict[tuple[str, str, int], set[tuple[object, ...]]] = {}
     for b in range(1, 257):
         calls: collections.Counter[str] = collections.Counter()  # calls with other options are other versions anyway
