@@ -224,8 +224,11 @@ class Rounded(TorchDispatchMode):
             return out
         if kind == "sum":
             terms = func(*(x.abs() if isinstance(x, Tensor) else x for x in args), **kwargs)
-            self.terms[out] = terms = terms * self.steps_of_sum(func, args, kwargs)
-            size = self._stored(self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs(), terms)
+            self.terms[out] = terms = terms.mul_(self.steps_of_sum(func, args, kwargs))
+            size = self.sum_unit * terms
+            if self.unit > self.sum_unit:
+                size += (self.unit - self.sum_unit) * out.abs()
+            size = self._stored(size, terms)
         elif kind == "each" and isinstance(out, Tensor):
             size = self._each(out) * self.steps_of_each(func)
         else:
@@ -263,7 +266,7 @@ def error_budgets(
         with rounding(arithmetic, seed):
             drawn = function()
         for total, x, want in zip(spread, drawn, truth, strict=True):
-            total.hypot_((x.detach() - want).nan_to_num() / draws**0.5)  # squares would underflow
+            total.hypot_((x.detach() - want).nan_to_num_().div_(draws**0.5))  # squares would underflow
     return tuple(Budget(want, total, arithmetic) for want, total in zip(truth, spread, strict=True))
 
 

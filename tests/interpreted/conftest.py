@@ -24,8 +24,8 @@ def _languages(function: Any) -> list[ModuleType]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _patched_once() -> Iterator[None]:
-    """Triton's interpreter puts its own operators into its language at every launch, and again at every call of a device
-    function, a third of its time: there they are in place already.
+    """Triton's interpreter puts its operators into its language at every launch, and again, for half of its time, at
+    every call of a device function, where they are in place already.
     """
     patch = interpreter._patch_lang
 
