@@ -143,7 +143,8 @@ def load_rgb(
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     shown = rgba.convert("RGB")
-    if rgba.getchannel("A").getextrema()[1] <= 1 and len(shown.getcolors(shown.width * shown.height) or ()) > 1:
+    alpha = rgba.getchannel("A")
+    if alpha.point(lambda a: a > 1).getbbox() is None and len(shown.getcolors(shown.width * shown.height) or ()) > 1:
         return shown  # a fourth band that only happens to be called alpha, or a mask of 0 and 1
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
