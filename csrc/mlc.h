@@ -20,8 +20,9 @@ struct MlcPeers {
   Array weights_back;              // [N, K], dense: the weights of keys towards anchors
 };
 
-// The least I / U with U <= classes that is at least a threshold in float64: shares are compared as whole numbers, which
-// float32 holds exactly to 4,096 classes. Rounded quotients of a share below and a threshold above it could be equal.
+// The least I / U with U <= classes that is at least a threshold in float64: shares are compared as whole numbers,
+// which float32 holds exactly to 4,096 classes. Rounded quotients of a share below and a threshold above it could be
+// equal.
 struct LeastShare {
   double shared = 1, of = 1;
 
