@@ -210,6 +210,7 @@ def test_tables_of_every_layout(layout: str, encoding: str) -> None:
         ("path\n0.png\n", r"no picture has a label \(line 2 is '0.png'\)"),
         ("0.png^cat\n", r"no picture has a label \(line 1 is '0.png\^cat'\)"),
         ("snap,species\n0.png,cat\n", r"line 1: 'snap', 'species': no column is called path, filename, image"),
+        ("image file name,labels\n0.png,cat\n", r"line 1: 'image file name', 'labels': no column is called path"),
         ("0.png traffic light\n", r"line 1: expected `path,label;label`"),
         ("0.png\t0\t1\t0\n", r"line 1: 0 and 1 are no labels"),
         ("path,labels,unknown\n0.png,a;b,b\n", r"line 2: label 'b' is both listed and unknown"),
