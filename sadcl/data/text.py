@@ -35,9 +35,11 @@ def normal(name: str) -> str:
 
 
 def alike(name: str) -> str:
-    """What two names share that print alike, or differ in case alone: "Hot\\u00a0dog" and "h\\u043et dog\\u200b"."""
+    """What two names share that print alike, are one number, or differ in case alone: "Hot dog" and "h\\u043et\\u00a0dog"."""
     plain = unicodedata.normalize("NFKC", name).casefold().translate(LOOKALIKE)
-    return " ".join("".join(letter for letter in plain if unicodedata.category(letter) != "Cf").split())
+    plain = " ".join("".join(letter for letter in plain if unicodedata.category(letter) != "Cf").split())
+    value = number(plain)
+    return plain if value is None else repr(value)
 
 
 def number(name: str) -> float | None:

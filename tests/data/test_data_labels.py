@@ -256,6 +256,7 @@ def test_doubtful_classes_are_said() -> None:
     assert "classes that look alike: " in summary and "'Dog' and 'dog'" in summary
     assert r"'cat' and 'cat\u200b'" in summary and "class 'nan': pandas" in summary
     assert r"'cat' and 'c\u0430t'" in table("0.png,cat\n1.png,c\u0430t\n").summary()
+    assert "'01' and '1' and '1.0'" in table("0.png,1;01\n1.png,1.0\n").summary()
     assert "alike" not in table("0.png,dog\n1.png,cat\n").summary()
 
 
