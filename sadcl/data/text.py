@@ -35,7 +35,7 @@ def normal(name: str) -> str:
 
 
 def alike(name: str) -> str:
-    """What two names share that print alike, are one number, or differ in case alone: "Hot dog" and "h\\u043et\\u00a0dog"."""
+    """What two names share that print alike, are one number or differ in case: "Hot dog" and "h\\u043et\\u00a0dog"."""
     plain = unicodedata.normalize("NFKC", name).casefold().translate(LOOKALIKE)
     plain = " ".join("".join(letter for letter in plain if unicodedata.category(letter) != "Cf").split())
     value = number(plain)
