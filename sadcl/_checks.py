@@ -118,6 +118,16 @@ def check_compactable(labels: Tensor) -> tuple[int, int]:
     return b, c
 
 
+def check_weight_values(name: str, weights: Tensor) -> None:
+    """Raise a ValueError that names a weight that is negative or not finite, where values are read."""
+    if not reads_values(weights) or weights.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(weights.detach())  # one pass; NaN is both
+    if not (lowest.item() >= 0 and highest.item() < float("inf")):
+        wrong = weights[~((weights >= 0) & (weights < float("inf")))]
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {wrong[0].item():g}")
+
+
 def check_soft_labels(labels: Tensor) -> None:
     """Raise a ValueError that names the values outside [0, 1] that are not -1. Reads the labels: a sync on a GPU."""
     if labels.numel() == 0 or labels.dtype == torch.bool:

@@ -72,8 +72,8 @@ def sample_contrastive_loss(
         formulation: ``"paper"`` or ``"released"``.
         reduction: ``"mean"`` divides by the number of active rows, ``"sum"`` by nothing (released: its own factor
             without ``1 / (V sum(labels))``), ``"none"`` gives ``[B, V, C]``, 0 where inactive.
-        class_weight: ``[C]``, multiplies the loss of a class's anchors.
-        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a class's anchors.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image's anchors.
         active: :func:`compact_labels` of these labels, to compact once for several losses.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"`` (not with a
             group, where the released formulation has torch's operators alone).

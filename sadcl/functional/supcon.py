@@ -63,7 +63,7 @@ def supcon_loss(
         contrast_mode: ``"all"``: every view is an anchor; ``"one"``: the first view only.
         base_temperature: see above; ``None`` means no factor.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, V]``, or ``[B, 1]`` for ``"one"``).
-        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image's anchors.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         group, ring: over the ranks of a process group, as for :func:`sample_contrastive_loss`. Labels mean the same on
             all ranks; ``mask`` is ``[B, images of all ranks]`` then, in rank order.
@@ -99,7 +99,7 @@ def supcon_loss(
         rows, count = _over_ranks(features, labels, mask, tau, same, over, name, ring, capacity)
     elif mask is not None:
         if not watched(mask):  # there the op speaks of weights
-            _mlc.check_weight_values(mask, "mask")
+            check.check_weight_values("mask", mask)
         name = resolve(backend, "supcon with a mask", features.device, _mlc.mlc.backends)
         rows = reference.supcon(features, mask, tau) if name == "reference" else _masked(features, mask, tau, name)
     else:
