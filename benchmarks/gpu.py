@@ -1,26 +1,33 @@
 """``make gpu``: build, check, sanitize and time everything on a machine with a GPU, without a network; one JSON.
 
-Steps run in processes of their own, in this order: ``build`` (in place, with what is installed), ``gate DTYPE`` (every
-op that Triton or CUDA C++ has, values and gradients on its examples, against the float64 oracle within its budget),
-``memcheck``, ``racecheck`` and ``initcheck`` (the float32 gate under compute-sanitizer, where that is on the PATH),
-``time OP`` (``sadcl bench``: gate, then interleaved rounds against eager torch, torch.compile, SDPA and FlexAttention).
-What a step gave is in the JSON as soon as it ends: a run that is stopped, or that ran out of ``--minutes``, goes on
-where it was. ``python -m benchmarks.gpu_table JSON`` makes README's table of it. ``--dry`` runs the same script without
-a GPU: Triton's interpreter, CUDA C++ executed by tests/ptx, tiny sizes, no sanitizer; its times mean nothing.
+Steps run in processes of their own, in this order: ``build`` (into build/gpu, with what is installed: nothing is
+fetched, no environment is changed), ``gate DTYPE`` (all at once: every op that Triton or CUDA C++ has, values and
+gradients on its examples, against the float64 oracle within its budget), ``memcheck``, ``racecheck`` and ``initcheck``
+(the float32 gate under compute-sanitizer, where that is on the PATH), ``time OP`` (``sadcl bench``: gate, then
+interleaved rounds against eager torch, torch.compile, SDPA and FlexAttention). What a step gave is in the JSON as soon
+as it ends: a run that is stopped, or that ran out of ``--minutes``, goes on where it was, and comes last to what took
+too long. On another part, with other versions or other sources all begins again.
+
+``python -m benchmarks.gpu_table JSON`` makes README's table of it. ``--dry`` runs the same script without a GPU:
+Triton's interpreter, CUDA C++ executed by tests/ptx, tiny sizes, no sanitizer; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +45,7 @@ from sadcl.testing.examples import EXAMPLES, SMALL, Maker
 from sadcl.testing.oracles import ORACLES
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build" / "gpu" / "lib"  # sadcl.kernels is a package there, in a checkout it is not
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 BACKENDS = ("triton", "cuda")
@@ -50,8 +58,11 @@ TAIL = 4000  # characters of a step's output that are kept
 
 def gate(dtype: torch.dtype, device: torch.device, ops: Sequence[str] = ()) -> int:
     """Hold every op against its oracle; returns how many examples were wrong, each of them printed."""
-    wrong = 0
-    backends = ("triton",) if device.type == "cpu" and _nvrtc.path() is None else BACKENDS
+    wrong: list[str] = []
+    backends = BACKENDS
+    if _nvrtc.path() is None:
+        print("no NVRTC: CUDA C++ is left out")
+        backends = ("triton",)
     for backend, name in ((backend, name) for backend in backends for name in sorted(OPS)):
         if backend not in OPS[name].backends or (ops and FAMILY.get(name, name) not in ops):
             continue
@@ -61,16 +72,16 @@ def gate(dtype: torch.dtype, device: torch.device, ops: Sequence[str] = ()) -> i
             try:
                 with _running(backend, device):
                     _check(name, x, device, backend)
-            except ValueError as error:
-                if "use 'triton'" not in str(error):  # a weighting that CUDA C++ has not
-                    raise
-                print(f"not by {backend}: {name}, example {number}")
-            except (AssertionError, RuntimeError) as error:
-                wrong += 1
-                print(f"WRONG {name} by {backend}, example {number}: {' '.join(str(error).split())[:500]}")
+            except Exception as error:  # compilers have their own
+                if isinstance(error, ValueError) and "use 'triton'" in str(error):  # a weighting that CUDA C++ has not
+                    print(f"not by {backend}: {name}, example {number}")
+                    continue
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                wrong.append(f"WRONG {name} by {backend}, example {number}: {what}")
             else:
                 print(f"right {name} by {backend}, example {number}")
-    return wrong
+    print("\n".join(wrong))  # last: the end of what a step says is kept
+    return len(wrong)
 
 
 def _running(backend: str, device: torch.device) -> Any:
@@ -137,18 +148,21 @@ class Step:
         name: the key in the JSON.
         command: what to run in the checkout.
         why_not: a reason to leave it out.
+        share: of the minutes that it may take, while others wait.
     """
 
     name: str
     command: list[str]
     why_not: str = ""
+    share: float = 1.0
 
 
 def steps(dry: bool, ops: Sequence[str], rows: Path) -> Iterator[Step]:
     """All of them, in their order."""
     python, this = sys.executable, [sys.executable, "-m", "benchmarks.gpu"]
     place = "cpu" if dry else "cuda"
-    yield Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], "a dry run builds nothing" if dry else "")
+    build = [python, "setup.py", "-q", "build", "--build-base", str(BUILT.parent), "--build-lib", str(BUILT)]
+    yield Step("build", build, "a dry run builds nothing" if dry else "")
     chosen = ["--ops", *ops] if ops else []
     for dtype in DTYPES:
         # The interpreter is numpy's, which has no bfloat16.
@@ -158,7 +172,7 @@ def steps(dry: bool, ops: Sequence[str], rows: Path) -> Iterator[Step]:
     missing = "a dry run has no GPU" if dry else "" if tool else "compute-sanitizer is not on the PATH"
     for name in SANITIZERS:
         command = [tool or "", "--tool", name, "--error-exitcode", "86", *this, "--gate", "float32", "--on", place]
-        yield Step(name, [*command, *chosen], missing)
+        yield Step(name, [*command, *chosen], missing, share=0.2)
     names = dict.fromkeys(work.name for work in bench.workloads(torch.device("cpu"), quick=True))
     for name in names:
         if not ops or name in ops:
@@ -176,6 +190,9 @@ def where(dry: bool) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    top = ("sadcl", "kernels", "csrc", "benchmarks")
+    files = sorted(f for name in top for f in (ROOT / name).rglob("*") if f.suffix in (".py", ".cpp", ".h", ".cu"))
+    versions["sources"] = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
     if dry:
         return {"versions": versions, "gpu": "none: a dry run, interpreted; its times mean nothing"}
     properties = torch.cuda.get_device_properties(0)
@@ -183,23 +200,31 @@ def where(dry: bool) -> dict[str, Any]:
     return {"versions": versions, "gpu": gpu, "cuda": torch.version.cuda}
 
 
-def run(step: Step, seconds: float, env: dict[str, str]) -> dict[str, Any]:
-    """The step's result; one that ran out of time has none, and is run again by the next call."""
+def run(step: Step, seconds: float, env: dict[str, str], folder: Path) -> dict[str, Any]:
+    """The step's result in ``folder``; one that ran out of time has none, and is run again by the next call."""
+    if "--tool" in step.command:  # torch's cache of memory would hide what is out of bounds
+        env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
+    process = subprocess.Popen(
+        step.command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            step.command,
-            cwd=ROOT,
-            env=env,
-            timeout=seconds,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         return {"state": "out of time", "seconds": round(seconds, 1)}
-    state = "passed" if done.returncode == 0 else "failed"
-    return {"state": state, "seconds": round(time.monotonic() - start, 1), "output": done.stdout[-TAIL:]}
+    finally:  # what it started too: compute-sanitizer's program outlives it
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    state = "passed" if process.returncode == 0 else "failed"
+    return {"state": state, "seconds": round(time.monotonic() - start, 1), "output": output[-TAIL:]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env = dict(os.environ)
     if options.dry:
         env |= {"TRITON_INTERPRET": "1", "SADCL_BACKEND": "triton"}
+    else:
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     output = options.output.resolve()
     content: dict[str, Any] = {"format": 1, "dry": options.dry, **where(options.dry), "steps": {}, "rows": []}
     if output.is_file():
@@ -230,25 +257,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = output.parent / "gpu_rows"
     end = time.monotonic() + 60 * options.minutes
     left = 0
-    for step in steps(options.dry, options.ops, rows):
-        state = content["steps"].get(step.name, {}).get("state")
-        if state == "passed":
+
+    def state(step: Step) -> Any:
+        return content["steps"].get(step.name, {}).get("state")
+
+    pending = [step for step in steps(options.dry, options.ops, rows) if state(step) != "passed"]
+    content["steps"] |= {s.name: {"state": "left out", "why": s.why_not} for s in pending if s.why_not}
+    pending = sorted((s for s in pending if not s.why_not), key=lambda step: state(step) == "out of time")
+    for _, group in itertools.groupby(pending, key=lambda step: "gate" if step.name.startswith("gate ") else step.name):
+        batch, seconds = list(group), end - time.monotonic()
+        if seconds < 5:
+            left += len(batch)
             continue
-        if step.why_not:
-            content["steps"][step.name] = {"state": "left out", "why": step.why_not}
-        elif end - time.monotonic() < 5:
-            left += 1
-            continue
-        else:
-            print(f"{step.name} ...", end=" ", flush=True)
-            content["steps"][step.name] = result = run(step, end - time.monotonic(), env)
-            print(result["state"], f"({result['seconds']} s)", flush=True)
-            left += result["state"] == "out of time"
-            made = rows / f"{step.name.removeprefix('time ')}.json"
-            if step.name.startswith("time ") and made.is_file():
-                timed = json.loads(made.read_text())["rows"]
-                content["rows"] = [row for row in content["rows"] if row["op"] != timed[0]["op"]] + timed
+        for step in batch:
+            (rows / f"{step.name.removeprefix('time ')}.json").unlink(missing_ok=True)
+        print(f"{', '.join(step.name for step in batch)} ...", end=" ", flush=True)
+
+        def result_of(step: Step, seconds: float = seconds) -> dict[str, Any]:
+            limit = seconds if state(step) == "out of time" else min(seconds, 60 * options.minutes * step.share)
+            return run(step, limit, env, ROOT if options.dry or step.name == "build" else BUILT)
+
+        with ThreadPoolExecutor(len(batch)) as pool:
+            results = list(pool.map(result_of, batch))
+        print(", ".join(f"{result['state']} ({result['seconds']} s)" for result in results), flush=True)
+        content["steps"] |= {step.name: result for step, result in zip(batch, results, strict=True)}
+        left += sum(result["state"] == "out of time" for result in results)
+        made = rows / f"{batch[0].name.removeprefix('time ')}.json"
+        if made.is_file():
+            timed = json.loads(made.read_text())["rows"]
+            content["rows"] = [row for row in content["rows"] if row["op"] != timed[0]["op"]] + timed
         write_atomically(output, lambda file: file.write(_json.dumps(content, indent=1).encode()))
+        if batch[0].name == "build" and results[0]["state"] != "passed":
+            break  # nothing else runs without it
     failed = [name for name, result in content["steps"].items() if result["state"] == "failed"]
     for name in failed:
         print(f"\n{name} failed:\n{content['steps'][name]['output']}")

@@ -1,4 +1,4 @@
-"""Oracle of the image-level multi-label contrastive losses (MLC), in float64, one anchor after another."""
+"""Oracle of the image-level multi-label contrastive losses (MLC), in float64."""
 
 from __future__ import annotations
 
@@ -80,53 +80,61 @@ def mlc(
     x = features.double().reshape(b * v, d)
     columns = (x if include_batch else x[:0], keys, prototypes)
     z = torch.cat([as_vectors(part.double()) for part in columns if part is not None])
-    y, y_columns = None, None
-    if labels is not None:
-        y = labels.to(torch.int8).repeat_interleave(v, 0)
-        of_keys = y[:0] if key_labels is None else key_labels.to(torch.int8)
+    own = torch.eye(b * v, z.shape[0], dtype=torch.bool, device=z.device) & include_batch
+    if weights is not None:
+        w = weights.double().masked_fill(own, 0.0)
+        positive = w != 0
+    else:
+        assert labels is not None
+        y = labels.long().repeat_interleave(v, 0)
+        of_keys = y[:0] if key_labels is None else key_labels.long()
         y_columns = torch.cat([y if include_batch else y[:0], of_keys])
+        other = ~own[:, : y_columns.shape[0]]
+        w, positive = _weights(y, y_columns, other, weighting, threshold, alpha, class_weight)
 
     inputs = (x, keys, prototypes, weights, class_weight, temperature)
     nothing = sum(part.reshape(-1)[:0].sum().double() for part in inputs if isinstance(part, Tensor))
-    losses = []
-    for i in range(b * v):
-        other = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
-        if include_batch:
-            other[i] = False
-        if weights is not None:
-            w = weights[i].double()[other]
-            positive = w != 0
-        else:
-            assert y is not None and y_columns is not None
-            rows_and_keys = y_columns[other[: y_columns.shape[0]]]
-            w, positive = _weights(y[i], rows_and_keys, weighting, threshold, alpha, class_weight)
-        if not positive.any():
-            losses.append(nothing)
-            continue
-        s = (z[other] @ as_vectors(x[i])) / temperature
-        factor = torch.ones_like(s)
-        if prototypes is not None:
-            factor[: -prototypes.shape[0]] = beta
-        # Kernels make scores twice, and here the two cancel: a budget of roundings has to see both.
-        again = (z[other] @ as_vectors(x[i])) / temperature
-        losses.append(w.sum() * torch.logsumexp(s + factor.log(), 0) - (w * again).sum())
-    return torch.stack([torch.as_tensor(loss, device=z.device) for loss in losses]).reshape(b, v)
+    losses = torch.zeros(b * v, dtype=torch.float64, device=z.device) + nothing
+    (anchors,) = positive.any(dim=1).nonzero(as_tuple=True)  # of the others no feature may be looked at
+    if anchors.numel() == 0:
+        return losses.reshape(b, v)
+    w, own = w[anchors], own[anchors]
+    factor = torch.ones(z.shape[0], dtype=torch.float64, device=z.device)
+    if prototypes is not None:
+        factor[: -prototypes.shape[0]] = beta
+    # Kernels make scores twice, and here the two cancel: a budget of roundings has to see both. The temperature's
+    # gradient is a sum over anchors of what is left of each.
+    by = torch.as_tensor(temperature, dtype=torch.float64, device=z.device).expand(anchors.numel(), 1)
+    s, again = ((as_vectors(x[anchors]) @ z.t()) / by for _ in range(2))
+    lse = torch.logsumexp((s + factor.log()).masked_fill(own, float("-inf")), 1)
+    found = w.sum(dim=1) * lse - (w * again.masked_fill(own, 0.0)).sum(dim=1)
+    return losses.index_put((anchors,), found).reshape(b, v)
 
 
 def _weights(
-    y: Tensor, y_columns: Tensor, weighting: str, threshold: float, alpha: float, class_weight: Tensor | None
+    y: Tensor,
+    y_columns: Tensor,
+    other: Tensor,
+    weighting: str,
+    threshold: float,
+    alpha: float,
+    class_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``W_i`` and which columns are positives, of an anchor ``y [C]`` and its columns ``[M, C]``."""
-    known = (y != -1) & (y_columns != -1)
-    one, other = (y == 1) & known, (y_columns == 1) & known
-    both = (one & other).sum(dim=1).double()
-    either = (one | other).sum(dim=1).double()
-    own, theirs = one.sum(dim=1).double(), other.sum(dim=1).double()
+    """``W`` and which columns are positives, of anchors ``y [N, C]`` and columns ``[M, C]``.
+
+    ``other [N, M]`` says which columns an anchor has: not itself.
+    """
+    one, known, one_there, known_there = (y == 1).long(), (y != -1).long(), (y_columns == 1).long(), y_columns != -1
+    count = lambda here, there: (here @ there.long().t()) * other  # noqa: E731  # whole numbers: exact
+    both, own, theirs = count(one, one_there), count(one, known_there), count(known, one_there)
+    either, met = own + theirs - both, count(known, known_there) > 0
+    both, either, own, theirs = (number.double() for number in (both, either, own, theirs))
     safe = either.clamp(min=1.0)
     jaccard = both / safe
-    scale = torch.ones_like(y, dtype=torch.float64) if class_weight is None else class_weight.double()
+    scale = torch.ones(y.shape[1], dtype=torch.float64, device=y.device)
+    scale = scale if class_weight is None else class_weight.double()
     if weighting == "all":
-        positive = (both == either) & known.any(dim=1)
+        positive = (both == either) & met
         raw = torch.ones_like(both)
     elif weighting == "any":
         positive, raw = both > 0, torch.ones_like(both)
@@ -135,16 +143,15 @@ def _weights(
     elif weighting == "simdis":
         positive, raw = both > 0, both / own.clamp(min=1.0) / (1.0 + theirs - both)
     elif weighting == "overlap":
-        return jaccard / jaccard.sum().clamp(min=1e-300), both > 0
+        return jaccard / jaccard.sum(dim=1, keepdim=True).clamp(min=1e-300), both > 0
     elif weighting == "mulsupcon":
-        shared = ((y == 1) & (y_columns == 1)).double()
-        share = scale / shared.sum(dim=0).clamp(min=1.0)
-        return (shared * share).sum(dim=1), both > 0
+        partners = (other.long() @ one_there).double()
+        share = scale * one / partners.clamp(min=1.0)
+        return (share @ one_there.double().t()) * other, both > 0
     elif weighting == "msc":
-        shared = ((y == 1) & (y_columns == 1)) * (alpha / safe)[:, None]
-        has = (y == 1).double()
-        share = scale * has / (has + shared.sum(dim=0)).clamp(min=1e-300)
-        return torch.cat([(shared * share).sum(dim=1), share]), torch.cat([both > 0, has > 0])
+        part = (alpha / safe) * other
+        share = scale * one / (one * (1.0 + part @ one_there.double())).clamp(min=1e-300)
+        return torch.cat([part * (share @ one_there.double().t()), share], 1), torch.cat([both > 0, one > 0], 1)
     else:
         raise ValueError(f"weighting: unknown {weighting!r}")
-    return torch.where(positive, raw, 0.0) / positive.sum().clamp(min=1), positive
+    return torch.where(positive, raw, 0.0) / positive.sum(dim=1, keepdim=True).clamp(min=1), positive

@@ -1,4 +1,4 @@
-"""Oracle of prototype-to-sample contrastive learning (PSCL): the equations, in float64, class by class."""
+"""Oracle of prototype-to-sample contrastive learning (PSCL): the equations, in float64."""
 
 from __future__ import annotations
 
@@ -37,14 +37,18 @@ def pscl(
     x, p = features.double(), prototypes.double()
     x = torch.where((target == -1)[:, :, None], 0.0, x)  # whatever an ignored place holds, NaN included
     score = (unit(x) * unit(p)).sum(dim=-1) / temperature
-    losses = []
-    for c in range(score.shape[1]):
-        valid = score[target[:, c] != -1, c]
-        positive = score[target[:, c] == 1, c]
-        if positive.numel() > 0:
-            losses.append(torch.logsumexp(valid, 0) - torch.logsumexp(positive, 0))
-        elif released and valid.numel() > 0:
-            losses.append(torch.logsumexp(valid, 0) - valid.amax().detach())
-        else:
-            losses.append(valid[:0].sum() if valid.isfinite().all() else valid.sum() * 0.0)
-    return torch.stack(losses)
+    valid, positive = target != -1, target == 1
+    losses = 0.0 * torch.where(valid, score, 0.0).sum(dim=0)
+
+    def masked(there: Tensor, classes: Tensor) -> Tensor:
+        return score[:, classes].masked_fill(~there[:, classes], float("-inf"))
+
+    (classes,) = positive.any(dim=0).nonzero(as_tuple=True)
+    found = torch.logsumexp(masked(valid, classes), 0) - torch.logsumexp(masked(positive, classes), 0)
+    losses = losses.index_put((classes,), found)
+    if released:
+        (classes,) = (valid.any(dim=0) & ~positive.any(dim=0)).nonzero(as_tuple=True)
+        of_class = masked(valid, classes)
+        peak = of_class.detach().amax(dim=0) if classes.numel() else losses[:0]
+        losses = losses.index_put((classes,), torch.logsumexp(of_class, 0) - peak)
+    return losses

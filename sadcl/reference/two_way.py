@@ -33,16 +33,16 @@ def two_way(
     """
 
     def one_way(x: Tensor, y: Tensor) -> Tensor:
-        losses = []
-        for row, label in zip(x, y, strict=True):
-            positive, negative = row[label == 1], row[label == 0]
-            if positive.numel() == 0 or negative.numel() == 0:
-                losses.append(0.0 * positive.sum())
-                continue
-            low = negative_temperature * torch.logsumexp(negative / negative_temperature, 0)
-            high = positive_temperature * torch.logsumexp(-positive / positive_temperature, 0)
-            losses.append(softplus(low + high, threshold=700.0))
-        return torch.stack(losses)
+        positive, negative = y == 1, y == 0
+        nothing = 0.0 * torch.where(positive, x, 0.0).sum(dim=1)
+        (rows,) = (positive.any(dim=1) & negative.any(dim=1)).nonzero(as_tuple=True)
+
+        def over(terms: Tensor, there: Tensor, temperature: float) -> Tensor:
+            masked = (terms[rows] / temperature).masked_fill(~there[rows], float("-inf"))
+            return temperature * torch.logsumexp(masked, 1)
+
+        low, high = over(x, negative, negative_temperature), over(-x, positive, positive_temperature)
+        return nothing.index_put((rows,), softplus(low + high, threshold=700.0))
 
     x = logits.double()
     return one_way(x, labels), one_way(x.t(), labels.t())

@@ -23,10 +23,10 @@ def zlpr(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``[B]`` float64.
     """
-    losses = []
-    for x, y in zip(logits.double(), labels, strict=True):
-        zero = x.new_zeros(1)
-        losses.append(
-            torch.logsumexp(torch.cat([zero, x[y == 0]]), 0) + torch.logsumexp(torch.cat([zero, -x[y == 1]]), 0)
-        )
-    return torch.stack(losses)
+    x = logits.double()
+    zero = x.new_zeros(x.shape[0], 1)
+
+    def over(terms: Tensor, there: Tensor) -> Tensor:
+        return torch.logsumexp(torch.cat([zero, terms.masked_fill(~there, float("-inf"))], 1), 1)
+
+    return over(x, labels == 0) + over(-x, labels == 1)

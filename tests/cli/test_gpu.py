@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,66 @@ def test_what_ran_out_of_time_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert gpu.main(["--dry", "--output", str(tmp_path / "gpu.json"), "--minutes", "0.1"]) == 1
     steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     assert steps["slow"]["state"] == "out of time" and "after" not in steps
+
+
+def test_what_ran_out_of_time_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And with it ends what it started, which would keep the GPU."""
+    child, end = "import time; time.sleep(3); open('alive', 'w')", "import time; time.sleep(60)"
+    start = (
+        f"import os, subprocess, sys; os.chdir({str(tmp_path)!r}); subprocess.Popen([sys.executable, '-c', {child!r}])"
+    )
+    code = f"{start}; {end}"
+    slow, after = Step("slow", [sys.executable, "-c", code], share=0.1), Step("after", [sys.executable, "-c", ""])
+    monkeypatch.setattr(gpu, "steps", lambda *_: iter([slow, after]))
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "--output", str(output), "--minutes", "0.2"]) == 1
+    states = {name: step["state"] for name, step in json.loads(output.read_text())["steps"].items()}
+    assert states == {"slow": "out of time", "after": "passed"}
+    asked: list[str] = []
+
+    def run(step: Step, *_: Any) -> dict[str, Any]:
+        asked.append(step.name)
+        return {"state": "passed", "seconds": 0.0, "output": ""}
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "steps", lambda *_: iter([slow, Step("other", [])]))
+    assert gpu.main(["--dry", "--output", str(output)]) == 0
+    assert asked == ["other", "slow"]
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_nothing_runs_where_nothing_was_built_and_other_sources_begin_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build = Step("build", [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(gpu, "steps", lambda *_: iter([build, Step("after", [sys.executable, "-c", ""])]))
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "--output", str(output)]) == 1
+    content = json.loads(output.read_text())
+    assert [*content["steps"]] == ["build"]
+    content["steps"]["after"] = {"state": "passed"}
+    content["versions"]["sources"] = "others"
+    output.write_text(json.dumps(content))
+    assert gpu.main(["--dry", "--output", str(output)]) == 1
+    assert [*json.loads(output.read_text())["steps"]] == ["build"]
+
+
+def test_a_compiler_that_gives_up_on_one_op_is_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class CompilationError(Exception):
+        pass
+
+    def give_up(x: Any) -> Any:
+        raise CompilationError("no registers left")
+
+    _of_torch(monkeypatch, "compact", 1.0)
+    monkeypatch.setitem(OPS["compact"].runs, "triton", give_up)
+    count = gpu.gate(torch.float32, CPU)
+    shown = capsys.readouterr().out.splitlines()
+    assert count > 1 and shown[-1].startswith("WRONG compact by triton, example ")
+    assert shown[-1].endswith("CompilationError: no registers left")
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,7 +91,9 @@ def differentiable(op: str, x: Any) -> tuple[str, ...]:
     return tuple(name for name in names if getattr(x, name) is not None and getattr(x, name).is_floating_point())
 
 
-def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False) -> list[Tensor]:
+def truth(
+    op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False, gradients: bool = True
+) -> list[Tensor]:
     """Results and gradients by the oracle; ``rounds_operands`` makes what goes in a result too, which is rounded."""
     x, derivative = _widened(x), OPS[op].backward
     names = differentiable(op, x)
@@ -102,7 +105,7 @@ def truth(op: str, x: Any, upstream: list[Tensor], rounds_operands: bool = False
         # scale log2 e, log2 e / temperature: rounded once, and then off by as much in every score.
         operands[name] = operands[name] * (torch.ones((), dtype=torch.float64) * 1.0)
     results = ORACLES[op](x._replace(**operands))[: OPS[op].results if derivative else None]
-    if not names:
+    if not names or not gradients:
         return [result.detach() for result in results]
     pairs = [(r, u) for r, u in zip(results, upstream, strict=True) if r.requires_grad and r.numel() > 0]
     grads = torch.autograd.grad([r for r, _ in pairs], list(leaves.values()), [u for _, u in pairs], allow_unused=True)
@@ -150,12 +153,20 @@ def check(case: Case, executor: Executor | None = None, backend: str = "triton")
     return done
 
 
+_steps: dict[tuple[object, ...], Tensor] = {}  # the draws of a budget sum the same shapes again and again
+
+
 class OnGpu(Rounded):
     """The arithmetic of a thread: sums are chains, of n terms off by the root of n; exponentials by two ulp."""
 
     def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The number of terms is the same sum over ones."""
-        return func(*tree_map_only(Tensor, torch.ones_like, args), **kwargs).clamp(min=1.0).sqrt()
+        """The number of terms is the same sum over ones; adding a 0 rounds nothing."""
+        if func._schema.name == "aten::sum":
+            return func(args[0].ne(0).double(), *args[1:], **kwargs).clamp(min=1.0).sqrt()
+        key = func, repr(tree_map_only(Tensor, lambda x: (*x.shape,), args)), repr(kwargs)
+        if key not in _steps:
+            _steps[key] = func(*tree_map_only(Tensor, torch.ones_like, args), **kwargs).clamp(min=1.0).sqrt()
+        return _steps[key]
 
     def steps_of_each(self, func: Any) -> float:
         """As PTX documents ex2.approx, lg2.approx and div.full."""
@@ -171,15 +182,15 @@ def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, p
     key = replace(case, tile=0, processors=None)
     if key not in _budgets:
         wide = [u.double() for u in upstream]
-        function = lambda: truth(case.op, x, wide, precision == "tf32")  # noqa: E731
+        function = functools.partial(truth, case.op, x, wide, precision == "tf32")
         if OPS[case.op].derivative is None:
             _budgets[key] = function()
         else:
             narrow = torch.float16 if precision == "tf32" else dtype
             exact_products = case.op in FLOAT32_FORWARD and dtype.itemsize == 2
             loose = error_budgets(function, narrow, rounding=OnGpu) if dtype != torch.float64 else _of_float64(function)
-            tight = error_budgets(function, torch.float32, rounding=OnGpu) if exact_products else loose
-            results = OPS[case.op].results
+            results, forward = OPS[case.op].results, functools.partial(function, gradients=False)
+            tight = error_budgets(forward, torch.float32, rounding=OnGpu) if exact_products else loose
             _budgets[key] = [*tight[:results], *loose[results:]]
     return _budgets[key]
 
