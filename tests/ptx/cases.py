@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from sadcl.ops import compact
 from sadcl.ops._library import OPS
-from sadcl.testing import Budget, Rounded, assert_within_budget, error_budgets, make_features
+from sadcl.testing import BUDGET, Budget, Rounded, assert_within_budget, error_budgets, make_features
 from sadcl.testing.examples import EXAMPLES, Maker, Size
 from sadcl.testing.oracles import ORACLES
 from tests.ptx.launching import ARCH, Executor, executing
@@ -32,9 +32,20 @@ KINDS = {
 }
 OFTEN = ("bf16", "fp32")  # in CI, which has minutes for this; of MLC bf16 alone
 PRODUCTS = ("sscl", "label_attention_core")  # ops with matrix products, which tf32 and the tables concern
-# What is rounded on the way. Forward losses of 16-bit operands are sums in float32; weights of a product are stored in
-# the operands' dtype. tf32 rounds operands to 11 bits, as float16 does.
-FLOAT32_FORWARD = ("asl", "asl_total", "dual_mean", "group_classifier", "pscl", "sscl")
+# What is rounded on the way. 16-bit operands are multiplied and summed in float32, or PSCL's losses in float64, and
+# results rounded once; but weights of a product are stored in the operands' dtype, those of SSCL's and MLC's gradients.
+# tf32 rounds operands to 11 bits, as float16 does.
+FLOAT32 = ("asl", "asl_total", "group_classifier", "pscl", "two_way", "zlpr")
+FLOAT32_FORWARD = ("dual_mean", "mlc", "sscl")
+FLOAT64_FORWARD = ("pscl",)
+# What an op keeps for its backward in float64.
+KEPT = {
+    "mlc": ("norm",),
+    "pscl": ("score", "norm_x", "norm_p", "lse"),
+    "sscl": ("norm",),
+    "two_way": ("row_lse", "class_lse"),
+    "zlpr": ("lse",),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Case:
     """An op's example ``number``, how its operands are multiplied, and on which part.
 
     ``tile`` is the number of the tile in the table, 0 the default; ``processors`` of the part, if not all of them.
+    ``ties``: every logit is that far on the wrong side, so that all exponentials of a sum are exactly 1.
     """
 
     op: str
@@ -50,6 +62,7 @@ class Case:
     number: int
     tile: int = 0
     processors: int | None = None
+    ties: float = 0.0
 
     def __str__(self) -> str:
         s = self.size
@@ -58,6 +71,7 @@ class Case:
             f"{self.op}-{self.kind}-{shape}-{self.number}"
             + (f"-tile{self.tile}" if self.tile else "")
             + (f"-on{self.processors}" if self.processors else "")
+            + (f"-ties{self.ties:g}" if self.ties else "")
         )
 
     def inputs(self) -> Any:
@@ -69,6 +83,8 @@ class Case:
             pairs, class_ptr, _ = compact.compact(labels, None, "torch")
             x = x._replace(features=make_features(self.size.b, self.size.v, 3, self.size.d, dtype=x.features.dtype),
                            pairs=pairs, class_ptr=class_ptr)  # fmt: skip
+        if self.ties:
+            x = x._replace(logits=torch.where(x.labels == 1, -self.ties, self.ties).to(x.logits.dtype))
         return x._replace(dropout=0.0, seed=None) if "dropout" in x._fields else x
 
 
@@ -113,8 +129,18 @@ def truth(
     return [*(result.detach() for result in results), *zeros]
 
 
+def kept(op: str, x: Any, out: Any) -> dict[str, Tensor]:
+    """What stands in :data:`KEPT`: 0 where that is read by nobody, -99 for -inf."""
+    found = {name: torch.where(torch.isneginf(getattr(out, name)), -99.0, getattr(out, name)) for name in KEPT[op]}
+    if op == "sscl":
+        found["norm"] = found["norm"][: int(x.class_ptr[-1]) * x.features.shape[1]]
+    if op == "pscl":
+        found |= {name: torch.where(x.target == -1, 0.0, found[name]) for name in ("score", "norm_x")}
+    return found
+
+
 def ours(op: str, x: Any, executor: Executor, backend: str = "triton") -> tuple[list[Tensor], list[str], list[Tensor]]:
-    """Results and gradients of the kernels, their names, and the upstream gradients.
+    """Results, gradients and :func:`kept` of the kernels, their names, and the upstream gradients.
 
     Everything that is given out must have been written, what only the backward reads included.
     """
@@ -138,8 +164,9 @@ def ours(op: str, x: Any, executor: Executor, backend: str = "triton") -> tuple[
     by_name = spread(grads, x) if spread else grads._asdict()
     found = [by_name[f"grad_{name}"] for name in wanted]
     executor.require_written([*out, *(grad for grad in grads if grad is not None)])
-    names = [*declared.outputs._fields[: declared.results], *(f"grad_{name}" for name in wanted)]
-    return [*results, *found], names, upstream
+    also = kept(op, x, out) if op in KEPT else {}
+    names = [*declared.outputs._fields[: declared.results], *(f"grad_{name}" for name in wanted), *also]
+    return [*results, *found, *also.values()], names, upstream
 
 
 def check(case: Case, executor: Executor | None = None, backend: str = "triton") -> Executor:
@@ -174,6 +201,19 @@ class OnGpu(Rounded):
         return 4.0 if name in ("exp", "log", "div", "reciprocal") else 1.0
 
 
+class NarrowWeights(OnGpu):
+    """The same, where weights of a gradient's products are bfloat16: each of their terms is off by half a digit."""
+
+    def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Gradient mode is off in a backward."""
+        steps = super().steps_of_sum(func, args, kwargs)
+        if torch.is_grad_enabled() or func._schema.name not in ("aten::mm", "aten::bmm"):
+            return steps
+        squares, sizes = (func(*(t.abs() ** power for t in args)) for power in (2, 1))
+        ratio = torch.finfo(torch.bfloat16).eps / 2 / self.sum_unit
+        return steps.maximum(ratio * squares.sqrt() / sizes.clamp(min=self.smallest))
+
+
 _budgets: dict[Case, Any] = {}
 
 
@@ -181,25 +221,77 @@ def budgets_of(case: Case, x: Any, upstream: list[Tensor], dtype: torch.dtype, p
     """Made once a case: mutants share them."""
     key = replace(case, tile=0, processors=None)
     if key not in _budgets:
-        wide = [u.double() for u in upstream]
-        function = functools.partial(truth, case.op, x, wide, precision == "tf32")
+        statistics = _kept(case, x, dtype)
+        slopes = [u.double() for u in upstream]
+        function = functools.partial(truth, case.op, x, slopes, precision == "tf32")
+        wide = torch.promote_types(dtype, torch.float32)
         if OPS[case.op].derivative is None:
             _budgets[key] = function()
+        elif case.ties:  # losses of exact sums are rounded once; gradients are two exponentials and a few products
+            *losses, grad = function()
+            spread = torch.finfo(wide).eps / 2 * grad.abs()
+            _budgets[key] = [*map(_few_roundings, losses), Budget(grad, spread, wide), *statistics]
         else:
             narrow = torch.float16 if precision == "tf32" else dtype
-            exact_products = case.op in FLOAT32_FORWARD and dtype.itemsize == 2
-            loose = error_budgets(function, narrow, rounding=OnGpu) if dtype != torch.float64 else _of_float64(function)
-            results, forward = OPS[case.op].results, functools.partial(function, gradients=False)
-            tight = error_budgets(forward, torch.float32, rounding=OnGpu) if exact_products else loose
-            _budgets[key] = [*tight[:results], *loose[results:]]
+            forward = backward = _drawn(function, wide if case.op in FLOAT32 else narrow)
+            if case.op in FLOAT32_FORWARD and dtype == torch.bfloat16:
+                forward = error_budgets(function, wide, rounding=NarrowWeights)
+                # A temperature's is z . gradient, a sum that the oracle does not make.
+                names = *("" for _ in range(OPS[case.op].results)), *differentiable(case.op, x)
+                threes = zip(names, forward, backward, strict=True)
+                backward = [loose if "temperature" in name else sharp for name, sharp, loose in threes]
+            elif case.op in FLOAT32_FORWARD and dtype == torch.float16:
+                forward = _drawn(functools.partial(function, gradients=False), wide)
+            forward, backward = forward[: OPS[case.op].results], backward[OPS[case.op].results :]
+            if case.op == "pscl" and dtype != torch.float64:
+                backward = [*backward[:-1], _of_classes(x, slopes[0], backward[-1])]
+            if case.op in FLOAT64_FORWARD:
+                forward = [_few_roundings(budget.truth) for budget in forward]
+            if case.op in FLOAT32 and dtype.itemsize == 2:
+                backward = [_by_element(budget) for budget in backward]
+            _budgets[key] = [*forward, *backward, *statistics]
     return _budgets[key]
 
 
-def _of_float64(function: Any) -> tuple[Budget, ...]:
+def _kept(case: Case, x: Any, dtype: torch.dtype) -> list[Budget]:
+    """By torch's operators. Sums of exponentials are in the accumulation dtype, and exact where these are ones."""
+    if case.op not in KEPT:
+        return []
+    exact = case.ties or case.op not in ("two_way", "zlpr")
+    arithmetic = torch.float64 if exact else torch.promote_types(dtype, torch.float32)
+    x = _widened(x)
+    return [_few_roundings(truth, arithmetic) for truth in kept(case.op, x, OPS[case.op].run(x, "torch")).values()]
+
+
+def _of_classes(x: Any, slopes: Tensor, whole: Budget) -> Budget:
+    """The temperature's gradient by PSCL: the classes' are float64, rounded to float32 and summed in float64."""
+    x = _widened(x)
+    tau = x.temperature.expand(slopes.shape).clone().requires_grad_()
+    (parts,) = torch.autograd.grad(ORACLES["pscl"](x._replace(temperature=tau))[0], tau, slopes)
+    most = torch.finfo(torch.float32).eps / 2 * parts.abs().sum() + 1e-12
+    return Budget(whole.truth, most / BUDGET, torch.float64)
+
+
+def _by_element(budget: Budget) -> Budget:
+    """Of what is rounded to 16 bits once: each element by its own size, from numbers as exact as its row's largest."""
+    if budget.truth.dim() == 0:
+        return budget
+    spread = budget.spread.amax(-1, keepdim=True).expand_as(budget.spread)
+    return replace(budget, truth=budget.truth[..., None], spread=spread[..., None])
+
+
+def _few_roundings(truth: Tensor, arithmetic: torch.dtype = torch.float64) -> Budget:
+    """Of each element, and of 1."""
+    return Budget(truth, torch.finfo(arithmetic).eps * (1.0 + truth.abs()), arithmetic)
+
+
+def _drawn(function: Any, arithmetic: torch.dtype) -> Sequence[Budget]:
     """In float64 nothing smaller than its own rounding can be drawn: float32's errors, in proportion."""
+    if arithmetic != torch.float64:
+        return error_budgets(function, arithmetic, rounding=OnGpu)
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     drawn = error_budgets(function, torch.float32, rounding=OnGpu)
-    return tuple(Budget(budget.truth, budget.spread * ratio, torch.float64) for budget in drawn)
+    return [Budget(budget.truth, budget.spread * ratio, torch.float64) for budget in drawn]
 
 
 def hold(case: Case, got: list[Tensor], names: list[str], budgets: Any) -> None:
@@ -211,7 +303,7 @@ def hold(case: Case, got: list[Tensor], names: list[str], budgets: Any) -> None:
             assert value.shape == want.shape, name
             assert torch.equal(value.double(), want.double()), f"{name} differs"
         else:
-            assert_within_budget(name, value, want)
+            assert_within_budget(name, value[..., None] if want.truth.dim() > value.dim() else value, want)
 
 
 def precise(case: Case) -> Any:
@@ -245,9 +337,16 @@ def cases_of(op: str, kind: str, tile: int = 0) -> Iterator[Case]:
         # MLC's weightings share their kernels, and the oracle of some walks over pairs: edges for two of them.
         for size in edges(op, kind, tile) if op != "mlc" or number in (0, count - 1) else ():
             yield Case(op, kind, size, number, tile)
+            for ties in TIES.get(op, ()):
+                yield Case(op, kind, size, number, tile, ties=ties)
         for size in LARGE.get(op, LARGE[""]):
             yield Case(op, kind, size, number, tile, processors=1)
+            for ties in TIES.get(op, ()):
+                yield Case(op, kind, size, number, tile, processors=1, ties=ties)
 
+
+# Logits that are moderate, and so large that a sum of exponentials hangs on its peak.
+TIES = {"two_way": (0.75, 2.0**20), "zlpr": (0.75, 2.0**20)}
 
 # Several tiles in every direction, none of them full; then the loops that only long rows, or many of them, go round.
 LARGE = {
@@ -270,6 +369,11 @@ LARGE = {
         Size(b=150, v=2, c=3, d=100, e=24, length=7, heads=1),
         Size(b=5, v=2, c=3, d=1100, e=24, length=7, heads=1),
     ),
+    "two_way": (
+        Size(b=70, v=1, c=140, d=5, e=6, length=7, heads=1),
+        Size(b=1100, v=1, c=2, d=5, e=6, length=7, heads=1),
+    ),
+    "zlpr": (Size(b=70, v=1, c=9, d=5, e=6, length=7, heads=1), Size(b=3, v=1, c=2100, d=5, e=6, length=7, heads=1)),
 }
 
 

@@ -34,6 +34,12 @@ COMPARISONS = {"lt": ("le", "ge"), "le": ("lt", "gt"), "gt": ("ge", "le"), "ge":
                "ne": ("eq",), "geu": ("gtu", "lt"), "gtu": ("geu", "le"), "ltu": ("leu", "ge"), "leu": ("ltu", "gt"),
                "neu": ("eq",), "equ": ("ne",), "num": ("nan",), "nan": ("num",)}  # fmt: skip
 WAITS = ("ld.acquire.", "ld.relaxed.", "ld.volatile.")
+DRAWN = ("fp32", "bf16", "fp64", "tf32")
+
+
+def kinds_drawn(op: str) -> tuple[str, ...]:
+    """Kinds of operands in which faults are planted; another op that launches PSCL's kernels has none."""
+    return () if op == "group_pscl" else DRAWN if op in PRODUCTS else DRAWN[:3]
 
 
 @dataclass(frozen=True)
@@ -183,9 +189,9 @@ class Bench:
                 if case not in target.cases:
                     target.cases.append(case)
 
-    def verdict(self, target: Target, mutant: Mutant) -> str:
-        """How the fault was seen: the kind of a report, ``result``; or ``unseen``, ``no effect``."""
-        faulty, effect = mutant.kernel(), False
+    def verdict(self, target: Target, mutant: Mutant) -> tuple[str, str]:
+        """How the fault was seen: the kind of a report, ``result``; or ``unseen``, ``no effect``; and what it moves."""
+        faulty, moved = mutant.kernel(), dict[str, float]()
         edit: Callable[[str, Kernel], Kernel] = lambda _, kernel: faulty if kernel is target.kernel else kernel  # noqa: E731
         # Blocks that meet may do so in an order in which nothing goes wrong.
         orders = (0,) if self.backend == "triton" else (0, 1)
@@ -196,11 +202,14 @@ class Bench:
                     results, _, _ = ours(case.op, self.inputs[case], executor, self.backend)
                 hold(case, results, *self.budgets[case])
             except Fault as fault:
-                return fault.kind
+                return fault.kind, ""
             except (AssertionError, ValueError, RuntimeError, IndexError):
-                return "result"
-            effect |= any(not torch.equal(a, b) for a, b in zip(results, self.results[case], strict=True))
-        return "unseen" if effect else "no effect"
+                return "result", ""
+            for name, got, want in zip(self.budgets[case][0], results, self.results[case], strict=True):
+                if not torch.equal(got, want):
+                    by = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-300)
+                    moved[name] = max(moved.get(name, 0.0), by.item())
+        return "unseen" if moved else "no effect", ", ".join(f"{name} by {by:.0e}" for name, by in moved.items())
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,7 @@ class Outcome:
     what: str
     source: str
     verdict: str
+    moved: str = ""  # of a fault that is not seen: which results, by how much of their largest
 
 
 def sampled(op: str, kind: str, per_class: int, seed: int = 0) -> Iterator[Outcome]:
@@ -235,15 +245,14 @@ def outcomes_of(bench: Bench, op: str, kind: str, per_class: int, seed: int = 0)
         for mutants in classes.values():
             for mutant in generator.sample(mutants, min(per_class, len(mutants))):
                 source = target.kernel.program.code[mutant.place].source
-                yield Outcome(op, kind, target.name, mutant.what, source, bench.verdict(target, mutant))
+                yield Outcome(op, kind, target.name, mutant.what, source, *bench.verdict(target, mutant))
 
 
-def all_sampled(per_class: int, kinds: tuple[str, ...] = ("fp32", "bf16", "fp64", "tf32")) -> Iterator[Outcome]:
-    """The same of every op."""
-    for op in TRITON:
-        for kind in kinds:
-            if not kind.startswith("tf32") or op in PRODUCTS:
-                yield from sampled(op, kind, per_class)
+def all_sampled(per_class: int, ops: Iterable[str] = TRITON, kinds: Iterable[str] = DRAWN) -> Iterator[Outcome]:
+    """The same of several ops and kinds of operands."""
+    for op, kind in itertools.product(ops, kinds):
+        if kind in kinds_drawn(op):
+            yield from sampled(op, kind, per_class)
 
 
 def summary(outcomes: list[Outcome]) -> Counter[str]:
@@ -252,11 +261,14 @@ def summary(outcomes: list[Outcome]) -> Counter[str]:
 
 
 def main() -> None:
-    """``python -m tests.ptx.mutants FILE [PER_CLASS]``: outcomes as JSON lines, appended as they come."""
-    with open(sys.argv[1], "a") as file:
-        for outcome in all_sampled(int(sys.argv[2]) if len(sys.argv) > 2 else 3):
-            file.write(json.dumps(asdict(outcome)) + "\n")
-            file.flush()
+    """``python -m tests.ptx.mutants FILE [PER_CLASS [OP[:KIND] ...]]``: outcomes as JSON lines, appended."""
+    per_class = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    for name in sys.argv[3:] or TRITON:
+        op, _, kind = name.partition(":")
+        with open(sys.argv[1], "a") as file:
+            for outcome in all_sampled(per_class, [op], [kind] if kind else DRAWN):
+                file.write(json.dumps(asdict(outcome)) + "\n")
+                file.flush()
 
 
 if __name__ == "__main__":

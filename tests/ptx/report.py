@@ -5,9 +5,11 @@ OUTCOMES is the file that ``python -m tests.ptx.mutants OUTCOMES`` made.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,10 @@ of one processor, and with rows longer than a step: results and gradients are wi
 in every one, all that an op gives out is written in full, and no launch reads or writes outside of the elements of
 its tensors, uses a value that is none, reads a copy that was not waited for, races, or hangs. The budget counts the
 roundings of the kernels: of operands in tf32, of weights of a product in the operands' dtype, of chains of sums, of
-constants, and the errors that PTX documents for `ex2.approx`, `lg2.approx` and `div.full`, which are drawn.
+constants, and the errors that PTX documents for `ex2.approx`, `lg2.approx` and `div.full`, which are drawn. What is
+float64 up to its last rounding (PSCL's losses) or is kept so for the backward (norms, PSCL's scores and log-sum-exps,
+on ties those of ZLPR and the two-way loss) has a few roundings of float64, and gradients that are float32 until they
+are rounded to 16 bits are held element by element. `group_pscl` launches PSCL's kernels.
 
 `executed` is the share of a kernel's instructions that some lane of some case executed, over its compiled versions.
 
@@ -47,27 +52,48 @@ FAULTS = """
 One instruction of the compiled kernel is another: a product without its operand, or with two registers of operands
 swapped; a transposed `ldmatrix`; `sub` for `add`, `le` for `lt`, and so on; an addend, a store, a wait or a barrier
 left out; another lane of a shuffle; an address one access further; a guard or a selection turned round. {total} were
-drawn from the instructions that are executed (seed 0, {per_class} of a class in a kernel of
-{ops}); each is held against the cases that run its compiled version.
+drawn from the instructions that are executed (seed 0, up to {per_class} of a class in a kernel); each is held against
+the cases that run its compiled version. `no effect`: not a bit of losses, gradients or kept statistics changes in any
+case, nor does any report come.
 
-| class | planted | seen | no bit of any result changes | changed, within the budget |
-|---|---|---|---|---|
+**{share} of those that have an effect are seen**, by: {by}.
+
+| op | operands | planted | seen | changed, within the budget | no effect | seen of those with an effect |
+|---|---|---|---|---|---|---|
+{ops}
+
+| class | planted | seen | changed, within the budget | no effect | seen of those with an effect |
+|---|---|---|---|---|---|
+{classes}
 """
 AFTER = """
-{share} of those that change any bit of any result are seen, by: {by}.
+### Changed, within the budget
 
-### What was not seen
+How far the largest change goes, of the largest number of a result.
 
-"No effect": not a bit of results or gradients changes in any case, nor does any report come. Most are equivalent:
-bounds of loops that come out alike (`lt` for `le` beyond the last tile), guards that let lanes store what another
-lane stores too, barriers that Triton puts between accesses that do not meet, first additions to zero, halves of
-shuffles over lanes that hold the same number, pivots of an exponential. Some are not, and no case tells: loops over
-more rows than the cases have. "Within the budget": low words of float64 sums (norms, the temperature's gradient)
-and single products of many that 16-bit operands already blur.
+| kernel | operands | fault | source | what changes | reason |
+|---|---|---|---|---|---|
+{unseen}
 
-| kernel | operands | fault | source | verdict |
+### No effect
+
+{reasons}
+
+| kernel | operands | fault | source | times |
 |---|---|---|---|---|
+{equivalent}
 """
+NO_EFFECT = """Most are equivalent: bounds of loops and masks that come out alike (`lt` for `le` beyond the last tile),
+guards and selections between sides that hold the same number, barriers that Triton puts between accesses that do not
+meet, first additions to zero, shuffles over lanes that hold the same number, branches of `exp` and `log` for infinities
+and subnormal numbers that their callers never pass. Some are not, and no case tells: loops over more rows than the
+cases have. Barriers and waits among them are proven to be so: a race, or a read that was not waited for, is reported
+whatever came of it."""
+# Changes of a result by less than this, of its largest number, and why nothing can tell.
+SMALL = (
+    (1e-14, "the last bits of float64: another pivot, or order of a sum, is as good"),
+    (3e-7, "a bit or two of float32's 24, where several roundings of float32 meet"),
+)
 
 
 def executed() -> tuple[list[str], int]:
@@ -75,7 +101,7 @@ def executed() -> tuple[list[str], int]:
     versions: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
     launches: Counter[tuple[str, str, str]] = Counter()
     cases = 0
-    for op, kind in [(name, kind) for name in TRITON for kind in (("bf16",) if name == "mlc" else _KINDS)]:
+    for op, kind in itertools.product(TRITON, _KINDS):
         if kind.startswith("tf32") and op not in PRODUCTS:
             continue
         for case in cases_of(op, kind):
@@ -96,30 +122,62 @@ def executed() -> tuple[list[str], int]:
     return rows, cases
 
 
+def counted(outcomes: list[dict[str, str]], key: Callable[[dict[str, str]], tuple[str, ...]]) -> str:
+    """Rows of a table: of all outcomes, then of those that share a key."""
+    groups: dict[tuple[str, ...], Counter[str]] = {}
+    every = ("all", *[""] * (len(key(outcomes[0])) - 1))
+    for outcome in outcomes:
+        for name in (every, key(outcome)):
+            groups.setdefault(name, Counter())[outcome["verdict"]] += 1
+    rows = []
+    for name, verdicts in groups.items():
+        total, none, within = sum(verdicts.values()), verdicts["no effect"], verdicts["unseen"]
+        seen = total - none - within
+        share = f"{seen / (seen + within):.1%}" if seen + within else "-"
+        rows.append(f"| {' | '.join(name)} | {total} | {seen} | {within} | {none} | {share} |")
+    return "\n".join([rows[0], *sorted(rows[1:])])
+
+
+def reason(outcome: dict[str, str]) -> str:
+    """Why a fault that changes something is not seen, by how much that is."""
+    if "16" in outcome["kind"] and "grad" in outcome["moved"]:
+        return "roundings of 16-bit weights and results are larger"
+    by = max(float(part.rsplit(" ", 1)[1]) for part in outcome["moved"].split(", "))
+    return next((why for bound, why in SMALL if by <= bound), "what the drawn errors of approximations allow is more")
+
+
 def planted(outcomes: list[dict[str, str]]) -> list[str]:
     """The part on faults."""
-    classes: dict[str, Counter[str]] = defaultdict(Counter)
-    for outcome in outcomes:
-        classes[outcome["what"].split(":")[0]][outcome["verdict"]] += 1
-    rows = []
-    for name, verdicts in sorted(classes.items()):
-        total, none, within = sum(verdicts.values()), verdicts["no effect"], verdicts["unseen"]
-        rows.append(f"| {name} | {total} | {total - none - within} | {none} | {within} |")
     verdicts = Counter(outcome["verdict"] for outcome in outcomes)
     none, within, total = verdicts.pop("no effect", 0), verdicts.pop("unseen", 0), len(outcomes)
-    rows.insert(0, f"| all | {total} | {total - none - within} | {none} | {within} |")
-    per_class = max(Counter((o["op"], o["kind"], o["kernel"], o["what"].split(":")[0]) for o in outcomes).values())
-    by = ", ".join(f"{count} {kind}" for kind, count in verdicts.most_common())
-    share = f"{(total - none - within) / max(total - none, 1):.1%}"
-    survivors = [
-        f"| `{o['op']}.{o['kernel']}` | {o['kind']} | {o['what']} | {o['source']} | "
-        f"{'no effect' if o['verdict'] == 'no effect' else 'within the budget'} |"
+    faults = FAULTS.format(
+        total=total,
+        per_class=max(Counter((o["op"], o["kind"], o["kernel"], class_of(o)) for o in outcomes).values()),
+        share=f"{(total - none - within) / max(total - none, 1):.1%}",
+        by=", ".join(f"{count} {kind}" for kind, count in verdicts.most_common()),
+        ops=counted(outcomes, lambda o: (f"`{o['op']}`", o["kind"])),
+        classes=counted(outcomes, lambda o: (class_of(o),)),
+    )
+    unseen = [
+        f"| `{o['op']}.{o['kernel']}` | {o['kind']} | {o['what']} | {o['source']} | {o['moved']} | {reason(o)} |"
         for o in outcomes
-        if o["verdict"] in ("no effect", "unseen")
+        if o["verdict"] == "unseen"
     ]
-    ops = ", ".join(sorted({outcome["op"] for outcome in outcomes}))
-    faults = FAULTS.format(total=total, per_class=per_class, ops=ops) + "\n".join(rows) + "\n"
-    return [faults, AFTER.format(share=share, by=by) + "\n".join(survivors)]
+    kinds: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for o in outcomes:
+        if o["verdict"] == "no effect":
+            kinds[f"`{o['op']}.{o['kernel']}`", o["what"], o["source"]][o["kind"]] += 1
+    equivalent = [
+        f"| {kernel} | {', '.join(of)} | {what} | {source} | {sum(of.values())} |"
+        for (kernel, what, source), of in sorted(kinds.items())
+    ]
+    after = AFTER.format(unseen="\n".join(unseen), reasons=NO_EFFECT, equivalent="\n".join(equivalent))
+    return [faults, after]
+
+
+def class_of(outcome: dict[str, str]) -> str:
+    """The class of a fault."""
+    return outcome["what"].split(":")[0]
 
 
 def main() -> None:
@@ -129,7 +187,7 @@ def main() -> None:
     rows, cases = executed()
     outcomes = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     parts = [HEAD.format(triton=triton.__version__, cases=cases) + "\n".join(rows), *planted(outcomes)]
-    PAGE.write_text("\n".join(parts) + "\n")
+    PAGE.write_text("\n".join(parts).rstrip() + "\n")
 
 
 if __name__ == "__main__":
