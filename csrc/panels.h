@@ -60,12 +60,13 @@ SADCL_INLINE void add_to_tile(const Accumulators<T>& acc, T* c) {
     }
 }
 
-// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR. For every line of `a`
+// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR (or a panel's lanes). For every line of `a`
 // that is used up, one of `next` is asked for.
 template <int A_ROW, int A_K, class E, class T>
 SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int depth, const E* next = nullptr) {
-  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kStep = kLine < kMR ? kLine : kMR;
-  static_assert(kMR % kStep == 0, "no step may be cut short");
+  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kMost = kLine < kMR ? kLine : kMR,
+                kStep = Tile<T>::P / kTerms<E> % kMost == 0 ? kMost : kMost / 2;
+  static_assert(kMR % kStep == 0 && Tile<T>::P / kTerms<E> % kStep == 0, "no step may be cut short");
   for (int k = 0; k < depth; k += kStep) {
     if (next != nullptr) __builtin_prefetch(next + k * kMR);
 #pragma GCC unroll 8

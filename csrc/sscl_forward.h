@@ -260,7 +260,7 @@ Fill rest(T* data, int64_t from, int64_t to) {
 
 template <class T>
 void forward(const SsclForward& args) {
-  Rows<T> rows(args.rows, !args.released);
+  Rows<T> rows(args.rows, args.released ? Rows<T>::kUnits : Rows<T>::kScores);
   const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
   const bool small = squared <= kFewScores, fits = small && squared <= args.kept_size;
   T* kept = static_cast<T*>(args.kept);
