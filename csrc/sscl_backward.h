@@ -116,7 +116,7 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
   const int64_t first = panel * P;
   const int lanes = int(rows.n - first < P ? rows.n - first : P);
   double radial[P] = {}, factor[P] = {}, total = 0;
-  alignas(64) T staging[kSlice], made[P];
+  alignas(64) T staging[P][kSlice + 16], made[P], before[kSlice];  // rows apart in the cache
   for (int64_t d = 0; d < rows.D; ++d) {
     const T* z = rows.numbers(panel, d, made);
     for (int l = 0; l < P; ++l) radial[l] += double(z[l]) * double(g[d * P + l]);
@@ -134,16 +134,22 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
       for (int l = 0; l < P; ++l)
         g[d * P + l] = T(sscl_tangential(double(g[d * P + l]), double(z[l]), radial[l]) * factor[l]);
     }
+    int64_t d = 0;
+    for (; P % 8 == 0 && d + 8 <= count; d += 8) {
+      const T* row[8];
+      for (int k = 0; k < 8; ++k) row[k] = g + (d0 + d + k) * P;
+      transpose_lanes<T>(row, P, kSlice + 16, staging[0] + d);
+    }
+    for (; d < count; ++d)
+      for (int l = 0; l < lanes; ++l) staging[l][d] = g[(d0 + d) * P + l];
     for (int l = 0; l < lanes; ++l) {
       const Place place = rows.place(first + l);
       const int64_t out = rows.offset(place, args.grad_features) + d0;
       if (args.add_to_first && place.view == 0) {
-        read_row(args.grad_features, out, 1, count, staging);
-        for (int64_t d = 0; d < count; ++d) staging[d] += g[(d0 + d) * P + l];
-      } else {
-        for (int64_t d = 0; d < count; ++d) staging[d] = g[(d0 + d) * P + l];
+        read_row(args.grad_features, out, 1, count, before);
+        for (int64_t k = 0; k < count; ++k) staging[l][k] += before[k];
       }
-      write_row(args.grad_features.data, rows.in.features.dtype, out, count, staging);
+      write_row(args.grad_features.data, rows.in.features.dtype, out, count, staging[l]);
     }
   }
   return total;
@@ -236,11 +242,11 @@ void backward_from_square(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward
     const Block<T> block = {0, p * P, rows.n, int(rows.panels) * P, 1, w};  // all rows against this panel's
     load_scores(block, static_cast<const T*>(args.kept));
     to_weights(rows, block, anchors);
-    memset(g, 0, size_t(panel_size) * sizeof(T));
     if (rows.paired) {
+      memset(g, 0, size_t(panel_size) * sizeof(T));
       if constexpr (kHasPairs && sizeof(T) == 4) mix_pairs(rows, block, pairs.get() + thread_index() * size, nullptr, g);
     } else {
-      mix_panels(w, 1, rows.z.get(), int(rows.panels), rows.depth, g);
+      mix_panel(w, rows.n - p * P, rows.z.get(), rows.n, rows.depth, g);
     }
     radial[p] = scatter_panel(rows, p, args, scale, g);
   }
