@@ -21,6 +21,7 @@ SsclRows make_rows(const Fields& given) {
   rows.capacity = pairs.shape[0];
   rows.temperature = given.temperature();
   rows.normalize = given.flag("normalize");
+  rows.rounded = given.has("rounded") && given.flag("rounded");
   rows.threads = given.threads();
 
   // A wrong index here would be a read out of bounds there; looking costs a microsecond a thousand.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
-from .._backends import resolve
+from .._backends import by_name, resolve
 from .._collectives import Group
 from .._groups import GroupLike
 from ..ops import group_rows as _rows
@@ -76,7 +76,9 @@ def sample_contrastive_loss(
         sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image's anchors.
         active: :func:`compact_labels` of these labels, to compact once for several losses.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"`` (not with a
-            group, where the released formulation has torch's operators alone).
+            group, where the released formulation has torch's operators alone). For None a CPU that multiplies bfloat16
+            (AVX512_BF16) does so in the gradient, too, and rounds softmax weights of negatives to it; ``"cpp"`` keeps
+            float32.
         group: contrast with the rows of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension,
             which all call this with the same options; a rank may come without images (B = 0). The mean over ranks of
             ``"mean"`` and of ``"sum"`` is what one process gets for the concatenated batch, of value and gradients
@@ -110,8 +112,9 @@ def sample_contrastive_loss(
     else:
         keep = _sscl.scores_to_keep(x.features, x.active.pairs, x.active.class_ptr, x.tau, x.backend)
         inputs = _sscl.Inputs(
-            x.features, x.active.pairs, x.active.class_ptr, x.tau, normalize=True, released=released, keep=keep
-        )
+            x.features, x.active.pairs, x.active.class_ptr, x.tau, normalize=True, released=released, keep=keep,
+            rounded=x.features.dtype == torch.bfloat16 and not by_name(backend),
+        )  # fmt: skip
         rows = _sscl.sscl(inputs, x.backend).row_loss
     return finish(rows, x.active, released, x.scale, x.weights, reduction)
 

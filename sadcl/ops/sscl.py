@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     normalize: bool  # use x / |x|; otherwise x as it is
     released: bool  # the released code's value and normaliser
     keep: int  # scores to keep for the backward, see scores_to_keep
+    rounded: bool = False  # whether bfloat16 products of the gradient, where the processor has them, may round weights
 
 
 class Outputs(NamedTuple):
@@ -109,6 +110,6 @@ sscl = Op(
             "cuda": Into(cuda_kernel("sscl", "sscl_backward")),
             "torch": portable.backward,
         },
-        needs=("features", "pairs", "class_ptr", "temperature", "normalize", "lse", "norm", "kept"),
+        needs=("features", "pairs", "class_ptr", "temperature", "normalize", "rounded", "lse", "norm", "kept"),
     ),
 )
