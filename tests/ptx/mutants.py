@@ -207,8 +207,8 @@ class Bench:
                 return "result", ""
             for name, got, want in zip(self.budgets[case][0], results, self.results[case], strict=True):
                 if not torch.equal(got, want):
-                    by = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-300)
-                    moved[name] = max(moved.get(name, 0.0), by.item())
+                    by = (got.double() - want.double()).abs().max().item() / (want.double().abs().max().item() or 1.0)
+                    moved[name] = max(moved.get(name, 0.0), by)
         return "unseen" if moved else "no effect", ", ".join(f"{name} by {by:.0e}" for name, by in moved.items())
 
 
