@@ -18,13 +18,13 @@ SADCL_INLINE void transpose_rows(const E* const (&row)[8], int lanes, int depth,
   }
 }
 
-// Calls make(row, k0, n) for rows of E to be transposed into out [depth][P], eight rows by up to kCut at a time; it
-// returns where the n of them lie.
-constexpr int kCut = 256;
+// Calls make(row, k0, n) for rows of E to be transposed into out [depth][P], eight rows by up to kCut at a time (so that
+// what is written, eight lanes at a time, stays in L1); it returns where the n of them lie.
+constexpr int kCut = 64;
 template <int P, class E, class Make>
 SADCL_INLINE void pack_rows(int64_t depth, E* out, Make make) {
-  for (int l0 = 0; l0 < P; l0 += 8)
-    for (int64_t k0 = 0; k0 < depth; k0 += kCut) {
+  for (int64_t k0 = 0; k0 < depth; k0 += kCut)
+    for (int l0 = 0; l0 < P; l0 += 8) {
       const int n = int(depth - k0 < kCut ? depth - k0 : kCut), lanes = P - l0 < 8 ? P - l0 : 8;
       const E* row[8] = {};
       for (int l = 0; l < lanes; ++l) row[l] = make(l0 + l, k0, n);

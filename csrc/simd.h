@@ -84,6 +84,18 @@ SADCL_INLINE void stream_zeros(char* p) {
   __builtin_memset(p, 0, 64);
 #endif
 }
+template <class T>
+SADCL_INLINE void stream(T* p, vec<T> v) {  // to an address as aligned as a register is wide
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
+#else
+  store(p, v);
+#endif
+}
 SADCL_INLINE void stream_end() {
 #if defined(__SSE2__)
   _mm_sfence();

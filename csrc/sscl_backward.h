@@ -108,6 +108,21 @@ void load_scores(const Block<T>& block, const T* square) {
     }
 }
 
+inline int64_t bytes_of(const Array& features) {  // [B, V, C, D]
+  return features.shape[0] * features.shape[1] * features.shape[2] * features.shape[3] * element_size(features.dtype);
+}
+
+// Writes a stretch of a row, past the caches where the gradient is larger than they are: a line that is not in them would
+// be read before it is written.
+template <class T>
+void write_stretch(const Array& out, int64_t at, int64_t count, bool streams, const T* x) {
+  constexpr int L = Simd<T>::kLanes;
+  T* to = static_cast<T*>(out.data) + at;
+  if (!streams || count % L != 0 || out.dtype != own_dtype<T>() || reinterpret_cast<uintptr_t>(to) % 64 != 0)
+    return write_row(out.data, out.dtype, at, count, x);
+  for (int64_t d = 0; d < count; d += L) stream(to + d, load(x + d));
+}
+
 // Through the normalisation, dx = (g - z (z.g)) / |x|, and out to the rows of [B, V, C, D].
 // Returns the panel's sum of z.g, without the factor `scale`.
 template <class T>
@@ -115,6 +130,7 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
   constexpr int P = Rows<T>::P, kSlice = 64;
   const int64_t first = panel * P;
   const int lanes = int(rows.n - first < P ? rows.n - first : P);
+  const bool streams = bytes_of(args.grad_features) >= kStream;
   double radial[P] = {}, factor[P] = {}, total = 0;
   alignas(64) T staging[P][kSlice + 16], made[P], before[kSlice];  // rows apart in the cache
   for (int64_t d = 0; d < rows.D; ++d) {
@@ -145,13 +161,15 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
     for (int l = 0; l < lanes; ++l) {
       const Place place = rows.place(first + l);
       const int64_t out = rows.offset(place, args.grad_features) + d0;
-      if (args.add_to_first && place.view == 0) {
+      const bool adds = args.add_to_first && place.view == 0;
+      if (adds) {
         read_row(args.grad_features, out, 1, count, before);
         for (int64_t k = 0; k < count; ++k) staging[l][k] += before[k];
       }
-      write_row(args.grad_features.data, rows.in.features.dtype, out, count, staging[l]);
+      write_stretch(args.grad_features, out, count, streams && !adds, staging[l]);
     }
   }
+  stream_end();
   return total;
 }
 
@@ -265,7 +283,7 @@ void backward_by_blocks(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
 template <class T>
 double backward(const SsclBackward& args) {
   const Array& out = args.grad_features;
-  const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
+  const int64_t bytes = bytes_of(out);
   if (bytes == 0) return 0;
   Rows<T> rows(args.rows, Rows<T>::kGradient);
   const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
