@@ -108,10 +108,12 @@ def sample_contrastive_loss(
     if x.backend == "reference":
         rows = reference.sscl(x.features, x.active.target, x.tau, released).to(x.tau.dtype)
     else:
-        keep = _sscl.scores_to_keep(x.features, x.active.pairs, x.active.class_ptr, x.tau, x.backend)
-        inputs = _sscl.Inputs(
-            x.features, x.active.pairs, x.active.class_ptr, x.tau, normalize=True, released=released, keep=keep
-        )
+        mean = reduction == "mean" and not released and not x.weights.given and x.backend in _sscl.sscl_mean.backends
+        rows_of = (x.features, x.active.pairs, x.active.class_ptr, x.tau)
+        keep = _sscl.scores_to_keep(*rows_of, x.backend, released, mean)
+        if mean:
+            return _sscl.sscl_mean(_sscl.MeanInputs(*rows_of, keep), x.backend).mean
+        inputs = _sscl.Inputs(*rows_of, normalize=True, released=released, keep=keep)
         rows = _sscl.sscl(inputs, x.backend).row_loss
     return finish(rows, x.active, released, x.scale, x.weights, reduction)
 
