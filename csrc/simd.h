@@ -138,10 +138,16 @@ SADCL_INLINE vec<T> converted(typename Simd<T>::I integer) {
 // Is any lane of a comparison set?
 template <class T>
 SADCL_INLINE bool any(const typename Simd<T>::I& mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
   uint64_t part[kVecBytes / 8], all = 0;
   __builtin_memcpy(part, &mask, sizeof part);
   for (uint64_t p : part) all |= p;
   return all != 0;
+#endif
 }
 
 // A factor in two parts: rounded to float alone, log2(e) / temperature would shift every score by up to 3e-8 of itself,

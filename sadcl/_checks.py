@@ -100,6 +100,8 @@ def check_nonempty(name: str, value: Tensor) -> None:
 
 def check_label_values(labels: Tensor, name: str = "labels") -> None:
     """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
+    if torch.equal(labels.sign(), labels):  # what is usual, in two operators; NaN takes the other way
+        return
     # A comparison with -1 would call 255 ignored in unsigned labels.
     ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
     wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
@@ -147,7 +149,7 @@ def check_soft_labels(labels: Tensor) -> None:
 def check_positive(name: str, value: Tensor) -> None:
     """Require a tensor's one value finite and > 0, where values are checked and it has one."""
     if reads_values(value) and holds_values(value):
-        number = float(value.detach())
+        number = value.item()
         if not 0.0 < number < float("inf"):
             raise ValueError(f"{name}: expected a finite number > 0, got {number:g}")
 

@@ -110,11 +110,13 @@ def sample_contrastive_loss(
     if x.backend == "reference":
         rows = reference.sscl(x.features, x.active.target, x.tau, released).to(x.tau.dtype)
     else:
-        keep = _sscl.scores_to_keep(x.features, x.active.pairs, x.active.class_ptr, x.tau, x.backend)
-        inputs = _sscl.Inputs(
-            x.features, x.active.pairs, x.active.class_ptr, x.tau, normalize=True, released=released, keep=keep,
-            rounded=x.features.dtype == torch.bfloat16 and not by_name(backend),
-        )  # fmt: skip
+        mean = reduction == "mean" and not released and not x.weights.given and x.backend in _sscl.sscl_mean.backends
+        rows_of = (x.features, x.active.pairs, x.active.class_ptr, x.tau)
+        keep = _sscl.scores_to_keep(*rows_of, x.backend, released, mean)
+        rounded = x.features.dtype == torch.bfloat16 and not by_name(backend)
+        if mean:
+            return _sscl.sscl_mean(_sscl.MeanInputs(*rows_of, keep, rounded), x.backend).mean
+        inputs = _sscl.Inputs(*rows_of, normalize=True, released=released, keep=keep, rounded=rounded)
         rows = _sscl.sscl(inputs, x.backend).row_loss
     return finish(rows, x.active, released, x.scale, x.weights, reduction)
 
