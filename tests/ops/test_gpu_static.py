@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import importlib.util
@@ -41,6 +42,18 @@ def test_a_kernel_compiles_for_a_part_that_is_not_here(arch: str, limit: int | N
     """A bound on registers is NVIDIA's; AMD's compiler is not asked."""
     result = examine(dataclasses.replace(job(arch, "_asl_backward_kernel"), max_registers=limit))
     assert not result.faults and result.registers > 0 and result.wide > 0 and result.programs > 0
+
+
+def test_kernels_assign_to_flat_tuples() -> None:
+    """Triton 3.6 refuses ``a, (b, c) = ...`` when it hashes a kernel, before anything is compiled."""
+    nested = []
+    for path in (Path(__file__).parents[2] / "kernels").glob("*.py"):
+        for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+            if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+                targets = [t for n in ast.walk(function) if isinstance(n, ast.Assign) for t in n.targets]
+                tuples = [t for t in targets if isinstance(t, ast.Tuple)]
+                nested += [f"{path.name}:{t.lineno}" for t in tuples if any(isinstance(e, ast.Tuple) for e in t.elts)]
+    assert not nested
 
 
 def test_spills_are_found() -> None:
