@@ -44,7 +44,7 @@ class _Segments(NamedTuple):
 
     group: Tensor  # [N] int64, the segment of class_ptr
     peers: Tensor  # [N] acc, number of positives
-    count: int
+    groups: int
 
 
 def _places(x: Any, count: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def _segments(class_ptr: Tensor, v: int, acc: torch.dtype) -> _Segments:
 
 def _group_sum(segments: _Segments, values: Tensor) -> Tensor:
     """Sum ``values [N, D]`` over each group: ``[K, D]``."""
-    return values.new_zeros(segments.count, values.shape[1]).index_add_(0, segments.group, values)
+    return values.new_zeros(segments.groups, values.shape[1]).index_add_(0, segments.group, values)
 
 
 def _blocks(n: int) -> list[slice]:
@@ -188,7 +188,7 @@ def _mean_pair_maximum(rows: _Rows, segments: _Segments, b: int, v: int, c: int,
     label = rows.label.repeat_interleave(v)
     active = rows.z.new_zeros(b * v, c)
     active[image_view, label] = 1.0
-    ends = torch.bincount(segments.group, minlength=segments.count).cumsum(0).tolist()
+    ends = torch.bincount(segments.group, minlength=segments.groups).cumsum(0).tolist()
     starts = [0, *ends][:-1]
     total = rows.z.new_zeros(rows.z.shape[0])
     for block in _blocks(b * v):
