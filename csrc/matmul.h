@@ -213,8 +213,8 @@ class Matmul {
 
   // What the next panel will be packed from; beside it the room for it (all of it, `soon` has halves), if that is not
   // in the cache already.
-  static void from_source(const Operand& x, const int64_t (&batch)[2], int64_t first, int64_t k0, int terms,
-                          bool alone, Soon& soon) {
+  static void from_source(const Operand& x, const int64_t (&batch)[2], int64_t first, int64_t k0, int terms, bool alone,
+                          Soon& soon) {
     const Source& s = x.values;
     const int64_t size = element_size(s.array.dtype);
     const char* at = static_cast<const char*>(s.array.data) + size * (s.start(batch) + s.outer(first) + s.k(k0));

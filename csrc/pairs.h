@@ -18,8 +18,8 @@ SADCL_INLINE void transpose_rows(const E* const (&row)[8], int lanes, int depth,
   }
 }
 
-// Calls make(row, k0, n) for rows of E to be transposed into out [depth][P], eight rows by up to kCut at a time (so that
-// what is written, eight lanes at a time, stays in L1); it returns where the n of them lie.
+// Calls make(row, k0, n) for rows of E to be transposed into out [depth][P], eight rows by up to kCut at a time (so
+// that what is written, eight lanes at a time, stays in L1); it returns where the n of them lie.
 constexpr int kCut = 64;
 template <int P, class E, class Make>
 SADCL_INLINE void pack_rows(int64_t depth, E* out, Make make) {

@@ -60,9 +60,9 @@ SADCL_INLINE void add_to_tile(const Accumulators<T>& acc, T* c) {
     }
 }
 
-// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR (or a panel's lanes). For every line of `a`
-// that is used up, one of `next` is asked for.
-// Of the right panel's lanes, the first VECS registers.
+// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR (or a panel's lanes).
+// For every line of `a` that is used up, one of `next` is asked for. Of the right panel's lanes, the first VECS
+// registers.
 template <int A_ROW, int A_K, int VECS = 3, class E, class T>
 SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int depth, const E* next = nullptr) {
   constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kMost = kLine < kMR ? kLine : kMR,
@@ -141,8 +141,8 @@ void mix_panels(const T* w, int x_panels, const T* y, int y_panels, int64_t dept
   }
 }
 
-// The same of one panel of weights, w[j][lane], in place of `out`: of the first VECS registers of lanes, and of the first
-// `rows` rows of y.
+// The same of one panel of weights, w[j][lane], in place of `out`: of the first VECS registers of lanes, and of the
+// first `rows` rows of y.
 template <int VECS, class T>
 void mix_vectors(const T* w, const T* y, int64_t rows, int64_t depth, T* out) {
   constexpr int P = Tile<T>::P, kMR = Tile<T>::kMR, kStage = 96 / P > 0 ? 96 / P * P : P;

@@ -112,8 +112,8 @@ inline int64_t bytes_of(const Array& features) {  // [B, V, C, D]
   return features.shape[0] * features.shape[1] * features.shape[2] * features.shape[3] * element_size(features.dtype);
 }
 
-// Writes a stretch of a row, past the caches where the gradient is larger than they are: a line that is not in them would
-// be read before it is written.
+// Writes a stretch of a row, past the caches where the gradient is larger than they are: a line that is not in them
+// would be read before it is written.
 template <class T>
 void write_stretch(const Array& out, int64_t at, int64_t count, bool streams, const T* x) {
   constexpr int L = Simd<T>::kLanes;
@@ -262,7 +262,8 @@ void backward_from_square(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward
     to_weights(rows, block, anchors);
     if (rows.paired) {
       memset(g, 0, size_t(panel_size) * sizeof(T));
-      if constexpr (kHasPairs && sizeof(T) == 4) mix_pairs(rows, block, pairs.get() + thread_index() * size, nullptr, g);
+      if constexpr (kHasPairs && sizeof(T) == 4)
+        mix_pairs(rows, block, pairs.get() + thread_index() * size, nullptr, g);
     } else {
       mix_panel(w, rows.n - p * P, rows.z.get(), rows.n, rows.depth, g);
     }

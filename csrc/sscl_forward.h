@@ -42,8 +42,7 @@ void compute_scores(R& rows, const Block<T>& block, int64_t count) {
       return;
     }
   }
-  dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w,
-             count);
+  dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w, count);
 }
 template <class R, class T>
 void compute_scores(R& rows, const Block<T>& block) {

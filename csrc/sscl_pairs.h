@@ -1,8 +1,8 @@
 // The gradient's product in bfloat16, where the processor multiplies it: rows as they are, weights rounded.
 //
-// What cancels in a row's sum are its positives, each of weight e - 1 / k, and all the others' e. The positives' weights
-// are large and few, so the panels that hold any are split in two (w = high + low, 16 bits) and cost two products; the
-// rest is rounded once, to 8 bits, far below what the gradient's own rounding to bfloat16 leaves of it.
+// What cancels in a row's sum are its positives, each of weight e - 1 / k, and all the others' e. The positives'
+// weights are large and few, so the panels that hold any are split in two (w = high + low, 16 bits) and cost two
+// products; the rest is rounded once, to 8 bits, far below what the gradient's own rounding to bfloat16 leaves of it.
 #pragma once
 #include "sscl_blocks.h"
 
@@ -73,7 +73,8 @@ class PairWeights {
 
   // panels.h's mix_panels: y's panels hold pairs of rows, [depth][P / 2].
   void mix(int x_panels, const Pair* y, int y_panels, int64_t depth, float* out) const {
-    constexpr int kMR = Tile<float>::kMR, kSlice = 128 / kMR * kMR, kStage = 96 / P, kMost = 2 * Blocks<float>::kMaxPanels;
+    constexpr int kMR = Tile<float>::kMR, kSlice = 128 / kMR * kMR, kStage = 96 / P,
+                  kMost = 2 * Blocks<float>::kMaxPanels;
     struct Term {
       const Pair *w, *y;
     };

@@ -44,8 +44,8 @@ struct Rows {
   explicit Rows(const SsclRows& r, Use use)
       : in(r), V(r.features.shape[1]), C(r.features.shape[2]), D(r.features.shape[3]),
         n(V * r.class_ptr[r.num_classes]), depth(rounded_up(D)), panels((n + P - 1) / P), threads(team_size(r.threads)),
-        classes(n + 1), z(!takes_pairs(r, use) ? panels * depth * P + 1 : 1), bound(0),
-        paired(takes_pairs(r, use)), gradient(use == kGradient), pair_depth(rounded_up((D + 1) / 2)),
+        classes(n + 1), z(!takes_pairs(r, use) ? panels * depth * P + 1 : 1), bound(0), paired(takes_pairs(r, use)),
+        gradient(use == kGradient), pair_depth(rounded_up((D + 1) / 2)),
         pairs(paired ? panels * pair_depth * P + 1 : 1),
         row_pairs(paired && use == kGradient ? panels * depth * (P / 2) + 1 : 1),
         remainder(paired ? panels * P + 1 : 1) {
