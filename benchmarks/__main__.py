@@ -22,6 +22,9 @@ QUICK: dict[str, tuple[object, ...] | None] = {
     "asl": None,
     "linear": None,
     "head": (8,),
+    "supcon": None,
+    "mlc": ("any", "queue"),
+    "average_precision": None,
 }
 
 

@@ -120,14 +120,14 @@ class Wish:
         return f"  {self.work:40s} {self.unit:38s} {wished:>14s}   {self.got:7.2f}x{'' if met else '   MISSED'}"
 
 
-def small() -> list[Wish]:
+def small(weightings: Sequence[str] = PROBLEMS[SMALL]) -> list[Wish]:
     wishes = []
     parts = SMALL.parts()
     rows, classes = normalize(parts[0], dim=1), torch.arange(SMALL.n) % SMALL.c
     supcon = harness.forward_backward(
         lambda x: F.supcon_loss(x[:, None], classes, temperature=TEMPERATURE, base_temperature=None), rows
     )
-    for weighting in PROBLEMS[SMALL]:
+    for weighting in weightings:
         row = harness.compare(
             f"mlc {weighting} {SMALL.n}",
             f"{weighting}, forward + backward, {SMALL}, float32; floor: 4 N^2 D",
@@ -243,6 +243,7 @@ def growth() -> list[Wish]:
 
 CASES: dict[str, Callable[[], list[Wish]]] = {
     "small": small,
+    "any": partial(small, ("any",)),
     "large": large,
     "bfloat16": partial(large, torch.bfloat16),
     "published": as_published,
@@ -260,7 +261,7 @@ def main(cases: Sequence[str] = ()) -> None:
         raise SystemExit(f"bench_mlc: unknown case {sorted(unknown)[0]!r}; expected some of {', '.join(CASES)}")
     for name in ENTRIES:
         gate(name)
-    wishes = [wish for name in cases or CASES for wish in CASES[name]()]
+    wishes = [wish for name in cases or (c for c in CASES if c != "any") for wish in CASES[name]()]
     print(f"\n  {'work':40s} {'against':38s} {'wished':>14s}   {'got':>8s}")
     print("\n".join(map(str, wishes)), flush=True)
 

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.targets benchmarks.json``: README's table of a run, what each row is meant to reach beside it.
+"""``python -m benchmarks.targets [--readme] benchmarks.json``: a run's rows, what each is meant to reach beside it.
 
-A target is a ratio, the peer's time over ours, on processors with AVX-512 and AVX512_BF16; it says what was aimed at,
-not what was reached: the column beside it does.
+With ``--readme`` it is the table under README's heading "Speed", of which docs/site draws a picture. A target is a
+ratio, the peer's time over ours, on processors with AVX-512 and AVX512_BF16; it says what was aimed at, not what was
+reached: the column beside it does.
 """
 
 from __future__ import annotations
@@ -60,13 +61,69 @@ TARGETS = (
 )
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of README's table: ours beside the slow form that is usual, and beside the best that plain torch does.
+
+    Attributes:
+        work: first cell.
+        row: the row's name in a run.
+        naive: entries of which the fastest goes to the second column; those that a run lacks are passed over.
+        best: ... to the third.
+        entry: which of ours.
+    """
+
+    work: str
+    row: str
+    naive: tuple[str, ...]
+    best: tuple[str, ...]
+    entry: str = "sadcl"
+
+
+_SSCL = ("compacted", "compacted, class sums", _COMPILED)
+_PSCL = ("vectorised", "vectorised, torch.compile")
+_PLAIN = ("plain formula", "plain, torch.compile")
+_TORCH = ("SDPA", "folded, plain torch", "plain, plain torch")
+_BLOCK = "label attention block, E 2048, 4 heads, L 196, B 8"
+README = (
+    Line("SSCL, B32 V2 C80 D1024, 2.9 labels/image (`bench_sscl coco`)", "sscl coco", ("dense N x N",), _SSCL),
+    Line('... `backend="torch"`', "sscl coco", ("dense N x N",), _SSCL, "sadcl torch"),
+    Line("SSCL, 8,058 active rows, D 1,024, 500 classes (`bench_sscl large`)", "sscl large", ("compacted",), _SSCL),
+    Line("SSCL + PSCL in one op, B32 V2 C80 D1024 (`bench_dual`)", "dual coco", ("eager, class sums",),
+         ("torch.compile",)),
+    Line("PSCL, [32, 80, 1024] (`bench_pscl`)", "pscl coco", ("loop over classes",), _PSCL),
+    Line('... `backend="torch"`', "pscl coco", ("loop over classes",), _PSCL, "sadcl torch"),
+    Line("ASL, [256, 9605] (`bench_asl`)", "asl", ("plain formula",), _PLAIN[1:]),
+    Line('... `backend="torch"`', "asl", ("plain formula",), _PLAIN[1:], "sadcl torch"),
+    Line("SupCon, [4096, 128], 100 classes (`bench_supcon`)", "supcon", ("pytorch-metric-learning",), _PLAIN),
+    Line("multi-label SupCon, [4096, 128], 80 classes, `any` (`bench_mlc`)", "mlc any 4096", ("eager, dense",),
+         ("eager, leanest", "dense, torch.compile")),
+    Line("... 256 anchors, 65,536 keys without gradient", "mlc queue 256 x 65536", (), ("eager, leanest",)),
+    Line(f"{_BLOCK} (`bench_label_attention`): C 80, shared queries", "label_attention coco forward + backward",
+         ("nn.MultiheadAttention",), _TORCH),
+    Line("... bfloat16", "label_attention coco bfloat16 forward + backward", ("nn.MultiheadAttention",), _TORCH),
+    Line("... C 500", "label_attention vg500 forward + backward", ("nn.MultiheadAttention",), _TORCH),
+    Line("head + three losses + bank + backward, published sizes, B 8 (`bench_head 8`)", "head 8", (),
+         ("plain torch modules",)),
+    Line("average precision, 40,504 x 80 (`bench_average_precision`)", "average_precision", ("scikit-learn",),
+         ("torchmetrics",)),
+)  # fmt: skip
+
+
 def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
+def _fastest(row: Row, names: tuple[str, ...]) -> str | None:
+    there = [name for name in names if name in row.timings]
+    return min(there, key=lambda name: row.timings[name].median, default=None)
+
+
 def _line(target: Target, row: Row) -> str:
     names = (target.peer,) if isinstance(target.peer, str) else target.peer
-    best = min((name for name in names if name in row.timings), key=lambda name: row.timings[name].median)
+    best = _fastest(row, names)
+    if best is None:
+        return f"| {target.work} | – | none of {', '.join(names)} ran | – | {target.must:g}x | – |"
     ours, peer = row.timings[target.entry].median, row.timings[best].median
     floor = "–" if row.floor_ms is None else _ms(row.floor_ms)
     return (
@@ -85,10 +142,38 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def readme(results: Results) -> str:
+    """README's table of a run, as markdown; rows that the run lacks are named under it."""
+    rows = {row.name: row for row in results.rows}
+
+    def line(of: Line) -> str:
+        row = rows[of.row]
+        ours = row.timings[of.entry].median
+
+        def beside(names: tuple[str, ...]) -> str:
+            name = _fastest(row, names)
+            if name is None:
+                return "–"
+            median = row.timings[name].median
+            return f"{name}: {_ms(median)}, **{median / ours:.{0 if median > 100 * ours else 2}f}x**"
+
+        floor = "–" if row.floor_ms is None else _ms(row.floor_ms)
+        return f"| {of.work} | {_ms(ours)} | {beside(of.naive)} | {beside(of.best)} | {floor} |"
+
+    lines = [f"{results.title()}; {results.rates()}.", ""]
+    lines += ["| work | ours | dense or naive form | best torch form | floor |", "|---|---|---|---|---|"]
+    lines += [line(of) for of in README if of.row in rows]
+    if missing := sorted({of.row for of in README} - rows.keys()):
+        lines += ["", f"Not in this run: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, metavar="benchmarks.json")
-    print(table(load(parser.parse_args(arguments).run)))
+    parser.add_argument("--readme", action="store_true", help="README's table instead, without targets")
+    options = parser.parse_args(arguments)
+    print((readme if options.readme else table)(load(options.run)))
 
 
 if __name__ == "__main__":

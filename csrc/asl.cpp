@@ -1,8 +1,9 @@
 // Asymmetric loss: value and derivative in one sweep; compiled once per instruction set.
 //
 // A batch is cut into chunks of kChunk classes of one image. A chunk's inputs are contiguous T: read in place if they
-// are already, converted into the cache otherwise. In a multi-label batch nearly all labels are 0, so groups of vectors
-// with nothing but zeros take a path that knows only the negative half of the formula.
+// are already, converted into the cache otherwise. In a multi-label batch nearly all labels are 0: vectors with nothing
+// but zeros take a path that knows only the negative half of the formula. What of them is under the margin is 0 without
+// being computed, the rest moves together: with AVX-512 lane by lane, elsewhere whole vectors.
 #include "asl.h"
 
 #include "asl_formula.h"
@@ -12,8 +13,7 @@
 SADCL_KERNELS_BEGIN
 namespace {
 
-constexpr int64_t kChunk = 1024;  // 3 arrays of 4 KB: the first-level cache holds a chunk
-constexpr int kGroup = 4;         // vectors looked at together
+constexpr int64_t kChunk = 1024;  // arrays of 4 KB: the first-level cache holds a chunk
 
 template <class T>
 struct Totals {
@@ -21,48 +21,118 @@ struct Totals {
   typename Simd<T>::I wrong = {};  // lanes with a label that is not allowed
 };
 
-// kGroup vectors. `loss` null: only the sum is wanted; `grad` null: no derivative.
+// Of a chunk in a row, and a vector more; arrays of it that follow each other do not meet in an address's low 12 bits,
+// by which a processor takes a load for one of what was just stored.
+constexpr int64_t kRoom = kChunk + 256;
+
+// The lanes that are not under `cut` (NaN is not), as bits; without AVX-512 all of them if one is.
+template <class T>
+SADCL_INLINE uint32_t not_under(vec<T> x, T cut) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(__m512(x), __m512(splat<T>(cut)), _CMP_NLT_UQ);
+#else
+  return any<T>(~(x < cut)) ? (1u << Simd<T>::kLanes) - 1 : 0;
+#endif
+}
+
+// Writes the lanes of a mask next to each other, and says how many they are.
+template <class T>
+SADCL_INLINE int64_t pack(T* to, vec<T> x, uint32_t mask) {
+#if defined(__AVX512F__)
+  storeu(to, vec<T>(_mm512_maskz_compress_ps(__mmask16(mask), __m512(x))));
+#else
+  storeu(to, x);
+#endif
+  return __builtin_popcount(mask);
+}
+
+// The lanes of a mask back in their places, 0 in the others.
+template <class T>
+SADCL_INLINE vec<T> unpack(const T* from, uint32_t mask) {
+#if defined(__AVX512F__)
+  return vec<T>(_mm512_maskz_expand_ps(__mmask16(mask), __m512(loadu(from))));
+#else
+  return mask != 0 ? loadu(from) : vec<T>{};
+#endif
+}
+
+template <class T>
+struct Call {
+  Focus<T> focus;
+  T cut;  // a negative's logit under which its probability is surely under the margin
+};
+
+// What a vector gives; `loss` null: only the sum is wanted; `grad` null: no derivative.
+template <class T>
+SADCL_INLINE void give(Element<T> e, int64_t at, const T* weight, T* loss, T* grad, Totals<T>& totals) {
+  if (weight != nullptr) e.loss *= loadu(weight + at), e.grad *= loadu(weight + at);
+  if (loss != nullptr) storeu(loss + at, e.loss);
+  if (grad != nullptr) storeu(grad + at, e.grad);
+  totals.loss += e.loss;
+}
+
+// n elements, whole vectors. The formula goes in two loops: of its 110 instructions, most of which wait for the one
+// before, a processor has hardly more than one vector in flight.
 template <class T, bool kClip>
-SADCL_INLINE void group(const T* x, const T* y, const T* weight, T* loss, T* grad, const Focus<T>& f,
-                        Totals<T>& totals) {
+void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call,
+             Totals<T>& totals) {
   constexpr int L = Simd<T>::kLanes;
-  typename Simd<T>::I nonzero = {};
-  for (int k = 0; k < kGroup; ++k) nonzero |= loadu(y + k * L) != T(0);
-  const bool mixed = any<T>(nonzero);
-  for (int k = 0; k < kGroup; ++k) {
-    Element<T> e;
-    if (mixed) {
-      const vec<T> label = loadu(y + k * L);
-      totals.wrong |= ~(((label >= T(0)) & (label <= T(1))) | (label == T(-1)));
-      e = any_label<T, kClip>(loadu(x + k * L), label, f);
-    } else {
-      e = all_negative<T, kClip>(loadu(x + k * L), f);
+  T logit[kRoom], p[kRoom], not_p[kRoom], softplus[kClip ? 1 : kRoom];
+  uint32_t masks[kChunk / L], mixed[kChunk / L];
+  int64_t count = 0, others = 0;
+  for (int64_t i = 0; i < n; i += L) {
+    const bool negative = !any<T>(bits_of<T>(loadu(y + i)));
+    const vec<T> values = loadu(x + i);
+    masks[i / L] = !negative ? 0 : kClip ? not_under<T>(values, call.cut) : (1u << L) - 1;
+    count += pack<T>(logit + count, values, masks[i / L]);
+    mixed[others] = uint32_t(i);
+    others += !negative;
+  }
+  storeu(logit + count, splat<T>(T(-1e4)));  // fills up the last vector, with losses of 0
+  for (int64_t i = 0; i < count; i += L) {
+    Sigmoid<T> s;
+    s.template set<!kClip>(loadu(logit + i));
+    storeu(p + i, s.p), storeu(not_p + i, s.not_p);
+    if (!kClip) storeu(softplus + i, s.softplus);
+  }
+  for (int64_t i = 0, from = 0, done = 0; i < n; i += L) {
+    const uint32_t mask = masks[i / L];
+    const int64_t to = from + __builtin_popcount(mask);
+    if (done < to) {  // written as it is computed: stores in a row would wait for memory, with nothing to do meanwhile
+      Sigmoid<T> s;
+      s.p = loadu(p + done), s.not_p = loadu(not_p + done), s.slope = s.p * s.not_p;
+      if (!kClip) s.softplus = loadu(softplus + done);
+      const Element<T> e = all_negative<T, kClip>(loadu(logit + done), s, call.focus);
+      storeu(p + done, e.loss), storeu(not_p + done, e.grad);
+      done += L;
     }
-    if (weight != nullptr) e.loss *= loadu(weight + k * L), e.grad *= loadu(weight + k * L);
-    if (loss != nullptr) storeu(loss + k * L, e.loss);
-    if (grad != nullptr) storeu(grad + k * L, e.grad);
-    totals.loss += e.loss;
+    give<T>({unpack(p + from, mask), unpack(not_p + from, mask)}, i, weight, loss, grad, totals);
+    from = to;
+  }
+  for (int64_t k = 0; k < others; ++k) {
+    const int64_t i = mixed[k];
+    const vec<T> label = loadu(y + i);
+    totals.wrong |= ~(((label >= T(0)) & (label <= T(1))) | (label == T(-1)));
+    give(any_label<T, kClip>(loadu(x + i), label, call.focus), i, weight, loss, grad, totals);
   }
 }
 
 // One chunk of contiguous inputs; returns the sum of its losses.
 template <class T, bool kClip>
-double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Focus<T>& f, bool& wrong) {
-  constexpr int64_t kStep = kGroup * Simd<T>::kLanes;
+double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call, bool& wrong) {
+  constexpr int64_t L = Simd<T>::kLanes;
   Totals<T> totals;
-  int64_t c = 0;
-  for (; c + kStep <= n; c += kStep)
-    group<T, kClip>(x + c, y + c, weight ? weight + c : nullptr, loss ? loss + c : nullptr, grad ? grad + c : nullptr,
-                    f, totals);
+  const int64_t c = n / L * L;
+  vectors<T, kClip>(c, x, y, weight, loss, grad, call, totals);
   if (c < n) {  // the rest, filled up with ignored elements
-    T part[5][kStep];
-    for (int64_t i = 0; i < kStep; ++i) {
+    T part[5][L];
+    for (int64_t i = 0; i < L; ++i) {
       const bool inside = c + i < n;
       part[0][i] = inside ? x[c + i] : T(0);
       part[1][i] = inside ? y[c + i] : T(-1);
       part[2][i] = inside && weight ? weight[c + i] : T(1);
     }
-    group<T, kClip>(part[0], part[1], part[2], part[3], part[4], f, totals);
+    vectors<T, kClip>(L, part[0], part[1], part[2], part[3], part[4], call, totals);
     if (loss) memcpy(loss + c, part[3], size_t(n - c) * sizeof(T));
     if (grad) memcpy(grad + c, part[4], size_t(n - c) * sizeof(T));
   }
@@ -105,7 +175,8 @@ template <class T, bool kClip>
 bool forward(const AslForward& a) {
   const int64_t B = a.logits.shape[0], C = a.logits.shape[1], chunks = (C + kChunk - 1) / kChunk;
   [[maybe_unused]] const int threads = B * C < 1 << 13 ? 1 : team_size(a.threads);
-  const Focus<T> focus(a.gamma_neg, a.gamma_pos, a.clip, __builtin_log(a.eps), a.detach_focal_weight);
+  const Call<T> call = {{a.gamma_neg, a.gamma_pos, a.clip, __builtin_log(a.eps), a.detach_focal_weight},
+                        T(__builtin_log(a.clip / (1 - a.clip)) - 0.01)};
   Scratch<double> part(B * chunks);  // sums by chunk, so that the order does not depend on the threads
   const T* weight = static_cast<const T*>(a.class_weight);
   bool bad = false;
@@ -120,7 +191,7 @@ bool forward(const AslForward& a) {
     const T* x = contiguous<T>(a.logits, b, c, n, buffer[0], ignore);
     T* loss = a.sum_classes ? nullptr : static_cast<T*>(a.loss) + at;
     T* grad = a.slope == nullptr ? nullptr : static_cast<T*>(a.slope) + at;
-    part[i] = chunk<T, kClip>(n, x, y, weight ? weight + c : nullptr, loss, grad, focus, wrong);
+    part[i] = chunk<T, kClip>(n, x, y, weight ? weight + c : nullptr, loss, grad, call, wrong);
     bad = bad || wrong || wide;
   }
   if (a.sum_classes) {

@@ -23,6 +23,9 @@ struct Power {
   SADCL_INLINE Power(vec<T> base, vec<T> d_base, T gamma, int whole) {
     if (whole == 0) {
       value = splat<T>(1), slope = vec<T>{};
+    } else if (whole == 4) {  // the usual one, without a loop
+      const vec<T> lower = base * base * base;
+      value = lower * base, slope = lower * gamma * d_base;
     } else if (whole > 0) {
       vec<T> lower = splat<T>(1);
       for (int i = 1; i < whole; ++i) lower *= base;
@@ -115,13 +118,18 @@ SADCL_INLINE Element<T> weighted(vec<T> likelihood, vec<T> d_likelihood, const P
   return out;
 }
 
-// y = 0 in every lane.
+// y = 0 in every lane, the sigmoid known.
+template <class T, bool kClip>
+SADCL_INLINE Element<T> all_negative(vec<T> x, const Sigmoid<T>& s, const Focus<T>& f) {
+  const Negative<T, kClip> n(x, s, f);
+  return weighted<T>(n.log_q, n.d_log_q, Power<T>(n.clipped, n.d_clipped, f.gamma_neg, f.whole_neg), f.detach);
+}
+
 template <class T, bool kClip>
 SADCL_INLINE Element<T> all_negative(vec<T> x, const Focus<T>& f) {
   Sigmoid<T> s;
   s.template set<!kClip>(x);
-  const Negative<T, kClip> n(x, s, f);
-  return weighted<T>(n.log_q, n.d_log_q, Power<T>(n.clipped, n.d_clipped, f.gamma_neg, f.whole_neg), f.detach);
+  return all_negative<T, kClip>(x, s, f);
 }
 
 // Any y in [0, 1], or -1 for ignored.

@@ -59,7 +59,9 @@ Args make_group_rows(const Fields& given) {
   in.class_weight = nullptr;
   in.include_batch = false, in.normalize = given.flag("normalize");
   in.temperature = given.temperature();
-  in.threshold = given.number("threshold"), in.alpha = given.number("alpha"), in.beta = given.number("beta");
+  const double threshold = given.number("threshold");
+  if (in.weighting == kJaccard) in.least = LeastShare(threshold, C);
+  in.alpha = given.number("alpha"), in.beta = given.number("beta");
   in.threads = given.threads();
   return a;
 }

@@ -52,7 +52,9 @@ MlcInputs make_mlc(const Fields& given) {
     if (x->dims) check_dtype(x == &in.keys ? "keys" : "prototypes", *x, in.features.dtype);
   in.class_weight = given.optional_buffer<const void>("class_weight", accumulation(in.features), C);
   in.temperature = given.temperature();
-  in.threshold = given.number("threshold"), in.alpha = given.number("alpha"), in.beta = given.number("beta");
+  const double threshold = given.number("threshold");
+  if (in.weighting == kJaccard) in.least = LeastShare(threshold, C);
+  in.alpha = given.number("alpha"), in.beta = given.number("beta");
   in.threads = given.threads();
   return in;
 }

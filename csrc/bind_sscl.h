@@ -7,7 +7,7 @@
 namespace sadcl {
 namespace {
 
-SsclRows make_rows(const Fields& given) {
+SsclRows make_rows(const Fields& given, bool normalize) {
   SsclRows rows;
   rows.features = given.tensor("features");
   check_rank("features", rows.features, 4);
@@ -20,7 +20,8 @@ SsclRows make_rows(const Fields& given) {
   rows.num_classes = class_ptr.shape[0] - 1;
   rows.capacity = pairs.shape[0];
   rows.temperature = given.temperature();
-  rows.normalize = given.flag("normalize");
+  rows.normalize = normalize;
+  rows.rounded = given.has("rounded") && given.flag("rounded");
   rows.threads = given.threads();
 
   // A wrong index here would be a read out of bounds there; looking costs a microsecond a thousand.
@@ -41,9 +42,9 @@ SsclRows make_rows(const Fields& given) {
 
 // The statistics that forward and backward share.
 template <class Args>
-Args make_sscl(const Fields& given) {
+Args make_sscl(const Fields& given, bool normalize) {
   Args a;
-  a.rows = make_rows(given);
+  a.rows = make_rows(given, normalize);
   const DType acc = accumulation(a.rows.features);
   const int64_t rows = a.rows.features.shape[1] * a.rows.capacity;
   a.kept_size = count(given.tensor("kept"));
@@ -55,7 +56,7 @@ Args make_sscl(const Fields& given) {
 
 void bind_sscl_forward(const py::args& parts, const py::kwargs& others) {
   const Fields given(parts, others);
-  SsclForward a = make_sscl<SsclForward>(given);
+  SsclForward a = make_sscl<SsclForward>(given, given.flag("normalize"));
   const Array& x = a.rows.features;
   a.released = given.flag("released");
   a.row_loss = given.buffer("row_loss", accumulation(x), x.shape[0] * x.shape[1] * x.shape[2]);
@@ -64,11 +65,9 @@ void bind_sscl_forward(const py::args& parts, const py::kwargs& others) {
   table.sscl_forward(a);
 }
 
-void bind_sscl_backward(const py::args& parts, const py::kwargs& others) {
-  const Fields given(parts, others);
-  SsclBackward a = make_sscl<SsclBackward>(given);
+void run_sscl_backward(const Fields& given, SsclBackward& a, const Array& upstream) {
   const Array& x = a.rows.features;
-  a.grad_rows = given.tensor("grad_row_loss");
+  a.grad_rows = upstream;
   check_shape("grad_row_loss", a.grad_rows, {x.shape[0], x.shape[1], x.shape[2]});
   check_dtype("grad_row_loss", a.grad_rows, accumulation(x));
   a.grad_features = given.tensor("grad_features");
@@ -87,6 +86,12 @@ void bind_sscl_backward(const py::args& parts, const py::kwargs& others) {
     grad_temperature = table.sscl_backward(a);
   }
   given.store("grad_temperature", grad_temperature);
+}
+
+void bind_sscl_backward(const py::args& parts, const py::kwargs& others) {
+  const Fields given(parts, others);
+  SsclBackward a = make_sscl<SsclBackward>(given, given.flag("normalize"));
+  run_sscl_backward(given, a, given.tensor("grad_row_loss"));
 }
 
 }  // namespace

@@ -31,47 +31,88 @@ struct Sizes {
   int64_t batch[2] = {1, 1};
 };
 
-// c[r][:] (+)= sum over k of a[k][r] b[k][:], VECS vectors wide, k over elements E: numbers or pairs.
-template <int VECS, class T, class E>
-SADCL_INLINE void multiply_chain(const E* a, const E* b, int depth, T* c, int64_t stride, bool load_c) {
+// Memory that is needed next, `rows` rows of `width` bytes: a line of it is asked for every few steps of a tile.
+// Packing waits for memory otherwise, which is a quarter of the time where a weight meets 80 rows only.
+struct Ahead {
+  const char* row;
+  int64_t stride, rows, width, at = 0;
+  SADCL_INLINE void next() {
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
+    if (at >= width) at = 0, row += stride, stride = --rows > 1 ? stride : 0;
+  }
+};
+struct Soon {
+  Ahead one, other;
+};
+
+// c[r][:] (+)= sum over k of a[k][r] b[k][:] (+ part[r][:]), ROWS rows, VECS vectors wide, k over elements E: numbers
+// or pairs.
+template <int ROWS, int VECS, class T, class E>
+SADCL_INLINE void multiply_chain(const E* a, const E* b, int depth, T* c, int64_t stride, bool load_c, Soon& soon,
+                                 const T* part = nullptr) {
   constexpr int kMR = MatmulTile<T>::kMR, kNR = MatmulTile<T>::kNR, L = MatmulTile<T>::kLanes;
-  vec<T> acc[kMR][VECS];
+  vec<T> acc[ROWS][VECS];
 #pragma GCC unroll 12
-  for (int r = 0; r < kMR; ++r) {
+  for (int r = 0; r < ROWS; ++r) {
     __builtin_prefetch(c + r * stride, 1);  // rows of c lie pages apart: without this the last step waits for memory
+    if (VECS * kVecBytes > 64) __builtin_prefetch(c + r * stride + L, 1);
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) acc[r][i] = vec<T>{};
   }
-#pragma GCC unroll 4
-  for (int k = 0; k < depth; ++k, a += kMR, b += kNR) {
+  auto step = [&]() __attribute__((always_inline)) {
     decltype(load(b)) right[VECS];
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) right[i] = load(b + i * L);
 #pragma GCC unroll 12
-    for (int r = 0; r < kMR; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       const auto left = splat(a[r]);
 #pragma GCC unroll 2
       for (int i = 0; i < VECS; ++i) acc[r][i] = add_product<T>(acc[r][i], left, right[i]);
     }
+    a += kMR, b += kNR;
+    // Of 16 registers 15 are in use: no load of the next step may come up here, or a sum is spilled.
+    if (kRegisters == 16) asm volatile("" ::: "memory");
+  };
+  constexpr int kApart = kRegisters == 32 ? 2 : 4;  // steps from line to line, each 48 or 24 cycles
+  int k = 0;
+  for (; k + 2 * kApart <= depth; k += 2 * kApart) {
+    soon.one.next();
+#pragma GCC unroll 4
+    for (int u = 0; u < kApart; ++u) step();
+    soon.other.next();
+#pragma GCC unroll 4
+    for (int u = 0; u < kApart; ++u) step();
+  }
+  for (; k < depth; ++k) step();
+  if (part != nullptr) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < VECS; ++i) acc[r][i] += loadu(part + r * kNR + i * L);
   }
   if (load_c) {  // all of it before the first store: rows of c alias in their low address bits, and loads would wait
 #pragma GCC unroll 12
-    for (int r = 0; r < kMR; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
       for (int i = 0; i < VECS; ++i) acc[r][i] += loadu(c + r * stride + i * L);
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < kMR; ++r)
+  for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) storeu(c + r * stride + i * L, acc[r][i]);
 }
 
-template <int VECS, class T, class E>
-SADCL_INLINE void multiply_tile(const E* a, const E* b, int depth, T* c, int64_t stride, bool load_c) {
+// Chain after chain; all but the last leave their sums in L1, since rows of c often share a set of it.
+template <int ROWS, int VECS, class T, class E>
+SADCL_INLINE void multiply_tile(const E* a, const E* b, int depth, T* c, int64_t stride, bool load_c, Soon& soon) {
   using B = MatmulTile<T>;
-  for (int k = 0; k < depth; k += B::kChain, load_c = true)
-    multiply_chain<VECS>(a + k * B::kMR, b + k * B::kNR, depth - k < B::kChain ? depth - k : B::kChain, c, stride,
-                         load_c);
+  alignas(64) T part[ROWS * B::kNR];
+  int k = 0;
+  for (; depth - k > B::kChain; k += B::kChain)
+    multiply_chain<ROWS, VECS>(a + k * B::kMR, b + k * B::kNR, B::kChain, part, int64_t(B::kNR), k > 0, soon);
+  multiply_chain<ROWS, VECS>(a + k * B::kMR, b + k * B::kNR, depth - k, c, stride, load_c, soon,
+                             k > 0 ? part : nullptr);
 }
 
 // A thread's rectangle: rows in units of kMR, columns in units of kNR.
@@ -137,37 +178,80 @@ class Matmul {
         memset(base + c.rows(i) + mine.column[0] * kNR, 0, size_t(last_column - mine.column[0] * kNR) * sizeof(T));
     }
     E *lefts = buffer, *rights = buffer + kLeft;
-    for (int64_t k0 = 0; k0 < s.k; k0 += kCut) {
-      const int terms = int(s.k - k0 < kCut ? s.k - k0 : kCut), depth = (terms + kTerms<E> - 1) / kTerms<E>;
-      const bool load_c = k0 > 0 || load_first;
-      for (int64_t n0 = mine.column[0] * kNR; n0 < last_column; n0 += Blk::kColumns) {
-        const int64_t n1 = n0 + Blk::kColumns < last_column ? n0 + Blk::kColumns : last_column;
-        for (int64_t j = n0; j < n1; j += kNR)
-          pack<T, kNR>(right, mine.batch, j, int(n1 - j < kNR ? n1 - j : kNR), k0, terms, rights + (j - n0) * depth);
-        for (int64_t m0 = mine.row[0] * kMR; m0 < last_row; m0 += Blk::kRows) {
+    // Rows that are one left block use a panel of the right operand once: all of them go through the same 32 KB.
+    const int64_t first_row = mine.row[0] * kMR, panel = last_row - first_row <= Blk::kRows ? 0 : kNR;
+    for (int64_t n0 = mine.column[0] * kNR; n0 < last_column; n0 += Blk::kColumns) {
+      const int64_t n1 = n0 + Blk::kColumns < last_column ? n0 + Blk::kColumns : last_column;
+      for (int64_t k0 = 0; k0 < s.k; k0 += kCut) {
+        const int terms = int(s.k - k0 < kCut ? s.k - k0 : kCut), depth = (terms + kTerms<E> - 1) / kTerms<E>;
+        const bool load_c = k0 > 0 || load_first;
+        for (int64_t m0 = first_row; m0 < last_row; m0 += Blk::kRows) {
           const int64_t m1 = m0 + Blk::kRows < last_row ? m0 + Blk::kRows : last_row;
           for (int64_t i = m0; i < m1; i += kMR)
             pack<T, kMR>(left, mine.batch, i, int(m1 - i < kMR ? m1 - i : kMR), k0, terms, lefts + (i - m0) * depth);
-          for (int64_t j = n0; j < n1; j += kNR)
+          E* here = rights;
+          for (int64_t j = n0; j < n1; j += kNR, here += panel * depth) {
+            const int columns = int(n1 - j < kNR ? n1 - j : kNR);
+            if (m0 == first_row) pack<T, kNR>(right, mine.batch, j, columns, k0, terms, here);
+            Soon soon = ahead(here + panel * depth, depth);
+            if (j + kNR < n1 && m0 == first_row) from_source(right, mine.batch, j + kNR, k0, terms, panel == 0, soon);
             for (int64_t i = m0; i < m1; i += kMR)
-              tile(lefts + (i - m0) * depth, rights + (j - n0) * depth, depth, c.rows, base + j, i,
-                   int(m1 - i < kMR ? m1 - i : kMR), int(n1 - j < kNR ? n1 - j : kNR), load_c);
+              tile(lefts + (i - m0) * depth, here, depth, c.rows, base + j, i, int(m1 - i < kMR ? m1 - i : kMR),
+                   columns, load_c, soon);
+          }
         }
       }
     }
   }
 
-  // One tile of the result, directly where it is whole and its rows evenly spaced, else by way of a small copy.
+  // The packed panel: both halves of it.
+  static Soon ahead(const E* packed, int depth) {
+    const int64_t half = int64_t(depth) * kNR * int64_t(sizeof(E)) / 2;
+    const char* at = reinterpret_cast<const char*>(packed);
+    return {{at, 0, 1, half}, {at + half, 0, 1, half}};
+  }
+
+  // What the next panel will be packed from; beside it the room for it (all of it, `soon` has halves), if that is not
+  // in the cache already.
+  static void from_source(const Operand& x, const int64_t (&batch)[2], int64_t first, int64_t k0, int terms, bool alone,
+                          Soon& soon) {
+    const Source& s = x.values;
+    const int64_t size = element_size(s.array.dtype);
+    const char* at = static_cast<const char*>(s.array.data) + size * (s.start(batch) + s.outer(first) + s.k(k0));
+    Ahead all;
+    if (s.outer.near == 1) all = {at, s.k.near * size, terms, kNR * size};
+    else if (s.k.near == 1) all = {at, s.outer.near * size, kNR, terms * size};
+    else return;
+    if (alone) {
+      const int64_t upper = all.rows / 2;
+      soon = {all, all};
+      soon.other.row += upper * all.stride, soon.other.rows -= upper, soon.one.rows = upper;
+    } else {
+      soon.other = {soon.one.row, 0, 1, 2 * soon.one.width}, soon.one = all;
+    }
+  }
+
+  // One tile of the result, directly where it is whole and its rows evenly spaced, else by way of a small copy; the
+  // last of 80 rows are no whole panel, and only as many thirds of one are multiplied as there are.
   static SADCL_INLINE void tile(const E* a, const E* b, int depth, const Index& rows, T* c, int64_t i, int m, int n,
-                                bool load_c) {
-    if (m == kMR && n == kNR && rows.uniform(i, kMR))
-      return multiply_tile<Blk::kVecs>(a, b, depth, c + rows(i), rows.near, load_c);
-    alignas(64) T copy[kMR * kNR];
+                                bool load_c, Soon& soon) {
+    constexpr int kThird = kMR / 3;
+    if (m <= kThird) tile_of<kThird>(a, b, depth, rows, c, i, m, n, load_c, soon);
+    else if (m <= 2 * kThird) tile_of<2 * kThird>(a, b, depth, rows, c, i, m, n, load_c, soon);
+    else tile_of<kMR>(a, b, depth, rows, c, i, m, n, load_c, soon);
+  }
+
+  template <int ROWS>
+  static SADCL_INLINE void tile_of(const E* a, const E* b, int depth, const Index& rows, T* c, int64_t i, int m, int n,
+                                   bool load_c, Soon& soon) {
+    if (m == ROWS && n == kNR && rows.uniform(i, ROWS))
+      return multiply_tile<ROWS, Blk::kVecs>(a, b, depth, c + rows(i), rows.near, load_c, soon);
+    alignas(64) T copy[ROWS * kNR];
     if (load_c)
       for (int r = 0; r < m; ++r)
         for (int j = 0; j < n; ++j) copy[r * kNR + j] = c[rows(i + r) + j];
-    if (n <= Blk::kLanes) multiply_tile<1>(a, b, depth, copy, kNR, load_c);
-    else multiply_tile<Blk::kVecs>(a, b, depth, copy, kNR, load_c);
+    if (n <= Blk::kLanes) multiply_tile<ROWS, 1>(a, b, depth, copy, kNR, load_c, soon);
+    else multiply_tile<ROWS, Blk::kVecs>(a, b, depth, copy, kNR, load_c, soon);
     for (int r = 0; r < m; ++r)
       for (int j = 0; j < n; ++j) c[rows(i + r) + j] = copy[r * kNR + j];
   }

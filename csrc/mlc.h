@@ -1,5 +1,7 @@
 // Arguments of the image-level multi-label losses, forward and backward.
 #pragma once
+#include <cmath>
+
 #include "array.h"
 #include "sscl.h"
 
@@ -18,13 +20,31 @@ struct MlcPeers {
   Array weights_back;              // [N, K], dense: the weights of keys towards anchors
 };
 
+// The least I / U with U <= classes that is at least a threshold in float64: shares are compared as whole numbers,
+// which float32 holds exactly to 4,096 classes. Rounded quotients of a share below and a threshold above it could be
+// equal.
+struct LeastShare {
+  double shared = 1, of = 1;
+
+  LeastShare() = default;
+  LeastShare(double threshold, int64_t classes) {
+    for (int64_t u = 1; u <= classes; ++u) {
+      double i = std::ceil(threshold * double(u)) - 1;
+      if (i < 0) i = 0;
+      while (i / double(u) < threshold) ++i;
+      if (i * of < shared * double(u)) shared = i, of = double(u);
+    }
+  }
+};
+
 // T is the accumulation type: double for float64 features, else float. What is not there has no dimensions.
 struct MlcInputs {
   Array features;                  // [B, V, D]
   Array labels, keys, key_labels;  // [B, C], [K, D], [K, C]
   Array prototypes, weights;       // [C, D], [N, columns]
   const void* class_weight;        // T [C], or null
-  double temperature, threshold, alpha, beta;
+  double temperature, alpha, beta;
+  LeastShare least;  // of jaccard
   int weighting;
   bool include_batch, normalize;
   int threads;

@@ -44,8 +44,7 @@ class Pairs {
     }
   }
 
-  // Whether lam and share follow from sums of f over the columns (`settle`), and from which: of f itself, and of how
-  // many are not 0.
+  // Whether lam and share follow from sums over the columns (`settle`), and from which: of f, and of `counted`.
   bool sums_wanted() const { return kind_ != kMulSupCon && kind_ != kMsc; }
   bool totals_wanted() const { return sums_wanted() && kind_ != kAll && kind_ != kAny && kind_ != kIds; }
   bool counts_wanted() const { return sums_wanted() && kind_ != kOverlap; }
@@ -63,6 +62,9 @@ class Pairs {
     for (int64_t i = 0; i < v_.anchors().rows; ++i)
       for (int64_t c = 0; c < C_; ++c) to[i * C_ + c] = entry(i, c);
   }
+
+  // 1 for a positive, 0 for none; a positive that weighs nothing is -0.
+  static vec<T> counted(vec<T> f) { return bits_of<T>(f) != 0 ? splat(T(1)) : vec<T>{}; }
 
   // Whether f is the same from both sides.
   bool symmetric() const { return kind_ != kSimDis && kind_ != kMsc && kind_ != kDense; }
@@ -120,7 +122,6 @@ class Pairs {
   struct Value {
     vec<T> ij, ji;
   };
-  static constexpr T kLeast = sizeof(T) == 4 ? T(FLT_MIN) : T(DBL_MIN);
   struct Counts {
     vec<T> both, own, theirs, known;
   };
@@ -194,9 +195,9 @@ class Pairs {
       out.ij = c.both > T(0) ? one : zero;
     } else if (kind_ == kJaccard || kind_ == kOverlap) {
       const vec<T> value = overlap_of<T>(c.both, either);
-      // A positive whose overlap is 0 (threshold 0) counts, too: it weighs next to nothing.
+      const auto positive = (either > T(0)) & (c.both * T(in_.least.of) >= either * T(in_.least.shared));
       if (kind_ == kOverlap) out.ij = value;
-      else out.ij = ((either > T(0)) & (value >= T(in_.threshold))) ? vmax<T>(value, splat(kLeast)) : zero;
+      else out.ij = positive ? (c.both > T(0) ? value : splat(T(-0.0))) : zero;
     } else if (kind_ == kSimDis) {
       out.ij = similarity_of<T>(c.both, c.own, c.theirs);
       out.ji = similarity_of<T>(c.both, c.theirs, c.own);
@@ -247,6 +248,7 @@ class Pairs {
       if (both && in_.peers != nullptr) out.ji[l] = weight(in_.peers->weights_back, i, column(j + l, segment));
       else if (both && i < v_.anchors().rows && i != j + l) out.ji[l] = weight(in_.weights, j + l, i);
     }
+    out.ij = out.ij + T(0), out.ji = out.ji + T(0);  // no -0: see `counted`
     return out;
   }
 

@@ -66,8 +66,7 @@ void add_streamed(const Vectors<T>& v, const Pairs<T>& pairs, const Block<T>& bl
   };
   if (pulls) add(to.positive, [](vec<T> x, const T* weight, T*) { return x * load(weight); });
   if (pairs.totals_wanted()) add(to.total, [](vec<T>, const T* weight, T*) { return load(weight); });
-  if (pairs.counts_wanted())
-    add(to.count, [](vec<T>, const T* weight, T*) { return load(weight) != T(0) ? splat(T(1)) : vec<T>{}; });
+  if (pairs.counts_wanted()) add(to.count, [](vec<T>, const T* weight, T*) { return Pairs<T>::counted(load(weight)); });
   if (pulls)
     mix_panels(f, block.panels, keys, block.m / P, v.depth, to.pulled.get() + slot * to.pulls + block.j0 * v.depth);
   add(to.sum, [&](vec<T> x, const T*, T* at) {

@@ -115,12 +115,10 @@ struct Vectors {
     }
     if (paired) {
       for (int l = lanes; l < P; ++l) remainder[p * P + l] = 0;
-      if constexpr (sizeof(T) == 4) pack_pairs(staging, pitch, lanes, D, pair_depth, P, pair_panel(p));
+      if constexpr (sizeof(T) == 4) pack_pairs(staging, pitch, lanes, D, pair_depth, pair_panel(p));
       return largest;
     }
-    memset(out, 0, size_t(depth * P) * sizeof(T));
-    for (int64_t d = 0; d < D; ++d)
-      for (int l = 0; l < lanes; ++l) out[d * P + l] = staging[l * pitch + d];
+    pack_numbers(staging, pitch, lanes, D, depth, out);
     return largest;
   }
 

@@ -41,7 +41,7 @@ struct Weights {
   }
 };
 
-// Per anchor, over the columns: f, and how many are not 0.
+// Per anchor, over the columns: f, and how many are positives.
 struct Tally {
   Scratch<double> total, count;
   explicit Tally(int64_t n) : total(n + 1), count(n + 1) {
@@ -70,8 +70,7 @@ void add_sums_of_weights(const Pairs<T>& pairs, const Block<T>& block, bool squa
                          Workspace<T>& ws, Tally& tally) {
   if (pairs.totals_wanted()) add_terms(block, square, weights, ws, tally.total, [](vec<T>, vec<T> f) { return f; });
   if (pairs.counts_wanted())
-    add_terms(block, square, weights, ws, tally.count,
-              [](vec<T>, vec<T> f) { return f != T(0) ? splat(T(1)) : vec<T>{}; });
+    add_terms(block, square, weights, ws, tally.count, [](vec<T>, vec<T> f) { return Pairs<T>::counted(f); });
 }
 
 // What the forward says of an anchor.

@@ -16,6 +16,7 @@
 #include "bind_mlc.h"
 #include "bind_pscl.h"
 #include "bind_sscl.h"
+#include "bind_sscl_mean.h"
 #include "bind_zlpr.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("threads"), "Measured float32 FLOP/s of independent FMAs (for benchmarks)");
   bind_compact(m);
   bind_sscl(m);
+  bind_sscl_mean(m);
   bind_pscl(m);
   bind_asl(m);
   bind_mlc(m);

@@ -60,23 +60,26 @@ SADCL_INLINE void add_to_tile(const Accumulators<T>& acc, T* c) {
     }
 }
 
-// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR. For every line of `a`
-// that is used up, one of `next` is asked for.
-template <int A_ROW, int A_K, class E, class T>
+// acc[r][:] += sum over k < depth of a[r * A_ROW + k * A_K] * b[k][:], depth a multiple of kMR (or a panel's lanes).
+// For every line of `a` that is used up, one of `next` is asked for. Of the right panel's lanes, the first VECS
+// registers.
+template <int A_ROW, int A_K, int VECS = 3, class E, class T>
 SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int depth, const E* next = nullptr) {
-  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kStep = kLine < kMR ? kLine : kMR;
-  static_assert(kMR % kStep == 0, "no step may be cut short");
+  constexpr int kMR = Tile<T>::kMR, kLine = 64 / (kMR * int(sizeof(E))), kMost = kLine < kMR ? kLine : kMR,
+                kStep = Tile<T>::P / kTerms<E> % kMost == 0 ? kMost : kMost / 2;
+  static_assert(kMR % kStep == 0 && Tile<T>::P / kTerms<E> % kStep == 0, "no step may be cut short");
   for (int k = 0; k < depth; k += kStep) {
     if (next != nullptr) __builtin_prefetch(next + k * kMR);
 #pragma GCC unroll 8
     for (int step = 0; step < kStep; ++step, a += A_K, b += Tile<T>::P) {
-      const auto b0 = load(b), b1 = load(b + Tile<T>::kLanes), b2 = load(b + 2 * Tile<T>::kLanes);
+      decltype(load(b)) right[VECS];
+#pragma GCC unroll 3
+      for (int i = 0; i < VECS; ++i) right[i] = load(b + i * Tile<T>::kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kMR; ++r) {
         const auto left = splat(a[r * A_ROW]);
-        acc.v[r][0] = add_product<T>(acc.v[r][0], left, b0);
-        acc.v[r][1] = add_product<T>(acc.v[r][1], left, b1);
-        acc.v[r][2] = add_product<T>(acc.v[r][2], left, b2);
+#pragma GCC unroll 3
+        for (int i = 0; i < VECS; ++i) acc.v[r][i] = add_product<T>(acc.v[r][i], left, right[i]);
       }
     }
   }
@@ -85,9 +88,9 @@ SADCL_INLINE void multiply_add(Accumulators<T>& acc, const E* a, const E* b, int
 // out[jp][i][lane] = sum over k of x_i[k] y_j[k], j = jp * P + lane: all pairs of rows of x_panels and y_panels panels
 // of depth `depth` (a multiple of kMR). Depth is cut so that the running pair of panels stays in L1. Each cut is summed
 // from zero and then added to `out`: one chain through all of depth 1024 was off by 6e-7 where MKL's product is by
-// 2e-7.
+// 2e-7. Only the first `x_rows` rows of x have to be right.
 template <class E, class T>
-void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t depth, T* out) {
+void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t depth, T* out, int64_t x_rows) {
   constexpr int P = Tile<T>::P, kCut = Tile<T>::kPanelDepth / kTerms<E> / Tile<T>::kMR * Tile<T>::kMR;
   for (int64_t k0 = 0; k0 < depth; k0 += kCut) {
     const int cut = int(depth - k0 < kCut ? depth - k0 : kCut);
@@ -98,7 +101,7 @@ void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t dept
         // Streams from L2, and would come too late by itself.
         const E* next = ip + 1 < x_panels ? a + depth * P : jp + 1 < y_panels ? b + depth * P : x + (k0 + cut) * P;
         T* c = out + (int64_t(jp) * x_panels + ip) * P * P;
-        for (int r = 0; r < P; r += Tile<T>::kMR) {
+        for (int r = 0; r < P && ip * P + r < x_rows; r += Tile<T>::kMR) {
           Accumulators<T> acc;
           clear(acc);
           multiply_add<1, P>(acc, a + r, b, cut, next + r * cut);
@@ -107,6 +110,11 @@ void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t dept
       }
     }
   }
+}
+
+template <class E, class T>
+void dot_panels(const E* x, int x_panels, const E* y, int y_panels, int64_t depth, T* out) {
+  dot_panels(x, x_panels, y, y_panels, depth, out, int64_t(x_panels) * Tile<T>::P);
 }
 
 // out[ip][d][lane] += sum over j of w[ip][j][lane] * y_j[d]: mixes the rows of y (y_panels panels of depth `depth`)
@@ -131,6 +139,31 @@ void mix_panels(const T* w, int x_panels, const T* y, int y_panels, int64_t dept
       }
     }
   }
+}
+
+// The same of one panel of weights, w[j][lane], in place of `out`: of the first VECS registers of lanes, and of the
+// first `rows` rows of y.
+template <int VECS, class T>
+void mix_vectors(const T* w, const T* y, int64_t rows, int64_t depth, T* out) {
+  constexpr int P = Tile<T>::P, kMR = Tile<T>::kMR, kStage = 96 / P > 0 ? 96 / P * P : P;
+  for (int64_t d = 0; d < depth; d += kMR)
+    for (int64_t j0 = 0; j0 < rows; j0 += kStage) {
+      Accumulators<T> acc;
+      clear(acc);
+      for (int64_t j = j0; j < rows && j < j0 + kStage; j += P) {
+        const int count = int(rows - j < P ? (rows - j + kMR - 1) / kMR * kMR : P);
+        multiply_add<P, 1, VECS>(acc, y + j * depth + d * P, w + j * P, count);
+      }
+      j0 == 0 ? store_tile(acc, out + d * P) : add_to_tile(acc, out + d * P);
+    }
+}
+
+// ... of the first `lanes` lanes.
+template <class T>
+void mix_panel(const T* w, int64_t lanes, const T* y, int64_t rows, int64_t depth, T* out) {
+  if (lanes > 2 * Tile<T>::kLanes) mix_vectors<3>(w, y, rows, depth, out);
+  else if (lanes > Tile<T>::kLanes) mix_vectors<2>(w, y, rows, depth, out);
+  else mix_vectors<1>(w, y, rows, depth, out);
 }
 
 // out[b][a][i][j] = in[a][b][j][i] for P x P blocks: turns w[jp][i][lane] into w'[ip][j][lane].

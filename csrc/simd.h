@@ -84,6 +84,18 @@ SADCL_INLINE void stream_zeros(char* p) {
   __builtin_memset(p, 0, 64);
 #endif
 }
+template <class T>
+SADCL_INLINE void stream(T* p, vec<T> v) {  // to an address as aligned as a register is wide
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
+#else
+  store(p, v);
+#endif
+}
 SADCL_INLINE void stream_end() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -126,10 +138,16 @@ SADCL_INLINE vec<T> converted(typename Simd<T>::I integer) {
 // Is any lane of a comparison set?
 template <class T>
 SADCL_INLINE bool any(const typename Simd<T>::I& mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
   uint64_t part[kVecBytes / 8], all = 0;
   __builtin_memcpy(part, &mask, sizeof part);
   for (uint64_t p : part) all |= p;
   return all != 0;
+#endif
 }
 
 // A factor in two parts: rounded to float alone, log2(e) / temperature would shift every score by up to 3e-8 of itself,
@@ -187,6 +205,26 @@ SADCL_INLINE PairVec load(const Pair* p) {  // whatever type they were written a
 }
 SADCL_INLINE PairVec splat(Pair x) { return PairVec{} + int32_t(x.bits); }
 
+// The numbers of a pair, and two numbers rounded to one (to nearest, ties to even; a subnormal may become 0).
+SADCL_INLINE FloatVec even_of(PairVec x) { return FloatVec(x << 16); }
+SADCL_INLINE FloatVec odd_of(PairVec x) { return FloatVec(x & int32_t(0xffff0000u)); }
+SADCL_INLINE PairVec pair_of(FloatVec even, FloatVec odd) {
+#if defined(__AVX512BF16__)
+  typedef uint16_t Halves __attribute__((vector_size(kVecBytes / 2)));
+  const Halves low = (Halves)_mm512_cvtneps_pbh(__m512(even)), high = (Halves)_mm512_cvtneps_pbh(__m512(odd));
+  return __builtin_convertvector(low, PairVec) | __builtin_convertvector(high, PairVec) << 16;
+#else
+  PairVec x = PairVec(even), y = PairVec(odd);
+  x = even == even ? ((x + 0x7fff + ((x >> 16) & 1)) >> 16) & 0xffff : PairVec{} + 0x7fc0;
+  y = odd == odd ? (y + 0x7fff + ((y >> 16) & 1)) & int32_t(0xffff0000u) : PairVec{} + 0x7fc00000;
+  return x | y;
+#endif
+}
+SADCL_INLINE void store(Pair* p, PairVec v) {
+  typedef int32_t Any __attribute__((vector_size(kVecBytes), may_alias));
+  *reinterpret_cast<Any*>(p) = v;
+}
+
 template <class T>
 SADCL_INLINE vec<T> add_product(vec<T> sum, vec<T> x, vec<T> y) {
   return sum + x * y;
@@ -196,9 +234,8 @@ SADCL_INLINE FloatVec add_product(FloatVec sum, PairVec x, PairVec y) {
 #if defined(__AVX512BF16__)
   return FloatVec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)x, (__m512bh)y));
 #else
-  const int32_t high = int32_t(0xffff0000u);
-  sum += FloatVec(x & high) * FloatVec(y & high);
-  return sum + FloatVec(x << 16) * FloatVec(y << 16);
+  sum += odd_of(x) * odd_of(y);
+  return sum + even_of(x) * even_of(y);
 #endif
 }
 

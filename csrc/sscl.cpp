@@ -1,6 +1,6 @@
 // Sample-to-sample contrastive loss, compiled once per instruction set. Read in this order:
-// panels.h (products), sscl_rows.h (gather), sscl_blocks.h (schedule), sscl_forward.h, sscl_backward.h,
-// sscl_released.h.
+// panels.h (products), pairs.h and sscl_rows.h (gather), sscl_blocks.h (schedule), sscl_forward.h, sscl_pairs.h (the
+// gradient's product in bfloat16), sscl_backward.h, sscl_released.h.
 #include "sscl_backward.h"
 
 SADCL_KERNELS_BEGIN

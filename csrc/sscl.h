@@ -30,6 +30,7 @@ struct SsclRows {
   int64_t capacity;  // entries of `pairs`; class_ptr[num_classes] of them are active
   double temperature;
   bool normalize;
+  bool rounded;  // bfloat16 rows, where the processor multiplies them: the gradient's weights may be rounded, too
   int threads;
 };
 

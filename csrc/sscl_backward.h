@@ -9,6 +9,7 @@
 // and 2 where the scores were kept.
 #pragma once
 #include "sscl_forward.h"
+#include "sscl_pairs.h"
 
 SADCL_KERNELS_BEGIN
 
@@ -107,18 +108,35 @@ void load_scores(const Block<T>& block, const T* square) {
     }
 }
 
+inline int64_t bytes_of(const Array& features) {  // [B, V, C, D]
+  return features.shape[0] * features.shape[1] * features.shape[2] * features.shape[3] * element_size(features.dtype);
+}
+
+// Writes a stretch of a row, past the caches where the gradient is larger than they are: a line that is not in them
+// would be read before it is written.
+template <class T>
+void write_stretch(const Array& out, int64_t at, int64_t count, bool streams, const T* x) {
+  constexpr int L = Simd<T>::kLanes;
+  T* to = static_cast<T*>(out.data) + at;
+  if (!streams || count % L != 0 || out.dtype != own_dtype<T>() || reinterpret_cast<uintptr_t>(to) % 64 != 0)
+    return write_row(out.data, out.dtype, at, count, x);
+  for (int64_t d = 0; d < count; d += L) stream(to + d, load(x + d));
+}
+
 // Through the normalisation, dx = (g - z (z.g)) / |x|, and out to the rows of [B, V, C, D].
 // Returns the panel's sum of z.g, without the factor `scale`.
 template <class T>
 double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, double scale, T* g) {
   constexpr int P = Rows<T>::P, kSlice = 64;
-  const T* z = rows.panel(panel);
   const int64_t first = panel * P;
   const int lanes = int(rows.n - first < P ? rows.n - first : P);
+  const bool streams = bytes_of(args.grad_features) >= kStream;
   double radial[P] = {}, factor[P] = {}, total = 0;
-  alignas(64) T staging[kSlice];
-  for (int64_t d = 0; d < rows.D; ++d)
-    for (int l = 0; l < P; ++l) radial[l] += double(z[d * P + l]) * double(g[d * P + l]);
+  alignas(64) T staging[P][kSlice + 16], made[P], before[kSlice];  // rows apart in the cache
+  for (int64_t d = 0; d < rows.D; ++d) {
+    const T* z = rows.numbers(panel, d, made);
+    for (int l = 0; l < P; ++l) radial[l] += double(z[l]) * double(g[d * P + l]);
+  }
   for (int l = 0; l < lanes; ++l) {
     total += radial[l];
     const double norm = args.norm[first + l];
@@ -127,21 +145,31 @@ double scatter_panel(Rows<T>& rows, int64_t panel, const SsclBackward& args, dou
   }
   for (int64_t d0 = 0; d0 < rows.D; d0 += kSlice) {
     const int64_t count = rows.D - d0 < kSlice ? rows.D - d0 : kSlice;
-    for (int64_t d = d0; d < d0 + count; ++d)
+    for (int64_t d = d0; d < d0 + count; ++d) {
+      const T* z = rows.numbers(panel, d, made);
       for (int l = 0; l < P; ++l)
-        g[d * P + l] = T(sscl_tangential(double(g[d * P + l]), double(z[d * P + l]), radial[l]) * factor[l]);
+        g[d * P + l] = T(sscl_tangential(double(g[d * P + l]), double(z[l]), radial[l]) * factor[l]);
+    }
+    int64_t d = 0;
+    for (; P % 8 == 0 && d + 8 <= count; d += 8) {
+      const T* row[8];
+      for (int k = 0; k < 8; ++k) row[k] = g + (d0 + d + k) * P;
+      transpose_lanes<T>(row, P, kSlice + 16, staging[0] + d);
+    }
+    for (; d < count; ++d)
+      for (int l = 0; l < lanes; ++l) staging[l][d] = g[(d0 + d) * P + l];
     for (int l = 0; l < lanes; ++l) {
       const Place place = rows.place(first + l);
       const int64_t out = rows.offset(place, args.grad_features) + d0;
-      if (args.add_to_first && place.view == 0) {
-        read_row(args.grad_features, out, 1, count, staging);
-        for (int64_t d = 0; d < count; ++d) staging[d] += g[(d0 + d) * P + l];
-      } else {
-        for (int64_t d = 0; d < count; ++d) staging[d] = g[(d0 + d) * P + l];
+      const bool adds = args.add_to_first && place.view == 0;
+      if (adds) {
+        read_row(args.grad_features, out, 1, count, before);
+        for (int64_t k = 0; k < count; ++k) staging[l][k] += before[k];
       }
-      write_row(args.grad_features.data, rows.in.features.dtype, out, count, staging);
+      write_stretch(args.grad_features, out, count, streams && !adds, staging[l]);
     }
   }
+  stream_end();
   return total;
 }
 
@@ -162,10 +190,14 @@ void sweep_backward(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& args
     to_weights(rows, block, anchors);
     T* to_i = gradients + block.i0 * rows.depth;
     T* to_j = gradients + block.j0 * rows.depth;
+    if (block.diagonal())  // comes first for its rows
+      memset(to_i, 0, size_t(block.m * rows.depth) * sizeof(T));
+    if constexpr (kHasPairs && sizeof(T) == 4) {
+      if (rows.paired) return mix_pairs(rows, block, ws.w_transposed, block.diagonal() ? nullptr : to_i, to_j);
+    }
     const T* z_i = rows.panel(block.i0 / P);
     const T* z_j = rows.panel(block.j0 / P);
-    if (block.diagonal()) {  // comes first for its rows; and a symmetric block is its own transpose
-      memset(to_i, 0, size_t(block.m * rows.depth) * sizeof(T));
+    if (block.diagonal()) {  // a symmetric block is its own transpose
       mix_panels(ws.w, block.panels, z_i, block.panels, rows.depth, to_i);
     } else {
       transpose_blocks(ws.w, block.panels, block.m / P, ws.w_transposed);
@@ -215,7 +247,7 @@ void backward_from_square(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward
   // Few rows may be active in a gradient that is worth a second thread's zeros.
   const int threads = inactive.pieces() > 4 ? team_size(rows.in.threads) : rows.threads;
   const int64_t tasks = rows.panels + inactive.pieces();
-  Scratch<T> weights(threads * size), gradients(threads * panel_size);
+  Scratch<T> weights(threads * size), pairs(rows.paired ? threads * size : 1), gradients(threads * panel_size);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t task = tasks - 1; task >= 0; --task) {  // a panel comes first, the shorter pieces last
     const int64_t p = task * rows.panels / tasks;
@@ -228,8 +260,13 @@ void backward_from_square(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward
     const Block<T> block = {0, p * P, rows.n, int(rows.panels) * P, 1, w};  // all rows against this panel's
     load_scores(block, static_cast<const T*>(args.kept));
     to_weights(rows, block, anchors);
-    memset(g, 0, size_t(panel_size) * sizeof(T));
-    mix_panels(w, 1, rows.z.get(), int(rows.panels), rows.depth, g);
+    if (rows.paired) {
+      memset(g, 0, size_t(panel_size) * sizeof(T));
+      if constexpr (kHasPairs && sizeof(T) == 4)
+        mix_pairs(rows, block, pairs.get() + thread_index() * size, nullptr, g);
+    } else {
+      mix_panel(w, rows.n - p * P, rows.z.get(), rows.n, rows.depth, g);
+    }
     radial[p] = scatter_panel(rows, p, args, scale, g);
   }
 }
@@ -247,9 +284,9 @@ void backward_by_blocks(Rows<T>& rows, Anchors<T>& anchors, const SsclBackward& 
 template <class T>
 double backward(const SsclBackward& args) {
   const Array& out = args.grad_features;
-  const int64_t bytes = out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3] * element_size(out.dtype);
+  const int64_t bytes = bytes_of(out);
   if (bytes == 0) return 0;
-  Rows<T> rows(args.rows);
+  Rows<T> rows(args.rows, Rows<T>::kGradient);
   const int64_t kept = args.add_to_first ? bytes / out.shape[1] : 0;
   const bool fits = rows.n * rows.n <= kFewScores && rows.n * rows.n <= args.kept_size;
   want_huge_pages(out.data, size_t(bytes));

@@ -25,16 +25,16 @@ Block<T> block_of(const Rows<T>& rows, const Blocks<T>& blocks, int64_t a, int64
   return {i.first * P, j.first * P, rows.n, int(i.last - i.first) * P, int(j.last - j.first), ws.w};
 }
 
-// R: Rows, or Vectors of mlc_vectors.h.
+// R: Rows, or Vectors of mlc_vectors.h. Of the block's rows only the first `count` are needed.
 template <class R, class T>
-void compute_scores(R& rows, const Block<T>& block) {
+void compute_scores(R& rows, const Block<T>& block, int64_t count) {
   constexpr int P = Block<T>::P, L = Block<T>::L;
   if constexpr (kHasPairs && sizeof(T) == 4) {
     if (rows.paired) {
       dot_panels(rows.pair_panel(block.i0 / P), block.m / P, rows.pair_panel(block.j0 / P), block.panels,
-                 rows.pair_depth, block.w);
+                 rows.pair_depth, block.w, count);
       for (int jp = 0; jp < block.panels; ++jp)
-        for (int i = 0; i < block.m; ++i)
+        for (int i = 0; i < count; ++i)
           for (int v = 0; v < 3; ++v) {
             T* s = block.at(jp, i) + v * L;
             store(s, load(s) * load(rows.remainder.get() + block.j0 + jp * P + v * L) * rows.remainder[block.i0 + i]);
@@ -42,7 +42,11 @@ void compute_scores(R& rows, const Block<T>& block) {
       return;
     }
   }
-  dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w);
+  dot_panels(rows.panel(block.i0 / P), block.m / P, rows.panel(block.j0 / P), block.panels, rows.depth, block.w, count);
+}
+template <class R, class T>
+void compute_scores(R& rows, const Block<T>& block) {
+  compute_scores(rows, block, block.m);
 }
 
 // Per row, over the columns visited so far. Up to the end scores are plain z_i.z_j: e^s is 2^(z_i.z_j * scale).
@@ -103,17 +107,26 @@ double sum_exp(const T* s, int64_t n, T pivot, Scale<T> scale) {
   return double(sum<T>(total + exp2<T>(tail - pivot, scale)));
 }
 
-// Scores of panel p against itself and those after it, written to both places of the symmetric square [n][n].
+// Scores of panel p against itself and those after it, written to both places of the symmetric square [n][n]. Its own
+// rows are the lanes: of the last panel, which may be all but empty, only the rows that there are get multiplied.
 template <class T>
 void fill_square_panel(Rows<T>& rows, int64_t p, T* w, T* square) {
   constexpr int P = Rows<T>::P;
-  const int64_t n = rows.n, i1 = (p + 1) * P < n ? (p + 1) * P : n;
-  const Block<T> block = {p * P, p * P, n, P, int(rows.panels - p), w};
-  compute_scores(rows, block);
-  for (int64_t i = p * P; i < i1; ++i)
-    for (int64_t j = p * P; j < n; ++j) square[i * n + j] = block.score(i, j);
-  for (int64_t j = i1; j < n; ++j)
-    for (int64_t i = p * P; i < i1; ++i) square[j * n + i] = square[i * n + j];
+  const int64_t n = rows.n, i0 = p * P, lanes = n - i0 < P ? n - i0 : P;
+  const Block<T> block = {i0, i0, n, int(rows.panels - p) * P, 1, w};
+  compute_scores(rows, block, n - i0);
+  for (int64_t i = i0; i < n; ++i) memcpy(square + i * n + i0, w + (i - i0) * P, size_t(lanes) * sizeof(T));
+  for (int64_t i = i0 + P; i < n; i += 8) {
+    const T* row[8];
+    const int count = int(n - i < 8 ? n - i : 8);
+    for (int l = 0; l < count; ++l) row[l] = w + (i + l - i0) * P;
+    if (count == 8) {
+      transpose_lanes<T>(row, P, int(n), square + i0 * n + i);
+    } else {
+      for (int64_t j = 0; j < P; ++j)
+        for (int l = 0; l < count; ++l) square[(i0 + j) * n + i + l] = row[l][j];
+    }
+  }
 }
 
 // Half of the scores computed, all kept; then every row by itself. No rounds: nobody adds to another's sums.
@@ -260,7 +273,7 @@ Fill rest(T* data, int64_t from, int64_t to) {
 
 template <class T>
 void forward(const SsclForward& args) {
-  Rows<T> rows(args.rows, !args.released);
+  Rows<T> rows(args.rows, args.released ? Rows<T>::kUnits : Rows<T>::kScores);
   const int64_t capacity = rows.V * args.rows.capacity, squared = rows.n * rows.n;
   const bool small = squared <= kFewScores, fits = small && squared <= args.kept_size;
   T* kept = static_cast<T*>(args.kept);

@@ -3,9 +3,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "convert.h"
-#include "panels.h"
-#include "scratch.h"
+#include "pairs.h"
 #include "sscl.h"
 
 SADCL_KERNELS_BEGIN
@@ -33,19 +31,24 @@ struct Rows {
   Scratch<T> z;              // [panels][depth][P]
   double bound;              // |s_ij| <= bound; NaN if a row is not finite
 
-  // In place of z, where only scores are wanted of bfloat16 rows: the rows times a power of two, which takes no digit
-  // from them, and what a score has to be multiplied by for each of its two rows.
-  bool paired;
+  // In place of z, where bfloat16 rows are multiplied as such: the rows times a power of two, which takes no digit from
+  // them, and what a score has to be multiplied by for each of its two rows. For scores `pairs`; for the gradient
+  // `row_pairs` too.
+  enum Use { kUnits, kScores, kGradient };
+  bool paired, gradient;
   int64_t pair_depth;
-  Scratch<Pair> pairs;   // [panels][pair_depth][P]
-  Scratch<T> remainder;  // [panels * P]
+  Scratch<Pair> pairs;      // [panels][pair_depth][P], of neighbours in depth
+  Scratch<Pair> row_pairs;  // [panels][depth][P / 2], of neighbouring rows
+  Scratch<T> remainder;     // [panels * P]
 
-  explicit Rows(const SsclRows& r, bool scores_only = false)
+  explicit Rows(const SsclRows& r, Use use)
       : in(r), V(r.features.shape[1]), C(r.features.shape[2]), D(r.features.shape[3]),
         n(V * r.class_ptr[r.num_classes]), depth(rounded_up(D)), panels((n + P - 1) / P), threads(team_size(r.threads)),
-        classes(n + 1), z(!takes_pairs(r, scores_only) ? panels * depth * P + 1 : 1), bound(0),
-        paired(takes_pairs(r, scores_only)), pair_depth(rounded_up((D + 1) / 2)),
-        pairs(paired ? panels * pair_depth * P + 1 : 1), remainder(paired ? panels * P + 1 : 1) {
+        classes(n + 1), z(!takes_pairs(r, use) ? panels * depth * P + 1 : 1), bound(0), paired(takes_pairs(r, use)),
+        gradient(use == kGradient), pair_depth(rounded_up((D + 1) / 2)),
+        pairs(paired ? panels * pair_depth * P + 1 : 1),
+        row_pairs(paired && use == kGradient ? panels * depth * (P / 2) + 1 : 1),
+        remainder(paired ? panels * P + 1 : 1) {
     // Below some hundred thousand multiply-adds waking the team costs more than it brings.
     if (double(n) * double(n) * double(depth) < 5e5) threads = 1;
     for (int64_t c = 0; c < r.num_classes; ++c) {
@@ -54,8 +57,10 @@ struct Rows {
     }
   }
 
-  static bool takes_pairs(const SsclRows& r, bool scores_only) {
-    return kHasPairs && scores_only && r.normalize && r.features.dtype == kBF16;
+  // Products of scores are exact, those of the gradient have rounded weights.
+  static bool takes_pairs(const SsclRows& r, Use use) {
+    const bool wanted = use == kScores ? r.normalize || r.rounded : use == kGradient && r.rounded;
+    return kHasPairs && sizeof(T) == 4 && wanted && r.features.dtype == kBF16;
   }
 
   // To the register tile, and at least one: a score of nothing is 0.
@@ -77,6 +82,17 @@ struct Rows {
   int64_t flat(const Place& p) const { return (p.image * V + p.view) * C + p.label; }
   T* panel(int64_t p) { return z.get() + p * depth * P; }
   Pair* pair_panel(int64_t p) { return pairs.get() + p * pair_depth * P; }
+  Pair* row_pair_panel(int64_t p) { return row_pairs.get() + p * depth * (P / 2); }
+  // Numbers d of panel p's rows, in z or put into `made`.
+  SADCL_INLINE const T* numbers(int64_t p, int64_t d, T (&made)[P]) {
+    if (!paired) return panel(p) + d * P;
+    const Pair* two = row_pair_panel(p) + d * (P / 2);
+    for (int q = 0; q < P / 2; ++q) {
+      made[2 * q] = T(from_bits(two[q].bits << 16)) * remainder[p * P + 2 * q];
+      made[2 * q + 1] = T(from_bits(two[q].bits & 0xffff0000u)) * remainder[p * P + 2 * q + 1];
+    }
+    return made;
+  }
 };
 
 // Sum of squares in float64, where neither 1e30 nor the smallest subnormal of float32 can do harm.
@@ -130,17 +146,6 @@ T scale_by_power(T* x, int64_t n, double norm) {
   return T(1 / left);
 }
 
-// Rows of a panel that hold bfloat16 numbers, as pairs.
-inline void pack_pairs(const float* staging, int64_t pitch, int lanes, int64_t D, int64_t depth, int P, Pair* out) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int l = 0; l < P; ++l) {
-      uint32_t two[2] = {0, 0};
-      for (int h = 0; h < 2; ++h)
-        if (l < lanes && 2 * k + h < D) memcpy(&two[h], staging + l * pitch + 2 * k + h, 4);
-      out[k * P + l].bits = (two[0] >> 16) | (two[1] & 0xffff0000u);
-    }
-}
-
 // Reads the rows of one panel, scales them to unit length and stores them k-major. `staging` is [P][pitch].
 // Returns the largest |z|^2.
 template <class T>
@@ -168,16 +173,13 @@ double gather_panel(Rows<T>& rows, int64_t panel, double* norm, bool norm_known,
   }
   if (rows.paired) {
     for (int l = lanes; l < P; ++l) rows.remainder[first + l] = 0;
-    if constexpr (sizeof(T) == 4) pack_pairs(staging, pitch, lanes, D, rows.pair_depth, P, rows.pair_panel(panel));
+    if constexpr (sizeof(T) == 4) {
+      pack_pairs(staging, pitch, lanes, D, rows.pair_depth, rows.pair_panel(panel));
+      if (rows.gradient) pack_row_pairs(staging, pitch, lanes, D, rows.depth, rows.row_pair_panel(panel));
+    }
     return largest;
   }
-  T* z = rows.panel(panel);
-  for (int64_t d = 0; d < D; ++d) {
-    int l = 0;
-    for (; l < lanes; ++l) z[d * P + l] = staging[l * pitch + d];
-    for (; l < P; ++l) z[d * P + l] = 0;
-  }
-  memset(z + D * P, 0, size_t((rows.depth - D) * P) * sizeof(T));
+  pack_numbers(staging, pitch, lanes, D, rows.depth, rows.panel(panel));
   return largest;
 }
 

@@ -150,7 +150,8 @@ def _attend_kernel(
 ):
     query_ptr, keys_ptr, values_ptr = tensors
     score_ptr, weight_ptr = panel  # [programs, BLOCK_M, keys]
-    context_ptr, mass_ptr, (pivot_ptr, log_ptr) = outputs  # [B, C, H, D], [B, H, C] three times
+    context_ptr, mass_ptr, stat_ptrs = outputs  # [B, C, H, D], [B, H, C] three times
+    pivot_ptr, log_ptr = stat_ptrs
     B, C, R, groups, L, D, keys = sizes
     query_strides, key_strides, value_strides, pos_strides, pad_strides, context_strides = strides
     ACC: tl.constexpr = pivot_ptr.dtype.element_ty

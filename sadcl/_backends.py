@@ -176,6 +176,11 @@ def _prefers_cuda(op: str, device_type: str, sizes: tuple[int, ...]) -> bool:
     return _small.is_small(op, sizes)
 
 
+def by_name(backend: str | None) -> bool:
+    """Whether the caller, or ``SADCL_BACKEND`` in its place, asked for one backend."""
+    return backend is not None or bool(os.environ.get("SADCL_BACKEND"))
+
+
 def makes_program() -> bool:
     """Whether torch.export (so torch.onnx.export too) or torch.jit traces, for a program that may run elsewhere.
 

@@ -100,6 +100,8 @@ def check_nonempty(name: str, value: Tensor) -> None:
 
 def check_label_values(labels: Tensor, name: str = "labels") -> None:
     """Raise a ValueError that names the values that are not 0, 1 or -1. Reads the labels: a sync on a GPU."""
+    if torch.equal(labels.sign(), labels):  # what is usual, in two operators; NaN takes the other way
+        return
     # A comparison with -1 would call 255 ignored in unsigned labels.
     ignored = (labels == -1) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
     wrong = labels[~((labels == 0) | (labels == 1) | ignored)]
@@ -116,6 +118,16 @@ def check_compactable(labels: Tensor) -> tuple[int, int]:
     if b * c >= 1 << 31:
         raise ValueError(f"labels: pairs are int32, so expected B * C < 2^31, got {b} * {c}")
     return b, c
+
+
+def check_weight_values(name: str, weights: Tensor) -> None:
+    """Raise a ValueError that names a weight that is negative or not finite, where values are read."""
+    if not reads_values(weights) or weights.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(weights.detach())  # one pass; NaN is both
+    if not (lowest.item() >= 0 and highest.item() < float("inf")):
+        wrong = weights[~((weights >= 0) & (weights < float("inf")))]
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {wrong[0].item():g}")
 
 
 def check_soft_labels(labels: Tensor) -> None:
@@ -137,7 +149,7 @@ def check_soft_labels(labels: Tensor) -> None:
 def check_positive(name: str, value: Tensor) -> None:
     """Require a tensor's one value finite and > 0, where values are checked and it has one."""
     if reads_values(value) and holds_values(value):
-        number = float(value.detach())
+        number = value.item()
         if not 0.0 < number < float("inf"):
             raise ValueError(f"{name}: expected a finite number > 0, got {number:g}")
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 __all__ = ["mistaken_for_checkpoint", "unwrapped"]
 
 T = TypeVar("T")
-ANYWHERE = ("_orig_mod", "module")  # of torch.compile; of DistributedDataParallel, DataParallel, averages
+# Of torch.compile; of DistributedDataParallel, DataParallel, averages; of FSDP, activation checkpointing, Fabric.
+ANYWHERE = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 IN_FRONT = (*ANYWHERE, "model")  # of trainers that hold the model as an attribute
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
@@ -43,6 +44,10 @@ def mistaken_for_checkpoint(path: str | os.PathLike[str]) -> str | None:
         head = file.read(200).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself: `git lfs pull` brings it"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if not head:
+        return "an empty file, not a checkpoint"
+    if head.startswith(b"<") and b"\0" not in head:
         return "a web page (HTML), not a checkpoint: the download brought a page instead of the file"
+    if head.isascii() and " ".join((text := head.decode()).split()).isprintable():
+        return f"a text, not a checkpoint: it begins with {text.splitlines()[0][:60]!r}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "ops" and item.path.stem.removeprefix("test_").removeprefix("cpp_") in OF_OPS:
             item.add_marker("op")
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of tests and torch consist of stays: the collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -130,6 +131,7 @@ def _child(
     *arguments: Any,
 ) -> None:
     """The life of a process: its own output file, one thread, perhaps a sudden end."""
+    gc.freeze()  # what the server has imported stays
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)

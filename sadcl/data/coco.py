@@ -120,6 +120,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
     for name, (identifiers, names) in KEYS.items():
         items = content.get(name) if isinstance(content, dict) else None
         if items is None and name == "annotations" and isinstance(content, dict):
+            content.pop(name, None)
             continue  # as in COCO's own test sets
         if not isinstance(items, list):
             raise ImageFileError(path, f"expected COCO's format with a list {name!r}")
@@ -146,16 +147,17 @@ def _category_names(
     roots: list[str] = []
     for item in sorted(content["categories"], key=lambda item: (isinstance(item["id"], str), item["id"])):
         key, name = item["id"], normal(str(item["name"]))
-        children = [
-            other
-            for other in content["categories"]
-            if other["id"] != key and other.get("supercategory") == item["name"]
-        ]
-        if children and key not in used and item.get("supercategory") in (None, "", "none", item["name"]):
+        below = (other for other in content["categories"] if other["id"] != key)
+        above = any(_parent(other) == name.casefold() for other in below)
+        if above and key not in used and _parent(item) in ("", "none", "null", name.casefold()):
             roots.append(name)
         elif names.setdefault(key, name) != name:
             raise ImageFileError(path, f"two categories have the id {key!r}: {names[key]!r} and {name!r}")
     return names, f"no class: category {', '.join(map(repr, roots))}, the parent of others" if roots else ""
+
+
+def _parent(category: dict[str, Any]) -> str:
+    return normal(str(category.get("supercategory") or "")).casefold()
 
 
 def _entries(
@@ -197,7 +199,7 @@ def _entries(
 
 def _picture(item: dict[str, Any], folder: str) -> str:
     """Where an image lies; LVIS names its place on a server, of which one's own copy has the last folder or not."""
-    if "file_name" in item:
+    if isinstance(item.get("file_name"), (int, str)):
         return os.path.join(folder, str(item["file_name"]))
     *_, inside, name = ["", *str(item["coco_url"]).split("/")]
     return (

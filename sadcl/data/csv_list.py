@@ -16,15 +16,18 @@ __all__ = ["CsvDataset"]
 
 # Names of columns in lower case with _ for blanks; the first that a header has is taken.
 PATHS = (
-    *("path", "filepath", "file_path", "image_path", "img_path", "filename", "file_name", "file"),
-    *("image", "img", "picture", "image_name", "image_index", "image_id", "name", "id"),
+    *("path", "filepath", "file_path", "image_path", "imagepath", "img_path", "filename", "file_name", "file"),
+    *("image", "img", "picture", "photo", "image_name", "img_name", "image_file", "image_index"),
+    *("image_id", "imageid", "img_id", "name", "id"),
 )
 LABELS = ("labels", "label", "tags", "tag", "classes", "class", "class_name", "categories", "category", "target")
 LABELS_OF = ("_labels", "_label", "_tags")  # ends of other names
 UNKNOWN = ("unknown", "uncertain", "ignored")
 INDEX = ("", "index", "unnamed:_0")  # what pandas writes unasked
-VALUES = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "-1": -1, "-1.0": -1}
-DELIMITERS = ",;\t"
+VALUES = {"1": 1, "1.0": 1, "1,0": 1, "true": 1, "0": 0, "0.0": 0, "0,0": 0, "false": 0}
+VALUES |= {"-1": -1, "-1.0": -1, "-1,0": -1}
+NOTHING = ("nan", "na", "null", "none")  # what programs write for a blank
+DELIMITERS = ",;\t| "
 
 Numbered = tuple[int, list[str]]
 
@@ -35,7 +38,7 @@ class CsvDataset(NamedListing):
     With a header its columns are found by name: the picture (``path``, ``filename``, ``image``, ...), its labels
     (``labels``, ``tags``, ...) and those not known to be there or absent (``unknown``); without a column of labels,
     every column of 0, 1 and -1 (or blank: unknown, or absent in a table that has no 0) is a label. Delimited by comma,
-    semicolon or tab.
+    semicolon, tab, bar or blank.
     """
 
     @staticmethod
@@ -49,6 +52,7 @@ class CsvDataset(NamedListing):
             raise ImageFileError(path, f"line {reader.line_num + start}: {error}") from None
         header = _header(table[0][1]) if table else None
         if header is None:
+            _check_first(path, table)
             return Rows([_plain(path, row, delimiter, separator) for row in table])
         return _columns(path, header, table)
 
@@ -56,9 +60,12 @@ class CsvDataset(NamedListing):
 def _delimiter(lines: Sequence[str]) -> tuple[str, int]:
     """What separates columns, and the line that the table begins in: of ``sep=``, or such that a path stands first."""
     first = next((number for number, line in enumerate(lines) if line), 0)
-    if lines and lines[first].lower().startswith("sep=") and len(lines[first]) <= len("sep=,"):
-        return lines[first][4:] or "\t", first + 1  # lines are stripped
+    said = lines[first].strip('"') if lines else ""
+    if said.lower().startswith("sep=") and len(said) <= len("sep=,"):
+        return said[4:] or "\t", first + 1  # lines are stripped
     for delimiter in DELIMITERS:
+        if delimiter == " " and any(other in lines[first] for other in DELIMITERS[:-1]):
+            continue  # it is in names
         with suppress(csv.Error):
             row = next(csv.reader(lines[first:], delimiter=delimiter), None)
             if row and (_header(row) is not None or _is_picture(row[0])):
@@ -76,6 +83,13 @@ def _header(row: Sequence[str]) -> list[str] | None:
     return names if not set(names).isdisjoint(PATHS) and not any(map(_is_picture, row)) else None
 
 
+def _check_first(path: str | os.PathLike[str], table: Sequence[Numbered]) -> None:
+    """Refuse a header of other names, which would be a picture."""
+    if len(table) > 1 and not any(map(_is_picture, table[0][1])) and any(map(_is_picture, table[1][1])):
+        titles = ", ".join(repr(cell.strip()) for cell in table[0][1])
+        raise ImageFileError(path, f"line {table[0][0]}: {titles}: no column is called path, filename, image, ...")
+
+
 def _path(path: str | os.PathLike[str], number: int, cell: str) -> str:
     if not cell.strip():
         raise ImageFileError(path, f"line {number}: no path of a picture")
@@ -89,6 +103,8 @@ def _plain(path: str | os.PathLike[str], numbered: Numbered, delimiter: str, sep
     if len(cells) > 1 and delimiter not in (separator or SEPARATOR, "\t"):
         expected = "`path,label;label`, or a first line that names the columns (path, labels)"
         raise ImageFileError(path, f"line {number}: expected {expected}, got {len(cells) + 1} columns")
+    if set(cells) <= {"0", "1"} and len(cells) > len(set(cells)):
+        raise ImageFileError(path, f"line {number}: 0 and 1 are no labels; expected a first line that names columns")
     return Row(number, _path(path, number, picture), cells[0] if len(cells) == 1 else [*map(normal, cells)])
 
 
@@ -125,7 +141,7 @@ def _one_hot(
     table: Sequence[Numbered],
 ) -> Rows:
     """A column a label; ``others`` are the columns that may be one."""
-    cells = {i: [row[i].strip().lower() for _, row in table] for i in others}
+    cells = {i: [_value(row[i]) for _, row in table] for i in others}
     valued = [i for i in others if any(cells[i]) and all(cell in VALUES or not cell for cell in cells[i])]
     if others and table and not valued:
         named = ", ".join(repr(titles[i]) for i in others)
@@ -140,6 +156,11 @@ def _one_hot(
             found[values[cells[i][k]]].append(name)
         rows.append(Row(number, picture, found[1], found[-1]))
     return Rows(rows, names, _passed_over([titles[i] for i in others if i not in valued]))
+
+
+def _value(cell: str) -> str:
+    value = cell.strip().lower()
+    return "" if value in NOTHING else value
 
 
 def _passed_over(titles: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageFileError", "image_tensor", "load_cutout", "load_rgb", "picture_suffixes", "square_tensor"]
 
-DECODING = 2  # counts the changes of what load_rgb makes of a file: features that are kept depend on it
+DECODING = 3  # counts the changes of what load_rgb makes of a file: features that are kept depend on it
 MAX_PIXELS, MAX_PNG_TEXT = "SADCL_MAX_PIXELS", "SADCL_MAX_PNG_TEXT"  # environment: limits against decompression bombs
 
 
@@ -143,8 +143,9 @@ def load_rgb(
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     shown = rgba.convert("RGB")
-    if rgba.getchannel("A").getextrema() == (0, 0) and len(shown.getcolors(shown.width * shown.height) or ()) > 1:
-        return shown  # a fourth band that only happens to be called alpha
+    alpha = rgba.getchannel("A")
+    if alpha.point(lambda a: a > 1).getbbox() is None and len(shown.getcolors(shown.width * shown.height) or ()) > 1:
+        return shown  # a fourth band that only happens to be called alpha, or a mask of 0 and 1
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 

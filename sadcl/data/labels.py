@@ -6,11 +6,12 @@ import ast
 import difflib
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from sadcl.data.images import ImageFileError
-from sadcl.data.text import alike, normal, number, read_lines
+from sadcl.data.text import alike, identifier, normal, number, read_lines
 
 __all__ = [
     "check_compounds",
@@ -26,6 +27,8 @@ __all__ = [
 SEPARATOR = ";"
 SEPARATORS = ("|", "\t", ",", "/", "+", "&", ":", " ")  # what else people write between labels
 IN_WORDS = {"\\t": "\t", "tab": "\t", "space": " ", "": " "}  # a blank hardly survives a command line
+# What programs print around a list.
+WRAPPED = re.compile(r"(?:frozenset|set|array|list|tuple)\(\s*([\[({].*[\])}])?\s*(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
 SETTING = "label_separator (--data.label_separator)"
 
 
@@ -45,14 +48,18 @@ def split_labels(cell: str, separator: str | None) -> tuple[str, ...]:
         ValueError: a list that cannot be read.
     """
     cell = cell.strip()
+    if separator is None and (wrapped := WRAPPED.fullmatch(cell)):
+        cell = wrapped[1] or "[]"
     if separator is None and cell[:1] + cell[-1:] in ("[]", "()", "{}"):
         quoted = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", cell)  # numpy prints no commas
         try:
             names = ast.literal_eval(quoted)
         except (ValueError, SyntaxError):
             names = None
-        if isinstance(names, (list, tuple, set)) and all(isinstance(name, (str, int)) for name in names):
-            return tuple(text for name in names if (text := normal(str(name))))
+        if isinstance(names, (list, tuple, set)):
+            names = [identifier(name) if isinstance(name, (int, float)) else name for name in names if name is not None]
+            if all(isinstance(name, (str, int)) for name in names):
+                return tuple(text for name in names if (text := normal(str(name))))
         if cell[0] == "[" and "," in cell:
             raise ValueError(f"labels: expected names, or a list that Python can read, got {cell[:60]}; see {SETTING}")
     return tuple(text for name in cell.split(separator or SEPARATOR) if (text := normal(name)))
@@ -63,12 +70,13 @@ def check_compounds(labels: Collection[str], source: str | os.PathLike[str]) -> 
 
     A bar or a tab is in no label. Anything else separates if most labels with it fall into parts that are labels
     themselves or parts of others (for a blank, at least one a label: "red car" and "red bus" are names; for a comma
-    one such part will do; for both, numbers will), or if the parts are half as many as the labels.
+    one such part will do; for both, numbers will), or if the parts are half as many as the labels. Any other sign
+    that is neither a letter nor a digit is judged as a blank is.
 
     Raises:
         ValueError: the message names a label, its parts and the setting.
     """
-    for separator in SEPARATORS:
+    for separator in (*SEPARATORS, *_signs(labels)):
         parts = {label: [normal(part) for part in label.split(separator) if part.strip()] for label in labels}
         compounds = [label for label, made_of in parts.items() if len(made_of) > 1]
         if compounds and (label := _separated(separator, parts, compounds)):
@@ -76,6 +84,12 @@ def check_compounds(labels: Collection[str], source: str | os.PathLike[str]) -> 
                 f"{source}: label {label!r} looks like several, {', '.join(map(repr, parts[label]))}; "
                 f"set {SETTING} to {_word(separator)}, or to {SEPARATOR!r} if it is one"
             )
+
+
+def _signs(labels: Iterable[str]) -> list[str]:
+    """What else may stand between labels, of what stands in some."""
+    signs = {sign for label in labels for sign in label if not (sign.isalnum() or unicodedata.combining(sign))}
+    return sorted(signs.difference(SEPARATORS, SEPARATOR))
 
 
 def _separated(separator: str, parts: dict[str, list[str]], compounds: Sequence[str]) -> str | None:
@@ -86,7 +100,13 @@ def _separated(separator: str, parts: dict[str, list[str]], compounds: Sequence[
     for label in compounds:
         some, whole = not parts.keys().isdisjoint(parts[label]), known.issuperset(parts[label])
         numbers = all(number(part) is not None for part in parts[label])
-        if {",": some or whole or numbers, " ": (some and whole) or numbers}.get(separator, whole):
+        if separator == ",":
+            several = some or whole or numbers
+        elif separator == " ":
+            several = (some and whole) or numbers
+        else:
+            several = whole and (some or separator in SEPARATORS)
+        if several:
             made.append(label)
     if separator in "|\t" or 2 * len(made) >= len(compounds) or 2 * len(count) <= len(parts):
         return (made or compounds)[0]
@@ -133,7 +153,7 @@ def label_indices(
 
 
 def _resemblance(name: str, index: dict[str, int]) -> str:
-    for separator in (SEPARATOR, *SEPARATORS):
+    for separator in (SEPARATOR, *SEPARATORS, *_signs([name])):
         parts = [normal(part) for part in name.split(separator) if part.strip()]
         if len(parts) > 1 and index.keys() >= set(parts):
             return f"; it is several of them if {SETTING} is {_word(separator)}"

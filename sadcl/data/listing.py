@@ -281,6 +281,9 @@ class NamedListing(ImageListing):
         if classes is None:
             named = {name for _, _, labels, unknown in rows for name in (*labels, *unknown)}
             classes = content.names if named.issubset(content.names) else class_order({*named, *content.names})
+            if not classes:
+                first = content.rows[0]
+                raise ImageFileError(path, f"no picture has a label (line {first.number} is {first.path!r})")
             if label_separator is None:
                 check_compounds(classes, path)
         index = class_index(classes, path)

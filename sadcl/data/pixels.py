@@ -17,6 +17,7 @@ __all__ = ["Stored", "eight_bits", "select_page", "stored", "tiff_layout"]
 SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT = 254, 258, 259, 262, 277, 339  # tags of TIFF
 NO_PAGE = 1 | 4  # of SUBFILE: a smaller copy, a mask
 UNUSED = 16  # a picture that uses less than this part of its format's range is of fewer bits, or very dark
+SLACK = 0.01  # of a range of floating-point values
 SETTING = "pixel_range (--data.pixel_range)"
 
 
@@ -105,7 +106,7 @@ def eight_bits(image: Image, how: Stored, value_range: Sequence[float] | None) -
     values = np.asarray(image)
     if image.mode == "F":
         low, high = value_range or _float_range(values)
-        scaled = np.rint((np.nan_to_num(values, nan=low) - low) * (255 / (high - low)))
+        scaled = np.rint((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low)))
     else:
         low, high = value_range or _whole_range(values, image.mode, how.signed)
         scaled = np.floor((values.astype(np.float64) - low) * (256 / (high - low + 1)))
@@ -118,11 +119,14 @@ def _float_range(values: np.ndarray) -> tuple[float, float]:
 
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if low >= 0 and high <= 255:
-        return (0.0, 1.0) if high <= 1 else (0.0, 255.0)
+    if low == high == 0:
+        return 0.0, 1.0
+    for top in (1.0, 255.0):  # a little more is what filters and resizing make of it
+        if -SLACK * top <= low and high <= (1 + SLACK) * top and high * UNUSED >= top:
+            return 0.0, top
     raise ValueError(
-        f"floating-point values from {low:g} to {high:g}, neither 0..1 nor 0..255; set {SETTING} to the values that "
-        f"are black and white, such as [{math.floor(low)}, {math.ceil(high)}]"
+        f"floating-point values from {low:g} to {high:g}, which tell neither 0..1 nor 0..255; set {SETTING} to the "
+        f"values that are black and white, such as [{math.floor(low)}, {math.ceil(high)}]"
     )
 
 

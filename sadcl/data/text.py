@@ -24,6 +24,8 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+# Letters of other alphabets that print as these do.
+LOOKALIKE = str.maketrans("аеорсухіјѕвкмнтοανικρτυ", "aeopcyxijsbkmhtoavikptu")
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
@@ -33,9 +35,11 @@ def normal(name: str) -> str:
 
 
 def alike(name: str) -> str:
-    """What two names share that print alike, or differ in case alone: "Hot\\u00a0dog" and "hot dog\\u200b"."""
-    plain = unicodedata.normalize("NFKC", name).casefold()
-    return " ".join("".join(letter for letter in plain if unicodedata.category(letter) != "Cf").split())
+    """What two names share that print alike, are one number or differ in case: "Hot dog" and "h\\u043et\\u00a0dog"."""
+    plain = unicodedata.normalize("NFKC", name).casefold().translate(LOOKALIKE)
+    plain = " ".join("".join(letter for letter in plain if unicodedata.category(letter) != "Cf").split())
+    value = number(plain)
+    return plain if value is None else repr(value)
 
 
 def number(name: str) -> float | None:

@@ -18,7 +18,7 @@ from sadcl.data.folders import Folders
 from sadcl.data.images import ImageFileError, picture_suffixes
 from sadcl.data.labels import class_index, label_indices
 from sadcl.data.listing import Entry, ImageListing, Keep, Missing
-from sadcl.data.text import normal, read_lines
+from sadcl.data.text import MARKS, normal, read_lines
 
 CLASS_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of the lists that there are for each class
 ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.-]+)["']""")
@@ -149,6 +149,8 @@ def _objects(annotation: Path, where: str) -> tuple[set[str], set[str]]:
         raise ImageFileError(annotation, f"no such annotation file ({where})") from None
     except (ElementTree.ParseError, LookupError, UnicodeDecodeError) as error:  # the text names line and column
         raise ImageFileError(annotation, f"not XML ({error})") from None
+    if tree.tag != "annotation":
+        raise ImageFileError(annotation, f"expected an <annotation>, got <{tree.tag}>")
     clear: set[str] = set()
     hard: set[str] = set()
     for item in tree.findall("object"):  # direct children: an object's parts (head, hand) have names too
@@ -160,7 +162,14 @@ def _objects(annotation: Path, where: str) -> tuple[set[str], set[str]]:
 
 
 def _xml(raw: bytes) -> ElementTree.Element:
-    """The root of an XML file in any encoding that Python knows; expat alone knows none of several bytes (GBK)."""
+    """The root of an XML file in any encoding that Python knows; expat alone knows none of several bytes (GBK).
+
+    A byte order mark says more than a declaration.
+    """
+    for mark, encoding in MARKS:
+        if raw.startswith(mark):
+            return ElementTree.fromstring(raw.decode(encoding))
+    raw = raw.lstrip()
     declared = ENCODING.match(raw)
     if declared is None or declared[1].lower().startswith(b"utf"):
         return ElementTree.fromstring(raw)

@@ -17,7 +17,7 @@ FORMULATIONS = ("paper", "released")
 def check_weights(
     class_weight: Tensor | None, sample_weight: Tensor | None, b: int, c: int | None, like: Tensor
 ) -> Weights:
-    """The weights ``[C]`` and ``[B]`` in the accumulation dtype of ``like``, on its device."""
+    """The weights ``[C]`` and ``[B]``, finite and >= 0, in the accumulation dtype of ``like``, on its device."""
     return Weights(
         None if class_weight is None else _check_weight("class_weight", class_weight, c, "C", like),
         None if sample_weight is None else _check_weight("sample_weight", sample_weight, b, "B", like),
@@ -30,6 +30,8 @@ def _check_weight(name: str, weight: Tensor, size: int | None, axis: str, like: 
     check.check_real(name, weight)
     check.check_size(name, weight, 0, size, axis, "labels")
     check.check_same_device(name, weight, "labels", like)
+    if check.holds_values(weight):
+        check.check_weight_values(name, weight)
     return weight.to(accumulation_dtype(like.dtype))
 
 

@@ -17,6 +17,11 @@ class Weights(NamedTuple):
     of_class: Tensor | None  # [C]
     of_sample: Tensor | None  # [B]
 
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return self.of_class is not None or self.of_sample is not None
+
     def apply(self, values: Tensor) -> Tensor:
         """Multiply ``values [B, ..., C]``."""
         values = self.by_class(values)

@@ -51,8 +51,8 @@ def asymmetric_loss(
         detach_focal_weight: no gradient through the factor with the exponents.
         reduction: ``"sum"``, ``"mean"`` (over the elements that are not ignored), ``"none"`` (``[B, C]``) or
             ``"released"`` (``sum / B / C * 1000``).
-        class_weight: ``[C]``, multiplies the elements of a class.
-        sample_weight: ``[B]``, multiplies the elements of an image.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the elements of a class.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the elements of an image.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
 
     Returns:

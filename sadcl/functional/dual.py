@@ -62,7 +62,7 @@ def dual_contrastive_loss(
         sample_temperature: number > 0, or a tensor of one element, which receives a gradient.
         prototype_temperature: the same, of PSCL.
         formulation: ``"paper"`` or ``"released"``, for both.
-        class_weight: ``[C]``, for both.
+        class_weight: ``[C]`` of finite numbers >= 0, for both.
         active: :func:`compact_labels` of these labels.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
         group, ring, capacity: over the ranks of a process group, for both, as :func:`sample_contrastive_loss` says.

@@ -7,14 +7,13 @@ Backend ``cpp`` is one op (:mod:`sadcl.ops.label_attention`), ``triton`` torch's
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backends import makes_program, resolve
+from .._backends import by_name, makes_program, resolve
 from .._checks import (
     check_choice,
     check_devices,
@@ -131,10 +130,10 @@ def label_attention(
         return portable.attend(*arguments)
     if chosen == "triton":
         return core.attend(*arguments, chosen)
-    by_name = backend is not None or bool(os.environ.get("SADCL_BACKEND"))
-    if TORCH_HAS_TILES and not by_name and all(t.dtype == torch.bfloat16 for t in (query, memory, in_proj_weight)):
+    named = by_name(backend)
+    if TORCH_HAS_TILES and not named and all(t.dtype == torch.bfloat16 for t in (query, memory, in_proj_weight)):
         return portable.attend(*arguments)
-    return _fused(*arguments, not by_name, chosen)
+    return _fused(*arguments, not named, chosen)
 
 
 def _check_parameters(

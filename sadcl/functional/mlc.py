@@ -98,8 +98,8 @@ def multilabel_supcon_loss(
         prototypes: ``[C, D]``, for ``"msc"`` and only for it.
         weights: ``[B V, columns]`` >= 0: W itself, columns in the order rows (``b V + v``), keys. What a row gives to
             itself plays no part. It receives a gradient if it asks for one.
-        class_weight: ``[C]``, multiplies the terms of a class (``"mulsupcon"`` and ``"msc"`` alone).
-        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the terms of a class (``"mulsupcon"``, ``"msc"``).
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image's anchors.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         group, ring: the rows of all ranks of a process group are columns, as for :func:`sample_contrastive_loss`. Keys,
             their labels and prototypes are the same on all ranks; ``weights`` are ``[B V, rows of all ranks + K]``.
@@ -231,7 +231,7 @@ def _check_values(labels: Tensor | None, key_labels: Tensor | None, weights: Ten
         if given is not None and check.reads_values(given) and check.holds_values(given):
             check.check_label_values(given, what)
     if weights is not None and check.holds_values(weights):
-        _mlc.check_weight_values(weights)
+        check.check_weight_values("weights", weights)
 
 
 def _over_ranks(

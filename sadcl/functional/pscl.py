@@ -60,8 +60,8 @@ def prototype_contrastive_loss(
         reduction: ``"mean"`` divides by the number of positives, ``"sum"`` does not, ``"none"`` gives ``[B, C]``: a
             class's loss in equal shares on its positives, 0 elsewhere (so the released term of a class without a
             positive is in ``"mean"`` and ``"sum"`` only).
-        class_weight: ``[C]``, multiplies the loss of a class.
-        sample_weight: ``[B]``, multiplies the shares of an image's positives.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a class.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the shares of an image's positives.
         active: :func:`compact_labels` of these labels.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"reference"``.
         group: over the images of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension, as for

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
-from .._backends import resolve
+from .._backends import by_name, resolve
 from .._collectives import Group
 from .._groups import GroupLike
 from ..ops import group_rows as _rows
@@ -72,11 +72,13 @@ def sample_contrastive_loss(
         formulation: ``"paper"`` or ``"released"``.
         reduction: ``"mean"`` divides by the number of active rows, ``"sum"`` by nothing (released: its own factor
             without ``1 / (V sum(labels))``), ``"none"`` gives ``[B, V, C]``, 0 where inactive.
-        class_weight: ``[C]``, multiplies the loss of a class's anchors.
-        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a class's anchors.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image's anchors.
         active: :func:`compact_labels` of these labels, to compact once for several losses.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"`` (not with a
-            group, where the released formulation has torch's operators alone).
+            group, where the released formulation has torch's operators alone). For None a CPU that multiplies bfloat16
+            (AVX512_BF16) does so in the gradient, too, and rounds softmax weights of negatives to it; ``"cpp"`` keeps
+            float32.
         group: contrast with the rows of all ranks of ``"world"``, a ProcessGroup, or a DeviceMesh of one dimension,
             which all call this with the same options; a rank may come without images (B = 0). The mean over ranks of
             ``"mean"`` and of ``"sum"`` is what one process gets for the concatenated batch, of value and gradients
@@ -108,10 +110,13 @@ def sample_contrastive_loss(
     if x.backend == "reference":
         rows = reference.sscl(x.features, x.active.target, x.tau, released).to(x.tau.dtype)
     else:
-        keep = _sscl.scores_to_keep(x.features, x.active.pairs, x.active.class_ptr, x.tau, x.backend)
-        inputs = _sscl.Inputs(
-            x.features, x.active.pairs, x.active.class_ptr, x.tau, normalize=True, released=released, keep=keep
-        )
+        mean = reduction == "mean" and not released and not x.weights.given and x.backend in _sscl.sscl_mean.backends
+        rows_of = (x.features, x.active.pairs, x.active.class_ptr, x.tau)
+        keep = _sscl.scores_to_keep(*rows_of, x.backend, released, mean)
+        rounded = x.features.dtype == torch.bfloat16 and not by_name(backend)
+        if mean:
+            return _sscl.sscl_mean(_sscl.MeanInputs(*rows_of, keep, rounded), x.backend).mean
+        inputs = _sscl.Inputs(*rows_of, normalize=True, released=released, keep=keep, rounded=rounded)
         rows = _sscl.sscl(inputs, x.backend).row_loss
     return finish(rows, x.active, released, x.scale, x.weights, reduction)
 

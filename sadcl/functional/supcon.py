@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import reference
-from .._backends import resolve
+from .._backends import by_name, resolve
 from .._collectives import Group
 from .._groups import GroupLike
 from ..ops import group_rows as _rows
@@ -63,8 +63,9 @@ def supcon_loss(
         contrast_mode: ``"all"``: every view is an anchor; ``"one"``: the first view only.
         base_temperature: see above; ``None`` means no factor.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, V]``, or ``[B, 1]`` for ``"one"``).
-        sample_weight: ``[B]``, multiplies the loss of an image's anchors.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image's anchors.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+            Of bfloat16 as :func:`sample_contrastive_loss`.
         group, ring: over the ranks of a process group, as for :func:`sample_contrastive_loss`. Labels mean the same on
             all ranks; ``mask`` is ``[B, images of all ranks]`` then, in rank order.
         capacity: with a group: the most images of a rank.
@@ -99,7 +100,7 @@ def supcon_loss(
         rows, count = _over_ranks(features, labels, mask, tau, same, over, name, ring, capacity)
     elif mask is not None:
         if not watched(mask):  # there the op speaks of weights
-            _mlc.check_weight_values(mask, "mask")
+            check.check_weight_values("mask", mask)
         name = resolve(backend, "supcon with a mask", features.device, _mlc.mlc.backends)
         rows = reference.supcon(features, mask, tau) if name == "reference" else _masked(features, mask, tau, name)
     else:
@@ -111,7 +112,10 @@ def supcon_loss(
             pairs, group_ptr = _group_rows(group)
             views = features[:, :, None]
             keep = _sscl.scores_to_keep(views, pairs, group_ptr, tau, name)
-            x = _sscl.Inputs(views, pairs, group_ptr, tau, normalize=False, released=False, keep=keep)
+            rounded = features.dtype == torch.bfloat16 and not by_name(backend)
+            x = _sscl.Inputs(
+                views, pairs, group_ptr, tau, normalize=False, released=False, keep=keep, rounded=rounded
+            )
             rows = _sscl.sscl(x, name).row_loss[:, :, 0]
     rows = rows.to(tau.dtype)
     if contrast_mode == "one":

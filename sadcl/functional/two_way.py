@@ -41,8 +41,8 @@ def two_way_loss(
         positive_temperature, negative_temperature: numbers > 0, ``Tp`` and ``Tn``.
         reduction: ``"mean"`` (over the rows with a positive, plus the same over columns), ``"sum"`` (of both), or
             ``"none"``: the pair (rows ``[B]``, columns ``[C]``), 0 where there is no positive.
-        class_weight: ``[C]``, multiplies the loss of a column.
-        sample_weight: ``[B]``, multiplies the loss of a row.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a column.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of a row.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

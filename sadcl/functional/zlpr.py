@@ -36,7 +36,7 @@ def zlpr_loss(
         logits: ``[B, C]``; float32, bfloat16, float16 or float64; any strides.
         labels: ``[B, C]``, any real dtype: 1, 0 or -1 (ignored: in neither sum).
         reduction: ``"mean"`` (over images), ``"sum"`` or ``"none"`` (``[B]``).
-        sample_weight: ``[B]``, multiplies the loss of an image.
+        sample_weight: ``[B]`` of finite numbers >= 0, multiplies the loss of an image.
         backend: ``None`` (best for the device), ``"cpp"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

@@ -15,7 +15,8 @@ class AsymmetricLoss(nn.Module):
     Args:
         gamma_neg, gamma_pos, clip, eps, detach_focal_weight: the loss's constants.
         reduction: ``"sum"``, ``"mean"``, ``"none"`` or ``"released"``.
-        class_weight: ``[C]``, multiplies the elements of a class; a buffer, or trained if it is a Parameter.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the elements of a class; a buffer, or trained if it is
+            a Parameter.
         backend: see :func:`sadcl.backends`.
     """
 

@@ -38,7 +38,8 @@ class DualContrastiveLoss(nn.Module):
         sample_learnable_temperature, prototype_learnable_temperature: ``(init, min, max)``.
         classification: the loss of the logits; ``None`` takes ASL with the released training's constants
             (gamma_neg 4, gamma_pos 0, clip 0, eps 1e-5, detached weight, ``reduction="released"``).
-        class_weight: ``[C]``, for the contrastive losses and the default ASL; one Parameter may serve all three.
+        class_weight: ``[C]`` of finite numbers >= 0, for the contrastive losses and the default ASL;
+            one Parameter may serve all three.
         backend: see :func:`sadcl.backends`.
         group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.
         ring, capacity: with a group, see :func:`sadcl.functional.sample_contrastive_loss`.

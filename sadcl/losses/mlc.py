@@ -23,7 +23,8 @@ class MultiLabelSupConLoss(TemperedLoss):
         normalize: use ``x / |x|``; otherwise vectors as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, V]``, or ``[B]`` for 2-D features).
         include_batch: whether the rows are columns beside the keys.
-        class_weight: ``[C]``, for ``"mulsupcon"`` and ``"msc"``; a buffer, or trained if it is a Parameter.
+        class_weight: ``[C]`` of finite numbers >= 0, for ``"mulsupcon"`` and ``"msc"``; a buffer, or trained if it is a
+            Parameter.
         learnable_temperature: ``(init, min, max)``, see :class:`SampleContrastiveLoss`.
         backend: see :func:`sadcl.backends`.
         group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.

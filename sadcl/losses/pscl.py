@@ -17,7 +17,8 @@ class PrototypeContrastiveLoss(ContrastiveLoss):
         temperature: number > 0.
         formulation: ``"paper"`` or ``"released"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, C]``).
-        class_weight: ``[C]``, multiplies the loss of a class; a buffer, or trained if it is a Parameter.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a class; a buffer, or trained if it is a
+            Parameter.
         learnable_temperature: ``(init, min, max)``, see :class:`SampleContrastiveLoss`.
         backend: see :func:`sadcl.backends`.
         group: ``None``, ``"world"``, a ProcessGroup or a DeviceMesh of one dimension: contrast over all its ranks.

@@ -18,7 +18,8 @@ class SampleContrastiveLoss(ContrastiveLoss):
         formulation: ``"paper"`` or ``"released"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B, V, C]``).
         base_temperature: released only; the loss is scaled by ``temperature / base_temperature``, ``None`` means 1.
-        class_weight: ``[C]``, multiplies the loss of a class's anchors; a buffer, or trained if it is a Parameter.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a class's anchors; a buffer, or trained
+            if it is a Parameter.
         learnable_temperature: ``(init, min, max)`` makes the temperature a parameter (its logarithm) kept in bounds;
             ``temperature`` is then not used.
         backend: see :func:`sadcl.backends`.

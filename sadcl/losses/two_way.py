@@ -15,7 +15,8 @@ class TwoWayLoss(nn.Module):
     Args:
         positive_temperature, negative_temperature: numbers > 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the pair of rows ``[B]`` and columns ``[C]``).
-        class_weight: ``[C]``, multiplies the loss of a column; a buffer, or trained if it is a Parameter.
+        class_weight: ``[C]`` of finite numbers >= 0, multiplies the loss of a column; a buffer, or trained if it is a
+            Parameter.
         backend: see :func:`sadcl.backends`.
     """
 

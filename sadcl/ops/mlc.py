@@ -29,7 +29,6 @@ __all__ = [
     "Inputs",
     "Outputs",
     "allocate",
-    "check_weight_values",
     "mlc",
     "numbers_to_keep",
 ]
@@ -100,21 +99,12 @@ def allocate(x: Inputs) -> Outputs:
     )
 
 
-def check_weight_values(weights: Tensor, name: str = "weights") -> None:
-    """Raise a ValueError if a weight is negative or not finite. Reads them: a sync on a GPU."""
-    if not _checks.reads_values(weights):
-        return
-    wrong = weights[~((weights >= 0) & (weights < float("inf")))]
-    if wrong.numel() > 0:
-        raise ValueError(f"{name}: expected finite numbers >= 0, got {wrong[0].item():g}")
-
-
 def _checked(x: Inputs) -> Inputs:
     for name, labels in (("labels", x.labels), ("key_labels", x.key_labels)):
         if labels is not None and _checks.reads_values(labels):
             _checks.check_label_values(labels, name)
     if x.weights is not None:
-        check_weight_values(x.weights)
+        _checks.check_weight_values("weights", x.weights)
     return x
 
 
@@ -124,7 +114,7 @@ _RARE = ("weights", "class_weight")
 
 def _cpp(x: Inputs, out: Outputs) -> None:
     if x.weights is not None:
-        check_weight_values(x.weights)
+        _checks.check_weight_values("weights", x.weights)
     if x.class_weight is not None:
         x = x._replace(class_weight=x.class_weight.contiguous())
     if not _FORWARD(x, out):
@@ -133,7 +123,7 @@ def _cpp(x: Inputs, out: Outputs) -> None:
 
 def _triton(x: Inputs, out: Outputs) -> None:
     if x.weights is not None:
-        check_weight_values(x.weights)
+        _checks.check_weight_values("weights", x.weights)
     triton_kernel("mlc", "mlc")(x, out)
 
 

@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     normalize: bool  # use x / |x|; otherwise x as it is
     released: bool  # the released code's value and normaliser
     keep: int  # scores to keep for the backward, see scores_to_keep
+    rounded: bool = False  # whether bfloat16 products of the gradient, where the processor has them, may round weights
 
 
 class Outputs(NamedTuple):
@@ -52,16 +53,27 @@ class Outputs(NamedTuple):
 _FEW_SCORES = extension().SSCL_FEW_SCORES if backends()["cpp"].available else 0
 
 
-def scores_to_keep(features: Tensor, pairs: Tensor, class_ptr: Tensor, temperature: Tensor, backend: str) -> int:
-    """How many scores the forward keeps for the backward: none, unless one is coming."""
+def scores_to_keep(
+    features: Tensor,
+    pairs: Tensor,
+    class_ptr: Tensor,
+    temperature: Tensor,
+    backend: str,
+    released: bool = False,
+    mean: bool = False,
+) -> int:
+    """How many scores the forward keeps for the backward (torch's operators: what it makes of them): none, unless one
+    is coming."""
     if backend not in ("cpp", "torch") or not torch.is_grad_enabled():
         return 0
     if not (features.requires_grad or temperature.requires_grad):
         return 0
     v, d = features.shape[1], features.shape[3]
     if backend == "torch":
-        traced = watched(class_ptr) or class_ptr.is_meta
-        return 0 if traced else portable.scores_to_keep(v * int(class_ptr[-1]))
+        if released or watched(class_ptr) or class_ptr.is_meta:
+            return 0
+        n = v * int(class_ptr[-1])
+        return portable.gradient_to_keep(n, d, temperature.requires_grad) if mean else portable.scores_to_keep(n)
     most = (pairs.shape[0] * v) ** 2
     if watched(class_ptr) or class_ptr.is_meta:
         # jit.trace would bake the number in; a comparison would make a graph for few rows and one for many.
@@ -109,6 +121,66 @@ sscl = Op(
             "cuda": Into(cuda_kernel("sscl", "sscl_backward")),
             "torch": portable.backward,
         },
-        needs=("features", "pairs", "class_ptr", "temperature", "normalize", "lse", "norm", "kept"),
+        needs=("features", "pairs", "class_ptr", "temperature", "normalize", "rounded", "lse", "norm", "kept"),
+    ),
+)
+
+
+class MeanInputs(NamedTuple):
+    """What the mean over the active rows is of; fields as those of :class:`Inputs`."""
+
+    features: Tensor
+    pairs: Tensor
+    class_ptr: Tensor
+    temperature: Tensor
+    keep: int
+    rounded: bool = False
+
+
+class Mean(NamedTuple):
+    """The mean, and what the backward reads."""
+
+    mean: Tensor  # accumulation dtype []
+    lse: Tensor
+    norm: Tensor
+    kept: Tensor
+
+
+def _allocate_mean(x: MeanInputs) -> Mean:
+    rows = x.pairs.shape[0] * x.features.shape[1]
+    acc = accumulation_dtype(x.features.dtype)
+    return Mean(
+        mean=x.features.new_empty((), dtype=acc),
+        lse=x.features.new_empty((2, rows), dtype=acc),
+        norm=x.features.new_empty(rows, dtype=norm_dtype(x.features.device)),
+        kept=x.features.new_empty(x.keep, dtype=acc),
+    )
+
+
+class MeanGradients(NamedTuple):
+    """Of the mean."""
+
+    grad_features: Tensor
+    grad_temperature: Tensor | None
+
+
+def _allocate_gradients(x: MeanInputs, wanted: tuple[str, ...]) -> MeanGradients:
+    turning = x.temperature.new_empty(()) if "temperature" in wanted else None
+    return MeanGradients(x.features.new_empty(x.features.shape), turning)
+
+
+# The usual call in one crossing each way: without the sum, its gradient and what autograd keeps of both.
+sscl_mean = Op(
+    "sscl_mean",
+    MeanInputs,
+    Mean,
+    _allocate_mean,
+    {"cpp": Into(native("sscl_mean_forward")), "torch": portable.forward_mean},
+    Backward(
+        gradients=("features", "temperature"),
+        implementations={"cpp": Into(native("sscl_mean_backward")), "torch": portable.backward_mean},
+        needs=("features", "pairs", "class_ptr", "temperature", "rounded", "lse", "norm", "kept"),
+        fills=MeanGradients,
+        allocate=_allocate_gradients,
     ),
 )

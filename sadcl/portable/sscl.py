@@ -15,49 +15,65 @@ from .._dtypes import accumulation_dtype, norm_dtype
 
 # A block of scores holds at most this many elements (64 MB of float32).
 _BLOCK_ELEMENTS = 1 << 24
-# Scores of a small problem are kept for the backward (16 MB): one product of three.
+# A small problem (16 MB of scores) keeps for the backward what costs it one product of three.
 _KEPT_ELEMENTS = 1 << 22
 
 
 def scores_to_keep(n: int) -> int:
-    """How many scores of ``n`` rows the forward keeps."""
+    """How many derivatives by the scores of ``n`` rows the forward keeps."""
     return n * n if n * n <= _KEPT_ELEMENTS else 0
 
 
+def gradient_to_keep(n: int, d: int, turning: bool) -> int:
+    """The same of the mean, whose gradient by ``n`` rows is known but for a factor: they, and the temperature's."""
+    return n * d + turning if 0 < n * n <= _KEPT_ELEMENTS else 0
+
+
 class _Rows(NamedTuple):
-    """The N compacted rows: where they come from, what class they have, what they hold."""
+    """The N compacted rows: where they come from, and what they hold."""
 
     image: Tensor  # [P] int64
     label: Tensor  # [P] int64
-    group: Tensor  # [N] int64, the segment of class_ptr
-    peers: Tensor  # [N] acc, number of positives
     z: Tensor  # [N, D] acc
     norm: Tensor  # [N] norm dtype
-    n_groups: int
+    inverse: Tensor  # [N, 1] 1 / norm, 0 for a zero row
 
 
-def _gather(features: Tensor, pairs: Tensor, class_ptr: Tensor, normalize: bool) -> _Rows:
-    _, v, c, _ = features.shape
-    acc = accumulation_dtype(features.dtype)
-    pair = pairs[: int(class_ptr[-1])].long()
-    image, label = pair // c, pair % c
+class _Segments(NamedTuple):
+    """Which rows are positives of each other."""
+
+    group: Tensor  # [N] int64, the segment of class_ptr
+    peers: Tensor  # [N] acc, number of positives
+    groups: int
+
+
+def _places(x: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Image and label of the active pairs, ``[P]`` each."""
+    pair, c = x.pairs[:count].long(), x.features.shape[2]
+    return pair // c, pair % c
+
+
+def _gather(x: Any, normalize: bool, count: int | None = None) -> _Rows:
+    image, label = _places(x, int(x.class_ptr[-1]) if count is None else count)
+    rows = x.features[image, :, label].flatten(0, 1)
+    acc, wide = accumulation_dtype(rows.dtype), norm_dtype(rows.device)
+    if not normalize:
+        one = rows.new_ones(rows.shape[0], dtype=wide)
+        return _Rows(image, label, rows.to(acc), one, one[:, None])
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(wide, rows.dtype)).to(wide)
+    inverse = norm.reciprocal().nan_to_num_(nan=float("nan"), posinf=0.0)[:, None]
+    return _Rows(image, label, (rows * inverse).to(acc), norm, inverse)
+
+
+def _segments(class_ptr: Tensor, v: int, acc: torch.dtype) -> _Segments:
     counts = class_ptr.diff().long()
-    group = torch.repeat_interleave(torch.arange(counts.shape[0], device=pair.device), counts).repeat_interleave(v)
-    peers = (counts[group] * v - 1).to(acc)
-    x = features[image, :, label].flatten(0, 1)
-    wide = norm_dtype(features.device)
-    if normalize:
-        norm = torch.linalg.vector_norm(x.to(wide), dim=1)
-        z = (x.to(wide) / torch.where(norm == 0, 1.0, norm)[:, None]).to(acc)  # a zero row stays one
-    else:
-        norm = torch.ones(x.shape[0], dtype=wide, device=x.device)
-        z = x.to(acc)
-    return _Rows(image, label, group, peers, z, norm, counts.shape[0])
+    group = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts).repeat_interleave(v)
+    return _Segments(group, (counts[group] * v - 1).to(acc), counts.shape[0])
 
 
-def _group_sum(rows: _Rows, values: Tensor) -> Tensor:
+def _group_sum(segments: _Segments, values: Tensor) -> Tensor:
     """Sum ``values [N, D]`` over each group: ``[K, D]``."""
-    return values.new_zeros(rows.n_groups, values.shape[1]).index_add_(0, rows.group, values)
+    return values.new_zeros(segments.groups, values.shape[1]).index_add_(0, segments.group, values)
 
 
 def _blocks(n: int) -> list[slice]:
@@ -72,53 +88,114 @@ def _products(z: Tensor, block: slice) -> Tensor:
     return products
 
 
+def _whole(z: Tensor, group: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """All scores at once: minus the rows' losses in parts ``[N, N]``, and their derivatives by the scores ``[N, N]``.
+
+    A small problem is bound by the number of operators, not by what they do: these are few.
+    """
+    same = (group[:, None] == group).fill_diagonal_(False)
+    peers = same.sum(dim=1, keepdim=True, dtype=z.dtype)
+    # A row's lowest number instead of -inf: where it is alone, it is its own pivot.
+    products = z.mm(z.t()).fill_diagonal_(torch.finfo(z.dtype).min)
+    log_p = products.sub_(products.amax(dim=1, keepdim=True)).div_(temperature).log_softmax(dim=1)
+    share = same / peers.clamp(min=1)
+    # An anchor without a positive takes no part.
+    by_score = log_p.exp().mul_(peers.clamp_(max=1)).sub_(share)
+    return share.mul_(log_p.fill_diagonal_(0.0)), by_score
+
+
 def forward(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.sscl.Inputs`."""
     b, v, c, _ = x.features.shape
-    temperature, released = x.temperature, x.released
+    rows = _gather(x, x.normalize)
+    if x.keep:
+        index = torch.arange(rows.z.shape[0], dtype=torch.int32, device=rows.z.device)
+        group = torch.searchsorted(x.class_ptr[1:] * v, index, right=True)
+        likelihood, by_score = _whole(rows.z, group, _number(x.temperature))
+        loss, out = -likelihood.sum(dim=1), _kept(by_score.view(-1), x)
+    else:
+        loss, out = _losses(x, rows, x.released)
+    row_loss = loss.new_zeros(b, v, c)
+    row_loss[rows.image, :, rows.label] = loss.view(rows.image.shape[0], v)
+    return {"row_loss": row_loss, **out}
+
+
+def forward_mean(x: Any) -> dict[str, Tensor]:
+    """Outputs of :class:`sadcl.ops.sscl.MeanInputs`: with ``keep`` the gradient, too, of which all is known."""
+    _, v, _, d = x.features.shape
+    rows = _gather(x, True, x.keep // (v * d) if x.keep else None)
+    z = rows.z
+    n = z.shape[0]
+    if not x.keep:
+        loss, out = _losses(x, rows, released=False)
+        return {"mean": loss.sum() / max(n, 1), **out}
+    temperature = _number(x.temperature)
+    group = rows.label if v == 1 else rows.label[:, None].expand(-1, v).flatten()
+    likelihood, by_score = _whole(z, group, temperature)
+    g = (by_score + by_score.t()).mm(z)
+    scale = 1.0 / (temperature * n)
+    radial = torch.linalg.vecdot(z, g)
+    kept = (g.addcmul_(z, radial[:, None], value=-1) * rows.inverse.mul_(scale)).to(z.dtype).view(-1)
+    if x.keep > n * d:
+        kept = torch.cat([kept, radial.sum()[None] * (scale / (-2.0 * temperature))])
+    return {"mean": likelihood.sum() / -n, **_kept(kept, x)}
+
+
+def _number(temperature: Tensor) -> float:
     _checks.check_positive("temperature", temperature)
-    rows = _gather(x.features, x.pairs, x.class_ptr, x.normalize)
+    return temperature.item()
+
+
+def _kept(kept: Tensor, x: Any) -> dict[str, Tensor]:
+    """Outputs of which the backward reads this alone."""
+    capacity = x.pairs.shape[0] * x.features.shape[1]
+    wide = norm_dtype(kept.device)
+    return {"lse": kept.new_empty(2, capacity), "norm": kept.new_empty(capacity, dtype=wide), "kept": kept}
+
+
+def _losses(x: Any, rows: _Rows, released: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rows' losses ``[N]``, and what the backward reads: by blocks."""
+    b, v, c, _ = x.features.shape
+    temperature = x.temperature
+    _checks.check_positive("temperature", temperature)
     z, n = rows.z, rows.z.shape[0]
-    mean_positive = (z * (_group_sum(rows, z)[rows.group] - z)).sum(dim=1) / temperature / rows.peers.clamp(min=1)
-    pivot, log_sum, kept = z.new_empty(n), z.new_empty(n), z.new_empty(x.keep)
+    capacity = x.pairs.shape[0] * v
+    segments = _segments(x.class_ptr, v, z.dtype)
+    positives = _group_sum(segments, z)[segments.group] - z
+    mean_positive = (z * positives).sum(dim=1) / temperature / segments.peers.clamp(min=1)
+    pivot, log_sum = z.new_empty(n), z.new_empty(n)
     for block in _blocks(n):
         products = _products(z, block)
-        if x.keep == n * n:
-            kept.copy_(products.view(-1))
         highest = products.amax(dim=1)
         pivot[block] = highest.clamp(min=0.0) if released else highest
         total = torch.exp((products - pivot[block, None]) / temperature).sum(dim=1)
         log_sum[block] = torch.log(total + 1e-5 if released else total)
     if released:
-        mean_positive = mean_positive - _mean_pair_maximum(rows, b, v, c, temperature)
-    has_positive = rows.peers > 0
+        mean_positive = mean_positive - _mean_pair_maximum(rows, segments, b, v, c, temperature)
+    has_positive = segments.peers > 0
     loss = log_sum - mean_positive if released else pivot / temperature + log_sum - mean_positive
-
-    row_loss = z.new_zeros(b, v, c)
-    row_loss[rows.image, :, rows.label] = torch.where(has_positive, loss, 0.0).reshape(rows.image.shape[0], v)
-    capacity = x.pairs.shape[0] * v
     lse, norm = z.new_zeros(2, capacity), rows.norm.new_zeros(capacity)
     lse[0, :n] = pivot.masked_fill(~has_positive, 0.0)
     lse[1, :n] = log_sum.masked_fill(~has_positive, float("inf"))
     norm[:n] = rows.norm
-    return {"row_loss": row_loss, "lse": lse, "norm": norm, "kept": kept}
+    return torch.where(has_positive, loss, 0.0), {"lse": lse, "norm": norm, "kept": z.new_empty(0)}
 
 
-def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor) -> Tensor:
+def _mean_pair_maximum(rows: _Rows, segments: _Segments, b: int, v: int, c: int, temperature: Tensor) -> Tensor:
     """The mean over a row's positives of ``R`` (see the oracle): ``[N]``. Blocked over (image, view)s."""
     views = torch.arange(v, device=rows.z.device)
     image_view = (rows.image[:, None] * v + views).reshape(-1)
     label = rows.label.repeat_interleave(v)
     active = rows.z.new_zeros(b * v, c)
     active[image_view, label] = 1.0
-    segments = torch.bincount(rows.group, minlength=rows.n_groups).cumsum(0).tolist()
-    starts = [0, *segments][:-1]
+    ends = torch.bincount(segments.group, minlength=segments.groups).cumsum(0).tolist()
+    starts = [0, *ends][:-1]
     total = rows.z.new_zeros(rows.z.shape[0])
     for block in _blocks(b * v):
         shares_all = active[block] @ active.t() == c
         maximum = torch.where(shares_all, float("-inf"), 0.0).to(rows.z.dtype)
         members = []
-        for start, end in zip(starts, segments, strict=True):
+        for start, end in zip(starts, ends, strict=True):
             here = image_view[start:end]
             inside = (here >= block.start) & (here < block.stop)
             mine, local = torch.arange(start, end, device=here.device)[inside], here[inside] - block.start
@@ -130,40 +207,73 @@ def _mean_pair_maximum(rows: _Rows, b: int, v: int, c: int, temperature: Tensor)
         for mine, local, here in members:
             # A row is no positive of itself.
             total[mine] = maximum[local[:, None], here].sum(dim=1) - maximum[local, image_view[mine]]
-    return total / rows.peers.clamp(min=1)
+    return total / segments.peers.clamp(min=1)
 
 
 def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """Gradients of features and temperature by the closed form of docs/architecture.md."""
-    features, temperature, grad_rows = x.features, x.temperature, upstream.grad_row_loss
-    v = features.shape[1]
-    rows = _gather(features, x.pairs, x.class_ptr, x.normalize)
-    z, n = rows.z, rows.z.shape[0]
+    rows = _gather(x, x.normalize)
+    n = rows.z.shape[0]
+    m = upstream.grad_row_loss[rows.image, :, rows.label].reshape(-1).to(rows.z.dtype)
+    if saved.kept.numel():
+        weight = saved.kept.view(n, n) * m[:, None]
+        g = (weight + weight.t()) @ rows.z
+    else:
+        g = _over_blocks(m, x, rows.z, saved)
+    return _gradients(g, x, rows, x.normalize)
+
+
+def backward_mean(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    """The same of the mean, the temperature's where it is wanted."""
+    kept, (_, v, _, d) = saved.kept, x.features.shape
+    if not kept.numel():
+        rows = _gather(x, normalize=True)
+        n = rows.z.shape[0]
+        return _gradients(_over_blocks((upstream.grad_mean / max(n, 1)).expand(n), x, rows.z, saved), x, rows, True)
+    given, count = kept * upstream.grad_mean, kept.numel() // (v * d)
+    result = {"grad_features": _scattered(given[: count * v * d], x, *_places(x, count))}
+    if "temperature" in wanted:
+        result["grad_temperature"] = given[-1].clone()
+    return result
+
+
+def _gradients(g: Tensor, x: Any, rows: _Rows, normalize: bool) -> dict[str, Tensor]:
+    """From ``temperature`` times the gradient by ``z``."""
+    temperature, z = x.temperature, rows.z
+    radial = torch.linalg.vecdot(z, g)
+    if normalize:
+        g = g.addcmul_(z, radial[:, None], value=-1)
+    return {
+        "grad_features": _scattered(g * (rows.inverse / temperature), x, rows.image, rows.label),
+        "grad_temperature": radial.sum() / (-2.0 * temperature * temperature),
+    }
+
+
+def _scattered(of_rows: Tensor, x: Any, image: Tensor, label: Tensor) -> Tensor:
+    """Zeros but for the active rows."""
+    _, v, _, d = x.features.shape
+    grad = x.features.new_zeros(x.features.shape)
+    grad[image, :, label] = of_rows.view(-1, v, d).to(grad.dtype)
+    return grad
+
+
+def _over_blocks(m: Tensor, x: Any, z: Tensor, saved: Any) -> Tensor:
+    """``temperature`` times the gradient by ``z``, from the log-sum-exps."""
+    n, temperature = z.shape[0], x.temperature
+    segments = _segments(x.class_ptr, x.features.shape[1], z.dtype)
     pivot, log_sum = saved.lse[:, :n]
-    m = grad_rows[rows.image, :, rows.label].reshape(-1).to(z.dtype)
     m = torch.where(torch.isposinf(log_sum), 0.0, m)
     g = torch.zeros_like(z)
     for block in _blocks(n):
         # Both sides from the rows' own products: z_j.z_i need not have the bits of z_i.z_j, and pivots are the rows'.
-        kept = saved.kept.numel() > 0 and saved.kept.numel() == n * n
-        products = saved.kept.view(n, n) if kept else _products(z, block)
+        products = _products(z, block)
         weight = m[block, None] * torch.exp((products - pivot[block, None]) / temperature - log_sum[block, None])
         if block.stop - block.start == n:
             g = (weight + weight.t()) @ z
             break
         g[block] += weight @ z
         g += weight.t() @ z[block]
-    class_sum, weighted_sum = _group_sum(rows, z), _group_sum(rows, m[:, None] * z)
-    numerator = m[:, None] * class_sum[rows.group] + weighted_sum[rows.group] - 2.0 * m[:, None] * z
+    class_sum, weighted_sum = _group_sum(segments, z), _group_sum(segments, m[:, None] * z)
+    numerator = m[:, None] * class_sum[segments.group] + weighted_sum[segments.group] - 2.0 * m[:, None] * z
     # peers = 0 leaves no numerator: m is 0 there, and the class sums are the row's own.
-    g = (g - numerator / rows.peers.clamp(min=1)[:, None]) / temperature
-    radial = (z * g).sum(dim=1)
-    grad_temperature = -radial.sum() / (2.0 * temperature)
-    if x.normalize:
-        scale = saved.norm[:n, None]
-        tangential = (g - z * radial[:, None]).to(scale.dtype)
-        none = scale == 0
-        g = (tangential / torch.where(none, 1.0, scale)).masked_fill_(none, 0.0).to(z.dtype)
-    grad_features = features.new_zeros(features.shape)
-    grad_features[rows.image, :, rows.label] = g.reshape(rows.image.shape[0], v, features.shape[3]).to(features.dtype)
-    return {"grad_features": grad_features, "grad_temperature": grad_temperature}
+    return g - numerator / segments.peers.clamp(min=1)[:, None]

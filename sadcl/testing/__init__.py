@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -108,7 +108,22 @@ _COMPOUND = ("_softmax", "_softmax_backward_data", "linalg_vector_norm", "log_si
 
 @functools.cache
 def _parts() -> dict[Any, Callable[..., Any]]:
-    return get_decompositions([getattr(torch.ops.aten, name) for name in _COMPOUND])
+    aten = torch.ops.aten
+    torchs = get_decompositions([getattr(aten, name) for name in _COMPOUND])
+    return {**torchs, aten.linalg_vector_norm.default: _vector_norm, aten.logsumexp.default: _logsumexp}
+
+
+# As torch's, without the checks that take most of the time of these two, which every oracle calls.
+def _vector_norm(x: Tensor, ord: float = 2.0, dim: Any = None, keepdim: bool = False) -> Tensor:
+    if ord != 2:
+        raise NotImplementedError(f"the norm of order {ord}: how it rounds is not known here")
+    return x.pow(2.0).sum(dim, keepdim).pow(0.5)
+
+
+def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    most = x.amax(dim, keepdim=True)
+    most = most.masked_fill(most.isinf(), 0.0)
+    return (x - most).exp().sum(dim, keepdim).log() + (most if keepdim else most.squeeze(dim))
 
 
 @functools.cache
@@ -125,6 +140,13 @@ def _rounds(func: Any) -> str:
     if name in _SUMS and not written:
         return "sum"
     return "each" if torch.Tag.pointwise in func.tags else "unknown"
+
+
+@functools.cache
+def _carries(func: Any) -> str:
+    """What becomes of a product's terms: ``scaled`` as the product is, the ``same``, or nothing."""
+    name = func._schema.name.removeprefix("aten::")
+    return "scaled" if name in ("div", "mul", "masked_fill") else "same" if name in ("add", "sub") else ""
 
 
 class Rounded(TorchDispatchMode):
@@ -150,6 +172,11 @@ class Rounded(TorchDispatchMode):
         self.terms = WeakTensorKeyDictionary()  # of products and what they were scaled to: the sum of the terms' sizes
         self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._again)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here: torch's guard against it costs more than what is done for a small tensor."""
+        return False
+
     def __enter__(self) -> Any:
         self.hooks.__enter__()
         return super().__enter__()
@@ -162,7 +189,7 @@ class Rounded(TorchDispatchMode):
         """A tensor that the forward has saved, as a kernel makes it again; inputs are what they are."""
         if not x.is_floating_point() or (x.is_leaf and x.requires_grad):
             return x
-        with _disable_current_modes(), torch.no_grad():
+        with torch._C._DisableTorchDispatch(), torch.no_grad():
             terms = self.terms.get(x)
             return x + self._drawn(self._each(x) if terms is None else self.sum_unit * terms)
 
@@ -182,15 +209,9 @@ class Rounded(TorchDispatchMode):
 
     def _carry(self, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         """What of a product's terms is left after a scaling, a shift or a mask."""
-        name = func._schema.name.removeprefix("aten::")
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        terms = None if first is None else self.terms.get(first)
-        if terms is None or not isinstance(out, Tensor) or out.shape != terms.shape:
-            return
-        if name in ("div", "mul", "masked_fill"):
-            self.terms[out] = func(terms, *args[1:]).abs()
-        elif name in ("add", "sub"):
-            self.terms[out] = terms
+        terms = self.terms.get(args[0]) if isinstance(args[0], Tensor) else None
+        if terms is not None and isinstance(out, Tensor) and out.shape == terms.shape:
+            self.terms[out] = func(terms, *args[1:]).abs() if _carries(func) == "scaled" else terms
 
     def steps_of_sum(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float:
         """How many unit roundoffs a sum may be off: a subclass knows the order of its arithmetic."""
@@ -209,7 +230,7 @@ class Rounded(TorchDispatchMode):
             with self:
                 return _parts()[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        if self.terms:
+        if _carries(func):
             self._carry(func, args, out)
         if kind == "exact":
             return out
@@ -218,8 +239,11 @@ class Rounded(TorchDispatchMode):
             return out
         if kind == "sum":
             terms = func(*(x.abs() if isinstance(x, Tensor) else x for x in args), **kwargs)
-            self.terms[out] = terms = terms * self.steps_of_sum(func, args, kwargs)
-            size = self._stored(self.sum_unit * terms + (self.unit - self.sum_unit) * out.abs(), terms)
+            self.terms[out] = terms = terms.mul_(self.steps_of_sum(func, args, kwargs))
+            size = self.sum_unit * terms
+            if self.unit > self.sum_unit:
+                size += (self.unit - self.sum_unit) * out.abs()
+            size = self._stored(size, terms)
         elif kind == "each" and isinstance(out, Tensor):
             size = self._each(out) * self.steps_of_each(func)
         else:
@@ -257,7 +281,7 @@ def error_budgets(
         with rounding(arithmetic, seed):
             drawn = function()
         for total, x, want in zip(spread, drawn, truth, strict=True):
-            total.hypot_((x.detach() - want).nan_to_num() / draws**0.5)  # squares would underflow
+            total.hypot_((x.detach() - want).nan_to_num_().div_(draws**0.5))  # squares would underflow
     return tuple(Budget(want, total, arithmetic) for want, total in zip(truth, spread, strict=True))
 
 

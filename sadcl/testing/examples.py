@@ -109,6 +109,11 @@ def _sscl(make: Maker) -> Iterator[Any]:
         yield sscl.Inputs(features, active.pairs, active.class_ptr, make.number(0.3), normalize, released, 0)
 
 
+def _sscl_mean(make: Maker) -> Iterator[Any]:
+    x = next(_sscl(make))
+    yield sscl.MeanInputs(x.features, x.pairs, x.class_ptr, x.temperature, 0)
+
+
 def _pscl(make: Maker) -> Iterator[Any]:
     s = make.size
     x, p = make.normal(s.b, s.c, s.d), make.normal(s.c, s.d, seed=9)
@@ -261,6 +266,7 @@ EXAMPLES: dict[str, Callable[[Maker], Iterator[Any]]] = {
     "mlc": _mlc,
     "pscl": _pscl,
     "sscl": _sscl,
+    "sscl_mean": _sscl_mean,
     "two_way": _two_way,
     "zlpr": _zlpr,
 }

@@ -41,6 +41,12 @@ def _sscl(x: Any) -> Results:
     return (reference.sscl(features, _target(x), x.temperature, x.released),)
 
 
+def _sscl_mean(x: Any) -> Results:
+    target = _target(x)
+    rows = reference.sscl(x.features, target, x.temperature, False)
+    return (rows.sum() / (target.sum() * x.features.shape[1]).clamp(min=1),)
+
+
 def _pscl(x: Any) -> Results:
     return (reference.pscl(x.features, x.prototypes, x.target, x.temperature, x.released),)
 
@@ -133,6 +139,7 @@ ORACLES: dict[str, Callable[[Any], Results]] = {
     "mlc": _mlc,
     "pscl": _pscl,
     "sscl": _sscl,
+    "sscl_mean": _sscl_mean,
     "two_way": lambda x: reference.two_way(*x),
     "zlpr": lambda x: (reference.zlpr(*x),),
 }

@@ -8,6 +8,7 @@ of it.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -324,7 +325,8 @@ def check_config(config: TrainConfig) -> None:
     for name in ("step1", "step2"):
         step: StepConfig = getattr(config, name)
         augment = step.augment
-        expect(f"{name}.learning_rate", step.learning_rate > 0, "a number > 0")
+        expect(f"{name}.learning_rate", 0 < step.learning_rate < math.inf, "a number > 0")
+        expect(f"{name}.weight_decay", 0 <= step.weight_decay < math.inf, "0 or more")
         expect(f"{name}.accumulate", step.accumulate >= 1, "1 or more")
         expect(f"{name}.clip", step.clip >= 0, "0 or more")
         expect(f"{name}.patience", step.patience >= 0, "0 or more")

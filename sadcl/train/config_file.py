@@ -56,12 +56,26 @@ def _read(path: str, kind: type) -> str:
         return ""
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"--config {path}: expected lines of `key: value`, got a {node.tag.rpartition(':')[2]}")
-    _mend(node, kind)
+    try:
+        _mend(node, kind)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
     return yaml.serialize(node) if node.value else ""
 
 
 def _mend(node: Any, kind: Any) -> None:
-    """Give the scalars below ``node`` the tags that ``kind`` asks for, and take out sections without content."""
+    """Give the scalars below ``node`` the tags that ``kind`` asks for, and take out sections without content.
+
+    Raises:
+        ValueError: a key that stands twice, or a section that is none.
+    """
+    if is_dataclass(kind) and node.id != "mapping":
+        raise ValueError(f"line {node.start_mark.line + 1}: expected keys with values, got {node.value or 'nothing'!r}")
+    if node.id == "mapping":
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number] and key.value != "<<":
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
     if is_dataclass(kind) and node.id == "mapping":
         hints = get_type_hints(kind)
         hints["<<"] = kind  # the keys of another mapping, merged into this one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from benchmarks import device
 from benchmarks.device import Workload, main, measure, table
 from sadcl.testing import make_features
+from tests import forks
 
 CPU = torch.device("cpu")
 
@@ -77,5 +77,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda: torch finds no CUDA device"):
             main(["--device", "cuda"])
-    done = subprocess.run([sys.executable, "-m", "sadcl.cli", "bench"], cwd=tmp_path, capture_output=True, text=True)
+    module = "import runpy\nrunpy.run_module('sadcl.cli', run_name='__main__', alter_sys=True)"
+    done = forks.run(module, "bench", cwd=tmp_path)
     assert done.returncode == 2 and "run this in a checkout's folder" in done.stderr

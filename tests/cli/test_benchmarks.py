@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from benchmarks import compare, harness, report, results, targets
+from benchmarks.__main__ import QUICK
 from benchmarks.harness import Record, Row, Series, Timing
 from benchmarks.results import Results
+
+ROOT = Path(__file__).parents[2]
 
 
 def made(times: dict[str, dict[str, list[float]]]) -> Results:
@@ -88,6 +93,47 @@ def test_table_holds_ours_against_the_fastest_peer_named(tmp_path: Path, capsys:
     shown = capsys.readouterr().out
     assert "| linear layer, 2048 to 2048 | 9 ms | oneDNN: 8 ms | **0.89x** | 0.97x | 0.5 ms |" in shown
     assert shown.count("\n| ") == 2 and "Not in this run: asl, " in shown
+
+
+def test_readmes_table_is_printed_and_its_picture_can_read_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {of.row: {"sadcl": [2.0], "sadcl torch": [4.0], **{key: [900.0] for key in of.naive},
+                     **{name: [5.0 + i] for i, name in enumerate(of.best)}} for of in targets.README}  # fmt: skip
+    run = made({**rows, "unknown": {"sadcl": [1.0]}})
+    results.save(Record(run.rows, run.series), tmp_path / "run.json")
+    targets.main([str(tmp_path / "run.json"), "--readme"])
+    shown = capsys.readouterr().out
+    assert "Not in this run" not in shown and shown.count("\n| ") == 1 + len(targets.README)
+    coco = "(`bench_sscl coco`) | 2 ms | dense N x N: 900 ms, **450x** | compacted: 5 ms, **2.50x** | 0.5 ms |"
+    assert coco in shown and '| ... `backend="torch"` | 4 ms |' in shown
+    pictures = _pictures()
+    drawn = pictures.ratios("## Speed\n\n" + shown[shown.index("| work") :] + "\n\n## Next")
+    assert ("SSCL, coco", 2.5) in drawn and len(drawn) == sum(not of.work.startswith("...") for of in targets.README)
+
+
+def _pictures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("site_pictures", ROOT / "docs" / "site" / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_name_entries_that_the_benches_have() -> None:
+    optional = {"pytorch-metric-learning", "timm"}
+    made_of = {row: {name, *names} for row, name, names in (
+        *((t.row, t.entry, (t.peer,) if isinstance(t.peer, str) else t.peer) for t in targets.TARGETS),
+        *((of.row, of.entry, (*of.naive, *of.best)) for of in targets.README))}  # fmt: skip
+    checked = 0
+    for row, names in made_of.items():
+        bench = importlib.import_module(f"benchmarks.bench_{row.split()[0]}")
+        known = set(getattr(bench, "ENTRIES", getattr(bench, "NAMES", ())))
+        if known and "float16" not in row:
+            assert names <= known | optional, row
+            checked += 1
+    assert checked >= 10
+    assert set(QUICK) >= {row.split()[0] for row in made_of}
 
 
 def test_page_needs_nothing_else_and_shows_every_row(tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 
 import sadcl
 from sadcl.cli import main
+from tests import forks
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,7 +33,7 @@ def test_doctor_needs_torch_alone() -> None:
         "assert main(['doctor']) == 0\n"
         "sys.exit(main(['train', '--seed', '1']))\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    ran = forks.run(code)
     assert ran.returncode == 2, ran.stderr
     assert "sadcl[train]" in ran.stderr and "Traceback" not in ran.stderr
 
@@ -119,7 +117,7 @@ def test_picture_that_breaks_in_the_middle_of_training_is_named(
 def test_config_key_that_does_not_exist(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
     (tmp_path / "c.yaml").write_text("modle: {hidden_dim: 8}\n")
-    command = [sys.executable, "-m", "sadcl.train", "--config", str(tmp_path / "c.yaml")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    module = "import runpy\nrunpy.run_module('sadcl.train', run_name='__main__', alter_sys=True)"
+    ran = forks.run(module, "--config", str(tmp_path / "c.yaml"))
     assert ran.returncode == 2
     assert "modle" in ran.stderr and "Traceback" not in ran.stderr

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHORT = {
     "one_import/before.py": ["4"],
@@ -23,22 +25,26 @@ SHORT = {
     "two_processes.py": [],
     "thresholds_and_export.py": ["--epochs", "1"],
 }
+# What `python PATH ARGUMENTS` does.
+AS_A_SCRIPT = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="away from the sources")
 
 
 def run(name: str, folder: Path, *arguments: str) -> str:
     """What an example prints, run in ``folder``."""
-    command = [sys.executable]
+    path, given = str(EXAMPLES / name), arguments or SHORT[name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if name == "two_processes.py":
-        command += ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--standalone"]
-    done = subprocess.run(
-        [*command, str(EXAMPLES / name), *(arguments or SHORT[name])],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0"]
+        command += ["--standalone", path, *given]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    else:
+        done = forks.run(AS_A_SCRIPT, path, *given, environment=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

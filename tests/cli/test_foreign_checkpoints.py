@@ -23,6 +23,8 @@ PREFIXES = [
     "model.",
     "module.module.",
     "model._orig_mod.",
+    "_fsdp_wrapped_module.",
+    "model._forward_module._fsdp_wrapped_module.",
 ]
 
 
@@ -71,6 +73,8 @@ def test_released_head_of_wrapped_modules() -> None:
 def test_names_that_are_right_stay_and_collisions_are_named() -> None:
     assert unwrapped({"model.weight": 1}, {"model.weight"}) == {"model.weight": 1}
     assert unwrapped({"module.a.module.b": 1, "a.model.c": 2, "module": 3}) == {"a.b": 1, "a.model.c": 2, "module": 3}
+    checkpointed = {"head._checkpoint_wrapped_module.weight": 1, "head.decoder.0._fsdp_wrapped_module.bias": 2}
+    assert unwrapped(checkpointed) == {"head.weight": 1, "head.decoder.0.bias": 2}
     with pytest.raises(ValueError, match="several keys are weight"):
         unwrapped({"module.weight": 1, "_orig_mod.weight": 2})
 
@@ -82,6 +86,9 @@ def test_names_that_are_right_stay_and_collisions_are_named() -> None:
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer"),
         ("<html><body>404</body></html>", "web page"),
         ("\ufeff\n<!DOCTYPE HTML>\n", "web page"),
+        ("<!-- moved --><html></html>", "web page"),
+        ('{"error": "not found"}\n', """a text, not a checkpoint: it begins with '{"error": """),
+        ("", "an empty file"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(

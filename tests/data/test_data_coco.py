@@ -174,12 +174,14 @@ def categories(root: str, **of_root: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("root", ["sea", "fish", "trap"])
-@pytest.mark.parametrize("above", [{"supercategory": "none"}, {"supercategory": ""}, {}, {"supercategory": None}])
+@pytest.mark.parametrize("above", [{"supercategory": x} for x in ("none", "None", "null", "", None)] + [{}])
 def test_a_root_above_the_others_is_no_class(tmp_path: Path, root: str, above: dict[str, Any]) -> None:
     """Also where it is called like one of them."""
     dataset = dataset_of(tmp_path, small(categories=categories(root, **above)))
     assert dataset.classes == ("fish", "trap") and matrix(dataset) == [[1, 0], [0, 1]]
     assert f"no class: category {root!r}, the parent of others" in dataset.summary()
+    written = [{**categories(root)[0], "name": f" {root.title()}", **above}, *categories(root)[1:]]
+    assert dataset_of(tmp_path, small(categories=written)).classes == ("fish", "trap")
 
 
 def test_a_category_above_others_that_is_annotated_or_has_a_parent_is_a_class(tmp_path: Path) -> None:
@@ -248,6 +250,7 @@ def test_a_file_without_annotations_has_no_known_label(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, content, classes=("fish", "trap"), empty_images="drop")
     assert matrix(dataset) == [[-1, -1], [-1, -1]] and not dataset.annotated
     assert "no annotations: nothing can be measured here" in dataset.summary()
+    assert matrix(dataset_of(tmp_path, small(annotations=None))) == [[-1, -1], [-1, -1]]
     assert dataset_of(tmp_path, small(annotations=[])).annotated, "none among them is another matter"
 
 
@@ -281,6 +284,6 @@ def test_lvis_says_what_is_absent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inside", ["sub", "elsewhere"])
 def test_lvis_names_pictures_by_their_address(tmp_path: Path, inside: str) -> None:
-    content = lvis(coco_url=lambda i: f"http://images.org/{inside}/0.png")
+    content = lvis(coco_url=lambda i: f"http://images.org/{inside}/0.png", file_name=lambda _: None)
     (dataset_path,) = dataset_of(tmp_path, content).paths
     assert Path(dataset_path) == tmp_path / ("sub/0.png" if inside == "sub" else "0.png")

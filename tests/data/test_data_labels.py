@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -71,6 +72,20 @@ def test_another_separator_is_named_and_can_be_set(separator: str, sets: list[li
         assert [sorted(dataset.classes[c] for c in row) for row in dataset.positive] == [sorted(s) for s in sets]
 
 
+@pytest.mark.parametrize("sign", [*"-_.#~^>=*@\\", "\u00a0", "，", "、", "；", "؛"])
+def test_any_sign_may_stand_between_labels(sign: str) -> None:
+    """In other scripts, too: it does where the parts are labels, and one of each label's is one by itself."""
+    content = "path,labels\n" + "".join(f"{i}.png,{sign.join(names)}\n" for i, names in enumerate(SETS))
+    with pytest.raises(ValueError, match="t.csv: label .* looks like several, 'complex', ") as caught:
+        table(content)
+    assert f"label_separator (--data.label_separator) to {sign!r}, or to ';' if it is one" in str(caught.value)
+    assert table(content, label_separator=sign).classes == ("complex", "healthy", "rust", "scab")
+    with pytest.raises(ValueError, match="several of them if label_separator .* is " + re.escape(repr(sign))):
+        table(content, classes=("complex", "healthy", "rust", "scab"))
+    alone = ["t-shirt", "shirt", "ping-pong", "St. Bernard", "a_b", "a_c", "d_b", "d_c"]
+    check_compounds(alone, "t.csv")
+
+
 def test_tags_that_never_stand_alone_are_seen_by_their_number() -> None:
     words = ["clear", "haze", "water", "road", "crops"]
     tags = [f"primary {a} {b}" for a in words for b in words if a < b] + [f"primary {a}" for a in words]
@@ -110,6 +125,13 @@ def test_names_of_several_words_are_names(names: list[str]) -> None:
         ("{'rust'}", ["rust"]),
         ("[]", []),
         ("[3, 12]", ["3", "12"]),
+        ("[3.0, 12.0]", ["3", "12"]),
+        ("[None]", []),
+        ("set()", []),
+        ("frozenset({'rust', 'scab'})", ["rust", "scab"]),
+        ("array(['rust', 'scab'], dtype=object)", ["rust", "scab"]),
+        ("array(['rust' 'scab'])", ["rust", "scab"]),
+        ("set(x)", ["set(x)"]),
         ("['a;b', 'it''s']", ["a;b", "its"]),
         ("(rust)", ["(rust)"]),
         ("[other]", ["[other]"]),
@@ -141,6 +163,12 @@ TABLES = {
     "semicolons, no header": "0.png;cat\n1.png;dog\n",
     "tabs": "0.png\tcat\n1.png\tdog\n",
     "tabs and header": "image\ttags\n0.png\tcat\n1.png\tdog\n",
+    "bars": "path|labels\n0.png|cat\n1.png|dog\n",
+    "bars, no header": "0.png|cat\n1.png|dog\n",
+    "blanks": "0.png cat\n1.png dog\n",
+    "names in one word": "ImageID,Label\n0.png,cat\n1.png,dog\n",
+    "one-hot of decimal commas": "file;cat;dog\n0.png;1,0;0,0\n1.png;0,0;1,0\n",
+    "sep= in quotes": '"sep=;"\n0.png;cat\n1.png;dog\n',
     "sep=": "sep=,\n0.png,cat\n1.png,dog\n",
     "sep=;": "sep=;\r\nfile_name;labels\r\n0.png;cat\r\n1.png;dog\r\n",
     "index of pandas": ",path,labels\n0,0.png,cat\n1,1.png,dog\n",
@@ -179,7 +207,12 @@ def test_tables_of_every_layout(layout: str, encoding: str) -> None:
         ("path,labels\n,cat\n", r"line 2: no path of a picture"),
         ("0.png,Bäume\n".encode("cp1252"), r"line 1: not UTF-8 .*; save the file as UTF-8"),
         ("0.png,cat\n".encode("utf-16-le"), r"zero bytes: UTF-16 without a byte order mark"),
-        ("path\n0.png\n", r"no picture has a label"),
+        ("path\n0.png\n", r"no picture has a label \(line 2 is '0.png'\)"),
+        ("0.png^cat\n", r"no picture has a label \(line 1 is '0.png\^cat'\)"),
+        ("snap,species\n0.png,cat\n", r"line 1: 'snap', 'species': no column is called path, filename, image"),
+        ("image file name,labels\n0.png,cat\n", r"line 1: 'image file name', 'labels': no column is called path"),
+        ("0.png traffic light\n", r"line 1: expected `path,label;label`"),
+        ("0.png\t0\t1\t0\n", r"line 1: 0 and 1 are no labels"),
         ("path,labels,unknown\n0.png,a;b,b\n", r"line 2: label 'b' is both listed and unknown"),
     ],
 )
@@ -222,6 +255,8 @@ def test_doubtful_classes_are_said() -> None:
     summary = table("0.png,Dog\n1.png,dog\n2.png,cat\n3.png,cat\u200b\n4.png,nan\n").summary()
     assert "classes that look alike: " in summary and "'Dog' and 'dog'" in summary
     assert r"'cat' and 'cat\u200b'" in summary and "class 'nan': pandas" in summary
+    assert r"'cat' and 'c\u0430t'" in table("0.png,cat\n1.png,c\u0430t\n").summary()
+    assert "'01' and '1' and '1.0'" in table("0.png,1;01\n1.png,1.0\n").summary()
     assert "alike" not in table("0.png,dog\n1.png,cat\n").summary()
 
 
@@ -249,6 +284,12 @@ def test_unknown_labels_of_lists(key: str) -> None:
         assert dataset.classes == ("a", "b", "c") and matrix(dataset) == rows
         assert "ignored: 1 labels of 1 images, not known to be there or absent" in dataset.summary()
         assert dataset.fingerprint() != table("0.png,b\n1.png,a;c\n").fingerprint()
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "NA", "null", "None"])
+def test_words_for_nothing_are_blanks(word: str) -> None:
+    assert matrix(table(f"path,cat,dog\n0.png,1,{word}\n1.png,{word},0\n")) == [[1, -1], [-1, 0]]
+    assert matrix(table(f"path,cat,dog\n0.png,1,{word}\n1.png,{word},1\n")) == [[1, 0], [0, 1]]
 
 
 def test_what_is_not_listed_is_absent_and_said_to_be() -> None:

@@ -73,6 +73,9 @@ def png16(path: Path, values: np.ndarray, colour: int) -> Path:
 FORMATS = {
     "float 0..1": ("<f4", RAMP),
     "float 0..255": ("<f4", RAMP * 255),
+    "float 0..1 and a little": ("<f4", RAMP * 1.002 - 1e-3),
+    "float 0..255 and a little": ("<f4", RAMP * 256 - 0.5),
+    "float with infinity": ("<f4", np.where(RAMP == 1, np.inf, RAMP)),
     "float without data": ("<f4", np.where(RAMP < 0.1, np.nan, RAMP)),
     "float, big end first": (">f4", RAMP),
     "unsigned 16": ("<u2", RAMP * 65535),
@@ -111,10 +114,12 @@ def test_white_is_zero(tmp_path: Path, dtype: str) -> None:
         ("<i4", -5, 90000, [-5, 90000]),
         ("<f4", -500, 1500, [-500, 1500]),
         ("<f4", 0, 4095, [0, 4095]),
+        ("<f4", 0, 8, [0, 8]),
+        ("<f4", 0, 0.03125, [0, 1]),
     ],
 )
 def test_values_that_do_not_tell_their_range_are_refused_until_it_is_set(
-    tmp_path: Path, dtype: str, low: int, high: int, setting: list[int]
+    tmp_path: Path, dtype: str, low: int, high: float, setting: list[int]
 ) -> None:
     path = tiff(tmp_path / "x.tif", (low + RAMP * (high - low)).astype(dtype))
     with pytest.raises(
@@ -199,10 +204,14 @@ def test_bands_that_pillow_does_not_know_are_named(tmp_path: Path, bands: int) -
 
 
 def test_alpha_of_zeros_is_no_alpha(tmp_path: Path) -> None:
+    """Nor is a mask of 0 and 1."""
     rgba = np.stack([RAMP * 255, RAMP * 200, RAMP * 99, RAMP * 0], -1).astype(np.uint8)
-    PIL.fromarray(rgba).save(tmp_path / "x.png")
-    for path in (tmp_path / "x.png", tiff(tmp_path / "x.tif", rgba, photometric=2, extra=2)):
-        assert (np.asarray(load_rgb(path)) == rgba[..., :3]).all()
+    for alpha in (0, 1, RAMP > 0.5):
+        rgba[..., 3] = alpha
+        PIL.fromarray(rgba).save(tmp_path / "x.png")
+        for path in (tmp_path / "x.png", tiff(tmp_path / "x.tif", rgba, photometric=2, extra=2)):
+            assert (np.asarray(load_rgb(path)) == rgba[..., :3]).all()
+    rgba[..., 3] = 0
     PIL.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "empty.png")
     assert np.asarray(load_rgb(tmp_path / "empty.png")).min() == 255, "nothing is on white"
     rgba[:20, :, 3] = 255

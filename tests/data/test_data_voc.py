@@ -89,6 +89,8 @@ def test_split_without_annotations_is_ignored_throughout(tmp_path: Path) -> None
     [
         ("<annotation><object>", r"000005.xml: not XML \(.*line 1, column"),
         (objects(""), "000005.xml: an object has no name"),
+        ("<html><body>404</body></html>", "000005.xml: expected an <annotation>, got <html>"),
+        (objects("dog").upper(), "000005.xml: expected an <annotation>, got <ANNOTATION>"),
         (objects("dragon"), "000005.xml: label 'dragon' is not one of the classes"),
         (None, r"000005.xml: no such annotation file \(line 1 of .*trainval.txt\)"),
     ],
@@ -185,6 +187,16 @@ def test_annotations_in_other_encodings(tmp_path: Path, encoding: str) -> None:
     own_tree(tmp_path, encoding=encoding, name=name)
     dataset = VocDataset(tmp_path, 2007, "trainval", 8, classes=("cat", name))
     assert named(dataset) == [{name: 1}] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_byte_order_mark_says_more_than_a_declaration(tmp_path: Path, encoding: str) -> None:
+    folder = own_tree(tmp_path, name="犬", encoding="gbk")
+    for declared in ('<?xml version="1.0" encoding="utf-8"?>', '<?xml version="1.0" encoding="gbk"?>', ""):
+        (folder / "Annotations" / "000002.xml").write_bytes((declared + objects("犬")).encode(encoding))
+        assert named(VocDataset(tmp_path, 2007, "trainval", 8, classes=("cat", "犬"))) == [{"犬": 1}] * 2
+    (folder / "Annotations" / "000002.xml").write_text('\n <?xml version="1.0" encoding="utf-8"?>' + objects("犬"))
+    assert named(VocDataset(tmp_path, 2007, "trainval", 8, classes=("cat", "犬"))) == [{"犬": 1}] * 2
 
 
 def test_annotations_in_no_declared_encoding_are_named(tmp_path: Path) -> None:

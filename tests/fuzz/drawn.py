@@ -78,7 +78,7 @@ def weights(case: SimpleNamespace, b: int, c: int | None, dtype: torch.dtype) ->
     generator = torch.Generator().manual_seed(case.seed)
     drawn = {
         "class_weight": torch.rand(c or 1, generator=generator),
-        "sample_weight": torch.randn(b, generator=generator),
+        "sample_weight": torch.rand(b, generator=generator),
     }
     wanted = {"": (), "class": ("class_weight",), "sample": ("sample_weight",), "both": tuple(drawn)}[case.weighted]
     return {name: x.to(dtype) for name, x in drawn.items() if name in wanted and (c or name == "sample_weight")}

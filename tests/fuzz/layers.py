@@ -135,7 +135,9 @@ def _label_attention(case: SimpleNamespace) -> Problem:
         )  # fmt: skip
         return (out, applied) if case.need else out
 
-    return Problem(run, tensors, arithmetic=case.dtype)
+    own = {"cpp": accumulation_dtype(case.dtype)}  # rounds its results alone
+    each = {"cpp": ("memory_pos",)} if case.pos == "shared" else {}
+    return Problem(run, tensors, arithmetic=case.dtype, wider=own, shared=each, images=b)
 
 
 LAYERS: dict[str, Generator] = {

@@ -24,7 +24,12 @@ class Problem:
     tensors: dict[str, Tensor]  # those that may have a gradient; the oracle gets them in float64
     oracle: Run | None = None
     arithmetic: torch.dtype = torch.float32  # what intermediate results may be rounded to
-    separate: bool = False  # gradients of the results are rounded to the tensor's dtype before they are added
+    wider: Mapping[str, torch.dtype] = field(default_factory=dict)  # the same of backends that round to another
+    # By backend, the results whose gradients are rounded to the tensor's dtype before they are added to the others'.
+    separate: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # By backend, tensors that images share, whose gradients are rounded an image before they are added up.
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    images: int = 1
 
     def truth(self, wanted: tuple[str, ...], upstream: list[Tensor]) -> list[Tensor]:
         """Results and gradients by the oracle."""
@@ -81,28 +86,46 @@ def hold(generator: Generator, values: Mapping[str, Any], backend: str) -> None:
         got = evaluate(lambda **tensors: problem.run(backend, **tensors), problem.tensors, wanted, upstream)
     for draws in (2, 16):  # a spread of few draws is a noisy one: what it refuses is looked at again
         try:
-            _assert_within(problem, got, wanted, upstream, draws)
+            assert_within(problem, backend, got, wanted, upstream, draws)
             return
         except AssertionError:
             if draws == 16:
                 raise
 
 
-def _assert_within(
-    problem: Problem, got: list[Tensor], wanted: tuple[str, ...], upstream: list[Tensor], draws: int
-) -> None:
-    budgets = error_budgets(lambda: problem.truth(wanted, upstream), problem.arithmetic, draws)
-    results = len(got) - len(wanted)
-    stored: list[Tensor | None] = [None] * len(got)
-    if problem.separate and wanted:
+def _stored(
+    problem: Problem, backend: str, wanted: tuple[str, ...], upstream: list[Tensor], results: int
+) -> list[Tensor | None]:
+    """Of results and gradients: size of all that is rounded to the tensor's dtype, where that is more than it is."""
+    sizes: list[Tensor | None] = [None] * (results + len(wanted))
+    rounded = problem.separate.get(backend, ())
+    if rounded and wanted:
         nothing = torch.zeros_like(upstream[0])
         alone = [
-            problem.truth(wanted, [u if i == k else nothing for k, u in enumerate(upstream)]) for i in range(results)
+            problem.truth(wanted, [u if i == k else nothing for k, u in enumerate(upstream)])[results:]
+            for i in range(results)
         ]
-        # Each part is rounded, and so is their sum.
-        stored[results:] = [
-            sum((x.abs() for x in parts), sum(parts).abs()) for parts in zip(*(x[results:] for x in alone), strict=True)
-        ]
+        for at, parts in enumerate(zip(*alone, strict=True)):
+            first = sum((parts[i].abs() for i in rounded), torch.zeros_like(parts[0]))
+            # Nothing is rounded where 0 is added to a part that is rounded already.
+            there = [i for i in range(results) if (parts[i] != 0).any()]
+            done = len(there) < 2 and set(there) <= set(rounded)
+            sizes[results + at] = first if done else first + sum(parts).abs()
+    for name in set(problem.shared.get(backend, ())) & set(wanted):
+        own = {**problem.tensors, name: problem.tensors[name].expand(problem.images, *problem.tensors[name].shape)}
+        *_, of_images = replace(problem, tensors=own).truth((name,), upstream)
+        sizes[results + wanted.index(name)] = of_images.abs().sum(dim=0) + of_images.sum(dim=0).abs()
+    return sizes
+
+
+def assert_within(
+    problem: Problem, backend: str, got: list[Tensor], wanted: tuple[str, ...], upstream: list[Tensor], draws: int
+) -> None:
+    """Require results and gradients of a backend within what its roundings may do."""
+    arithmetic = problem.wider.get(backend, problem.arithmetic)
+    budgets = error_budgets(lambda: problem.truth(wanted, upstream), arithmetic, draws)
+    results = len(got) - len(wanted)
+    stored = _stored(problem, backend, wanted, upstream, results)
     labels = [f"result {i}" for i in range(results)] + [f"gradient of {name}" for name in wanted]
     for label, ours, want, size in zip(labels, got, budgets, stored, strict=True):
         if label.startswith("grad"):

@@ -135,6 +135,19 @@ def test_every_instruction_set_is_within_the_budget(name: str, tau: float) -> No
             assert_within_budget(f"{name} on {isa}", got.float(), one)
 
 
+def nothing_shared(rank: int, ring: bool) -> list[np.ndarray]:
+    x, labels = (t.split((3, 5))[rank] for t in (make_features(8, D), torch.eye(8)))
+    leaf = x.detach().requires_grad_()
+    more = {"weighting": "jaccard", "threshold": 0.0, "group": "world", "backend": "cpp", "ring": ring}
+    loss = F.multilabel_supcon_loss(leaf, labels, **more)
+    return [loss.detach().numpy(), torch.autograd.grad(loss, leaf)[0].numpy()]
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_positives_that_weigh_nothing(ring: bool) -> None:
+    assert not any(value.any() for of_rank in ranks(2).run(nothing_shared, ring) for value in of_rank)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_vectors_are_rounded_once(dtype: torch.dtype) -> None:
     """The gradient, to its dtype: loss and sums are float32's."""

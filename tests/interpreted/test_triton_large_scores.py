@@ -16,5 +16,5 @@ def test_long_features(norm: float, images: int) -> None:
 @pytest.mark.parametrize("formulation", ["paper", "released"])
 @pytest.mark.parametrize("temperature", [0.1, 0.01, 0.001])
 def test_small_temperatures(temperature: float, formulation: str) -> None:
-    x, labels, truth, allowed = sscl_case(temperature, formulation, 8)
+    x, labels, truth, allowed = sscl_case(temperature, formulation, 5)  # 40 rows: three tiles, more than a panel
     assert_as_good(sscl_grad(x, labels, temperature, formulation, "triton"), truth, allowed)

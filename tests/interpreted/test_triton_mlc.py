@@ -196,6 +196,16 @@ def test_thresholds_are_whole_numbers(threshold: float) -> None:
         assert torch.equal((shared * denominator >= union * numerator) & (shared <= union), want)
 
 
+@pytest.mark.parametrize("kind", ["jaccard", "mulsupcon", "msc"])
+def test_positives_that_weigh_nothing(kind: str) -> None:
+    leaves, options = problem(kind, "both", (4, 1, 9, 5, 5), dtype=torch.float32)
+    options |= {"labels": torch.eye(9)[:4], "key_labels": torch.eye(9)[4:], "threshold": 0.0}
+    if "class_weight" in leaves:
+        options["class_weight"] = torch.zeros_like(leaves.pop("class_weight"))
+    for value in run(leaves, backend="triton", **options):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
 def test_launches() -> None:
     leaves, options = problem("any", "both", (5, 2, 5, 9, 4))
     with _launch.recording() as recorded:

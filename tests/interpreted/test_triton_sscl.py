@@ -57,7 +57,7 @@ def test_released(pattern: str) -> None:
     pairs, class_ptr, _ = F.compact_labels(labels, "torch")
     with poisoned_allocations(), _launch.recording() as recorded:
         got = value_and_grads(
-            lambda x: torch.ops.sadcl.sscl(x, pairs, class_ptr, torch.tensor(0.2), True, True, 0, "triton")[0],
+            lambda x: torch.ops.sadcl.sscl(x, pairs, class_ptr, torch.tensor(0.2), True, True, 0, False, "triton")[0],
             features,
             upstream=upstream,
         )
@@ -112,7 +112,7 @@ def test_capacity_can_be_bounded_and_overflow_is_seen() -> None:
 
     def run(bound: int) -> torch.Tensor:
         tau = torch.tensor(0.2)
-        return torch.ops.sadcl.sscl(features, pairs[:bound], class_ptr, tau, True, False, 0, "triton")[0]
+        return torch.ops.sadcl.sscl(features, pairs[:bound], class_ptr, tau, True, False, 0, False, "triton")[0]
 
     assert torch.equal(run(count), run(len(pairs)))
     assert run(count - 1).isnan().any()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
 from sadcl.model import SADCL  # noqa: E402
+from tests import forks  # noqa: E402
 
 SMALL = {
     "hidden_dim": 16,
@@ -303,6 +302,6 @@ except ImportError as error:
     print(error)
 """
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = forks.run(code, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "needs torchvision: pip install 'sadcl[train]'" in done.stdout

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 
 from sadcl import metrics
 from sadcl.metrics import MultilabelAccumulator, average_precision, multilabel_report
+from tests import forks
 
 
 def draw(n, c, ties=8, ignored=0.0):
@@ -113,7 +112,8 @@ def test_import_needs_torch_and_numpy_only():
         "import sadcl.metrics"
     )
     root = Path(metrics.__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    done = forks.run(code, cwd=root)
+    assert done.returncode == 0, done.stderr
 
 
 # Streaming -------------------------------------------------------------------------------------------------

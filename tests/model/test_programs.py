@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 import sadcl
 from sadcl.commands.export import plain_operators
 from sadcl.head import GroupClassifier
+from tests import forks
 
 C, E, L = 4, 16, 6
 
@@ -117,7 +116,7 @@ sys.modules["sadcl"] = None
 module = torch.jit.load(sys.argv[1] + "/module.pt")
 torch.save([module(x).detach() for x in torch.load(sys.argv[1] + "/inputs.pt")], sys.argv[1] + "/outputs.pt")
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = forks.run(code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     outputs = dict(zip(BATCHES, torch.load(tmp_path / "outputs.pt"), strict=True))
     assert_same(module, lambda x: outputs[len(x)])

@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from calls import CALLS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sadcl
 from sadcl import functional as F
 
+WEIGHTS = {"class_weight", "sample_weight"}
 X, P, Y = torch.randn(4, 2, 3, 8), torch.randn(3, 8), torch.ones(4, 3)
 
 
@@ -85,6 +88,27 @@ def test_value_errors(function: Callable[..., Tensor], arguments: dict[str, obje
 def test_type_errors(function: Callable[..., Tensor], arguments: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         function(**arguments)
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if WEIGHTS & call.axes.keys()])
+def test_a_weight_is_a_finite_number_of_at_least_0(name: str) -> None:
+    """On every path and backend, before anything is computed; not under a compiler, which has no values to read."""
+    call = CALLS[name]
+    for weight in WEIGHTS & call.axes.keys():
+        for value, text in ((-0.5, "-0.5"), (float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")):
+            tensors = call.make()
+            tensors[weight][1] = value
+            for backend in (None, "torch", "reference"):
+                with pytest.raises(ValueError, match=f"{weight}: expected finite numbers >= 0, got {text}$"):
+                    call.run(backend, **tensors)
+        tensors = call.make()
+        tensors[weight] = torch.tensor([True, False]).repeat(3)[: len(tensors[weight])]
+        assert call.run("torch", **tensors).isfinite()
+    tensors = call.make()
+    if name == "asl":
+        torch.compile(call.run, fullgraph=True, backend="eager")("torch", **tensors)
+    with FakeTensorMode() as mode:
+        assert call.run("torch", **{key: mode.from_tensor(tensor) for key, tensor in tensors.items()}).shape == ()
 
 
 def test_every_call_of_the_table_is_otherwise_good() -> None:

@@ -147,3 +147,30 @@ def test_any_constants(
     got = value_and_grads(lambda x: run(x, labels, backend=backend), logits)
     want = value_and_grads(lambda x: run(x, labels, backend="reference"), logits)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [1, 15, 16, 17, 47, 64, 1023, 1025])
+def test_negatives_under_the_margin_among_others(classes: int, backend: str) -> None:
+    """They are 0 and may be left out; those at the margin, ignored ones and NaN may not."""
+    clip, generator = 0.05, torch.Generator().manual_seed(classes)
+    edge = torch.tensor(clip / (1 - clip)).log()
+    logits = edge + torch.randn(5, classes, generator=generator).sign() * 10 ** (
+        4 * torch.rand(5, classes, generator=generator) - 4
+    )
+    logits[0] = -20.0
+    logits[1, ::7], logits[1, 3::11] = float("-inf"), 1e4
+    labels = (torch.rand(5, classes, generator=generator) < 0.02).float()
+    labels[2, ::5] = -1
+    logits[2, ::5] = float("nan")
+    run = functools.partial(F.asymmetric_loss, labels=labels, clip=clip, reduction="none")
+    ones = torch.ones(5, classes)
+    got = value_and_grads(lambda x: run(x, backend=backend), logits, upstream=ones)
+    want = value_and_grads(lambda x: run(x, backend="reference"), logits.double(), upstream=ones.double())
+    for ours, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), truth.double(), rtol=2e-5, atol=1e-8)
+    total = F.asymmetric_loss(logits, labels, clip=clip, backend=backend)
+    torch.testing.assert_close(total.double(), want[0].sum().double(), rtol=1e-6, atol=1e-12)
+    logits[3, classes // 2] = float("nan")
+    labels[3, classes // 2] = 0
+    assert F.asymmetric_loss(logits, labels, clip=clip, backend=backend).isnan()

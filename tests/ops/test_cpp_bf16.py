@@ -1,6 +1,6 @@
 """bfloat16 features in C++, on every instruction set: with AVX512_BF16 scores are products of bfloat16 pairs.
 
-SSCL and the image-level losses.
+SSCL and the image-level losses. Where no backend is named SSCL's and SupCon's gradient is such a product, too.
 
 The same path for other processors, out of shifts and FMAs: ``CFLAGS=-DSADCL_BF16_PAIRS CXXFLAGS=-DSADCL_BF16_PAIRS``.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sadcl import functional as F
+from sadcl.ops.sscl import Inputs, scores_to_keep, sscl
 from sadcl.testing import (
     Budget,
     assert_within_budget,
@@ -83,6 +85,134 @@ def test_zero_and_nan(every_isa: str) -> None:
     features[3, 0, 1, 4] = float("nan")
     loss = F.sample_contrastive_loss(features, labels, reduction="none", backend="cpp")
     assert loss.isnan().all()
+
+
+def weights_of(features: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """What the gradient is made of, in float64: rows, their lengths, ``dL/ds`` both ways, who is a positive of whom."""
+    cls, image = (labels == 1).t().nonzero(as_tuple=True)
+    v, d = features.shape[1], features.shape[3]
+    x, m = features.double()[image, :, cls].reshape(-1, d), upstream.double()[image, :, cls].reshape(-1)
+    length = x.norm(dim=1, keepdim=True)
+    z, of_row = (x / length).nan_to_num(), cls.repeat_interleave(v)
+    itself = torch.eye(len(z), dtype=torch.bool)
+    positive = (of_row[:, None] == of_row) & ~itself
+    count = positive.sum(1)
+    e = (z @ z.t() / TEMPERATURE).masked_fill(itself, -torch.inf).softmax(1) * (m * (count > 0))[:, None]
+    pull = positive * (m / count.clamp(min=1))[:, None]
+    return z, length, (e - pull) + (e - pull).t(), positive
+
+
+def count_rounded_weights(
+    budgets: tuple[Budget, ...], features: Tensor, labels: Tensor, upstream: Tensor
+) -> tuple[Budget, ...]:
+    """The budgets of the gradients of features and temperature, and what rounding weights to bfloat16 adds to them.
+
+    Weights of positives come in two parts, 16 bits.
+    """
+    z, length, w, positive = weights_of(features, labels, upstream)
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    moved = w.abs() * torch.where(positive, unit * unit, unit) / 3**0.5
+    rows = (moved.square() @ z.square()).sqrt() / TEMPERATURE / length
+    cls, image = (labels == 1).t().nonzero(as_tuple=True)
+    of_features = torch.zeros(features.shape, dtype=torch.float64)
+    of_features[image, :, cls] = rows.nan_to_num().reshape(len(cls), *features.shape[1::2])
+    of_temperature = (moved * (z @ z.t())).norm() / (2 * TEMPERATURE**2)
+    return tuple(
+        replace(budget, spread=budget.spread.hypot(more))
+        for budget, more in zip(budgets, (of_features, of_temperature), strict=True)
+    )
+
+
+def all_gradients(features: Tensor, labels: Tensor, upstream: Tensor, backend: str | None) -> tuple[Tensor, ...]:
+    """Loss, gradient of the features and of the temperature."""
+    tau = torch.tensor(TEMPERATURE, dtype=upstream.dtype)
+    run = functools.partial(F.sample_contrastive_loss, labels=labels, reduction="none", backend=backend)
+    return value_and_grads(lambda x, t: run(x, temperature=t), features, tau, upstream=upstream)
+
+
+@functools.cache
+def rounded_case(*shape: int, pattern: str, labels_per_image: float) -> tuple[Any, ...]:
+    features = make_features(*shape).bfloat16()
+    labels = make_labels(shape[0], shape[2], pattern, labels_per_image=labels_per_image)
+    upstream = torch.randn(shape[:3], generator=torch.Generator().manual_seed(3))
+    budgets = error_budgets(lambda: all_gradients(features.double(), labels, upstream.double(), "reference"), draws=4)
+    return features, labels, upstream, budgets
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize(
+    "shape, pattern, labels_per_image",
+    [
+        ((3, 1, 4, 1), "random", 2),
+        ((5, 3, 6, 63), "random", 2),
+        ((30, 2, 9, 130), "random", 2),
+        ((6, 2, 5, 520), "empty_images", 2),
+        ((47, 1, 2, 9), "one_huge_class", 1),  # a lane short of a panel, a panel, a lane more
+        ((48, 1, 2, 16), "one_huge_class", 1),
+        ((49, 1, 2, 17), "one_huge_class", 1),
+        ((50, 2, 8, 33), "random", 6),  # by blocks
+        ((260, 2, 1, 8), "one_huge_class", 1),
+        ((24, 1, 24, 20), "all_active", 24),
+    ],
+)
+def test_rounded_weights(shape: tuple[int, ...], pattern: str, labels_per_image: int, every_isa: str) -> None:
+    """With no backend named a processor that multiplies bfloat16 does; the budget counts what that rounds, no more."""
+    features, labels, upstream, budgets = rounded_case(*shape, pattern=pattern, labels_per_image=labels_per_image)
+    ours = all_gradients(features, labels, upstream, None)
+    counted = count_rounded_weights(budgets[1:], features, labels, upstream)
+    for name, got, want in zip(("loss", "features", "temperature"), ours, (budgets[0], *counted), strict=True):
+        assert_within_budget(name, got, want)
+    named = all_gradients(features, labels, upstream, "cpp")
+    assert torch.equal(ours[0], named[0])
+    if shape[3] > 100:
+        assert torch.equal(ours[1], named[1]) == (every_isa != "avx512_bf16")
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_rounded_weights_whatever_is_kept(by_blocks: bool, every_isa: str, threads: int) -> None:
+    """By blocks the same bits of scores that were kept and of those made again."""
+    shape = (64, 2, 8, 33) if by_blocks else (40, 2, 9, 57)
+    features, labels = make_features(*shape).bfloat16(), make_labels(shape[0], shape[2], labels_per_image=5)
+    pairs, class_ptr, _ = F.compact_labels(labels, "cpp")
+    x = Inputs(features.requires_grad_(), pairs, class_ptr, torch.tensor(0.2), True, False, 0, rounded=True)
+    most = scores_to_keep(x.features, pairs, class_ptr, x.temperature, "cpp")
+    kept, again, anew = (
+        torch.autograd.grad(sscl(x._replace(keep=keep), "cpp").row_loss.sum(), features)[0] for keep in (most, most, 0)
+    )
+    assert torch.equal(kept, again)
+    if by_blocks:
+        assert torch.equal(kept, anew)
+    torch.testing.assert_close(kept, anew, rtol=2**-7, atol=2**-9 * kept.abs().max().item())
+
+
+@pytest.mark.budget
+def test_rounded_weights_of_zero_nan_and_any_length(every_isa: str) -> None:
+    features, labels, upstream, _ = rounded_case(8, 2, 6, 31, pattern="random", labels_per_image=4)
+    features = features.clone()
+    features[1:3] *= torch.tensor([2.0**-100, 2.0**100])[:, None, None, None]
+    features[3] = 0
+    budgets = error_budgets(lambda: all_gradients(features.double(), labels, upstream.double(), "reference"), draws=4)
+    counted = count_rounded_weights(budgets[1:], features, labels, upstream)
+    ours = all_gradients(features, labels, upstream, None)
+    for name, got, want in zip(("loss", "features", "temperature"), ours, (budgets[0], *counted), strict=True):
+        assert_within_budget(name, got, want)
+    assert not ours[1][3].any()
+    image, cls = (labels == 1).nonzero()[0].tolist()
+    features[image, 0, cls, 4] = torch.nan
+    active = (labels == 1)[:, None, :, None].expand_as(features)
+    assert all_gradients(features, labels, upstream, None)[1][active].isnan().all()
+
+
+def test_rounded_weights_of_supcon(every_isa: str) -> None:
+    """Rows as they are, of any length; the same block of code, so a coarse measure is enough."""
+    features = make_features(200, 3, 40).bfloat16() / 4
+    labels = torch.arange(200) % 7
+    (loss, grad), (_, want) = (
+        value_and_grads(lambda x, n=name: F.supcon_loss(x, labels, temperature=0.5, backend=n), x)
+        for name, x in ((None, features), ("reference", features.double()))
+    )
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(grad.double(), want, rtol=2**-7, atol=2**-9 * want.abs().max().item())
 
 
 def image_level(features: Tensor, labels: Tensor, weighting: str, backend: str) -> tuple[Tensor, ...]:

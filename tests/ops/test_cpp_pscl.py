@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,14 +21,20 @@ def graded(x: Tensor, p: Tensor, labels: Tensor, backend: str = "cpp", **options
     )
 
 
+@functools.cache
+def case(size: tuple[int, ...], pattern: str, formulation: str) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Features, prototypes, labels, and what the oracle says of them."""
+    x, p, labels = make_features(*size), make_features(*size[1:], seed=5), make_labels(*size[:2], pattern)
+    return x, p, labels, graded(x.double(), p.double(), labels, "reference", formulation=formulation)
+
+
 @pytest.mark.parametrize("formulation", F.FORMULATIONS)
 @pytest.mark.parametrize("pattern", RAGGED)
 @pytest.mark.parametrize("size", [(5, 7, 63), (4, 2, 2100), (9, 13, 257)])
 def test_matches_the_oracle(size: tuple[int, ...], pattern: str, formulation: str, threads: int) -> None:
-    x, p, labels = make_features(*size), make_features(*size[1:], seed=5), make_labels(*size[:2], pattern)
+    x, p, labels, want = case(size, pattern, formulation)
     with poisoned_allocations():
         got = graded(x, p, labels, formulation=formulation)
-    want = graded(x.double(), p.double(), labels, "reference", formulation=formulation)
     for name, g, w in zip(("loss", "features", "prototypes", "temperature"), got, want, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=2e-6, atol=1e-7 * w.abs().max().item() + 1e-7, msg=name)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -16,6 +14,7 @@ from torch import Tensor
 from sadcl import functional as F
 from sadcl.ops._library import OPS
 from sadcl.testing import make_features
+from tests import forks
 
 _C = pytest.importorskip("sadcl._C", reason="the CPU extension is not built")
 
@@ -122,12 +121,6 @@ def test_a_team_of_any_size_gives_what_one_thread_gives(name: str, dtype: torch.
             torch.testing.assert_close(mine, alone, rtol=0, atol=rounding * size, equal_nan=True)
 
 
-def _in_process(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
 def test_a_wrong_instruction_set_is_an_error_and_not_another_backend() -> None:
     """What would have run on the extension says so; asked for by name, the others work; so does `sadcl doctor`."""
     code = """
@@ -146,7 +139,8 @@ for run in (
 print(F.sample_contrastive_loss(x, y, backend="torch").isfinite().item(), cli.main(["doctor"]))
 """
     message = f"SADCL_CPU_ISA: expected one of {', '.join(_C.supported_isas())}, got 'avx521'"
-    lines = _in_process({"SADCL_CPU_ISA": "avx521", "SADCL_BACKEND": ""}, code).stdout.splitlines()
+    environment = {**os.environ, "SADCL_CPU_ISA": "avx521", "SADCL_BACKEND": ""}
+    lines = forks.run(code, environment=environment).stdout.splitlines()
     assert lines[:3] == [message] * 3
     assert lines[-1] == "True 0" and any(line.split()[:2] == ["cpp", "no"] and message in line for line in lines)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sscl_bindings import _C, Run, check, close, make, oracle
+from sscl_bindings import _C, Run, Truth, check, close, make, oracle
 
 from sadcl import reference
 from sadcl.testing import Budget, assert_within_budget, error_budgets, value_and_grads
@@ -43,15 +43,22 @@ def test_golden_released(path: Path, every_isa: str) -> None:
     assert np.linalg.norm(run.grad.double().numpy() - want) <= 1e-5 * max(np.linalg.norm(want), 0.3)
 
 
+@functools.cache
+def case(shape: tuple[int, ...], released: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Truth]:
+    """``make(*shape)`` and the oracle's answer."""
+    x, labels, weights = make(*shape)
+    return x, labels, weights, oracle(x, labels, 0.2, weights, released=released)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize(
     "shape", [(3, 1, 4, 1), (4, 2, 5, 7), (5, 3, 6, 63), (6, 1, 9, 100), (4, 2, 3, 257), (30, 2, 9, 33)]
 )
 def test_matches_oracle(shape, released: bool, threads: int, every_isa: str) -> None:
-    x, labels, weights = make(*shape)
+    x, labels, weights, truth = case(shape, released)
     run = Run(x, labels, threads=threads, released=released, anchor_weights=weights)
-    check(run, oracle(x, labels, 0.2, weights, released=released), 2e-5)
+    check(run, truth, 2e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.024, 0.005])
@@ -110,14 +117,21 @@ def test_ragged(case: str, views: int, every_isa: str) -> None:
         check(run, oracle(x, labels, 0.2, weights, released=released), 2e-5)
 
 
+@functools.cache
+def case_of_rows(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Truth]:
+    """So many active rows, and the oracle's answer."""
+    x, labels, weights = make(rows // 4, 1, 8, 24, density=0.0)
+    labels.view(-1)[torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(1))[:rows]] = 1
+    return x, labels, weights, oracle(x, labels, 0.2, weights)
+
+
 @pytest.mark.parametrize("keep", [None, 0])
 @pytest.mark.parametrize("rows", [500, 512, 520, 1300])
 def test_around_the_limit_of_few_scores(rows: int, keep: int | None, every_isa: str) -> None:
-    x, labels, weights = make(rows // 4, 1, 8, 24, density=0.0)
-    labels.view(-1)[torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(1))[:rows]] = 1
+    x, labels, weights, truth = case_of_rows(rows)
     run = Run(x, labels, keep=keep, anchor_weights=weights)
     assert run.active == rows
-    check(run, oracle(x, labels, 0.2, weights), 3e-5)
+    check(run, truth, 3e-5)
     assert torch.isfinite(run.kept).all() and run.kept[: rows * rows].any() == (keep is None)
     assert not run.kept[rows * rows :].any()
 

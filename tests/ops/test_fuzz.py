@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import fuzz
 import pytest
 import torch
+from fuzz.problem import assert_within, evaluate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -111,3 +113,24 @@ def test_results_and_gradients_are_the_oracles(name: str, data: st.DataObject) -
 def test_what_was_found(name: str, number: int, backend: str) -> None:
     if backend in fuzz.GENERATORS[name].backends:
         hold(name, FOUND[name][number], backend)
+
+
+@pytest.mark.parametrize("name, backend", [("dual", "cpp"), ("dual", "torch"), ("label_attention", "cpp")])
+@pytest.mark.skipif(not ISAS, reason="the CPU extension is not built")
+def test_two_units_of_a_narrow_gradient_are_refused(name: str, backend: str) -> None:
+    """Of what is added in narrow numbers too, and where narrow numbers end: budgets count the roundings that happen."""
+    case = {**FOUND[name][0], "size": 1.0}
+    if name == "label_attention":
+        case |= {"c": 3, "b": 2, "layouts": ["contiguous"] * 4, "pos": "shared"}
+    problem = fuzz.GENERATORS[name].problem(SimpleNamespace(**case))
+    wanted = tuple(key for key, x in problem.tensors.items() if x.dtype == torch.float16)
+    upstream = [torch.ones(4096, dtype=torch.float64)] * 2
+    got = evaluate(lambda **tensors: problem.run(backend, **tensors), problem.tensors, wanted, upstream)
+    assert_within(problem, backend, got, wanted, upstream, 16)
+    for gradient in got[-len(wanted) :]:
+        at = gradient.abs().argmax()
+        before = gradient.reshape(-1)[at].clone()
+        gradient.reshape(-1)[at] += 2 * torch.finfo(torch.float16).eps * before.abs()
+        with pytest.raises(AssertionError, match="is off by .*1 of .* rows over"):
+            assert_within(problem, backend, got, wanted, upstream, 16)
+        gradient.reshape(-1)[at] = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import dataclasses
 import importlib.util
@@ -18,6 +19,7 @@ if importlib.util.find_spec("triton") is None:
 from benchmarks import gpu_static
 from benchmarks.gpu_static import examine
 from benchmarks.launches import Job, job_of, jobs_of, record
+from sadcl.ops import asl, mlc
 from sadcl.testing.examples import PUBLISHED, Size
 
 
@@ -42,6 +44,18 @@ def test_a_kernel_compiles_for_a_part_that_is_not_here(arch: str, limit: int | N
     assert not result.faults and result.registers > 0 and result.wide > 0 and result.programs > 0
 
 
+def test_kernels_assign_to_flat_tuples() -> None:
+    """Triton 3.6 refuses ``a, (b, c) = ...`` when it hashes a kernel, before anything is compiled."""
+    nested = []
+    for path in (Path(__file__).parents[2] / "kernels").glob("*.py"):
+        for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+            if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+                targets = [t for n in ast.walk(function) if isinstance(n, ast.Assign) for t in n.targets]
+                tuples = [t for t in targets if isinstance(t, ast.Tuple)]
+                nested += [f"{path.name}:{t.lineno}" for t in tuples if any(isinstance(e, ast.Tuple) for e in t.elts)]
+    assert not nested
+
+
 def test_spills_are_found() -> None:
     result = examine(dataclasses.replace(job("sm_90", "_pair_maximum_kernel"), max_registers=40))
     assert result.registers <= 40 and result.spilled > 0 and result.faults == (f"spills {result.spilled} bytes",)
@@ -61,8 +75,13 @@ def test_results_are_kept_and_faults_end_in_failure(
 
 
 @pytest.mark.parametrize("size", [PUBLISHED, Size(32, v=3, c=7, d=33, e=36, length=50, heads=4)], ids=["coco", "odd"])
-def test_a_kernel_is_compiled_a_few_times_for_all_batch_sizes(size: Size) -> None:
+def test_a_kernel_is_compiled_a_few_times_for_all_batch_sizes(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last batch of an epoch, or buckets, must not stop for a compiler: no constant follows the batch closely."""
+    # Most of the time goes to what portable torch adds to the kernels' gradients, which launches none.
+    whole = [launch.name for launch in record("sm_90", torch.float16, dataclasses.replace(size, b=5))]
+    monkeypatch.setattr(mlc, "_fill_rare", lambda *_: None)
+    monkeypatch.setattr(asl.portable, "rare_gradients", lambda *_: None)
+    assert [launch.name for launch in record("sm_90", torch.float16, dataclasses.replace(size, b=5))] == whole
     versions: dict[tuple[str, str, int], set[tuple[object, ...]]] = {}
     for b in range(1, 257):
         calls: collections.Counter[str] = collections.Counter()  # calls with other options are other versions anyway

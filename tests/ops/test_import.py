@@ -1,12 +1,12 @@
-"""Importing sadcl needs torch alone; what is missing is said, not stumbled over. Each test is a fresh interpreter."""
+"""Importing sadcl needs torch alone; what is missing is said, not stumbled over. Each test is a process of its own."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
+
+from tests import forks
 
 BLOCK = """
 import sys
@@ -27,7 +27,7 @@ sadcl.SADCLHead(in_channels=8, num_classes=3, hidden_dim=8, num_heads=2, ffn_dim
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = forks.run(textwrap.dedent(code), timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

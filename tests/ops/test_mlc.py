@@ -241,6 +241,42 @@ def test_vectors_as_they_are(size: float, backend: str) -> None:
         assert (g.double() - w).norm() <= (1e-5 + scores) * w.norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("columns", [*COLUMNS, "queue"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_nothing_is_shared_all_is_exactly_zero(kind: str, columns: str, backend: str, dtype: torch.dtype) -> None:
+    """Positives that weigh nothing (jaccard at threshold 0; classes of weight 0) move nothing, not even by 1e-38."""
+    leaves, options = problem(kind, "keys" if columns == "queue" else columns, (4, 1, 9, 5, 5), dtype=dtype)
+    options["labels"] = torch.eye(9)[:4]
+    if columns != "batch":
+        options["key_labels"] = torch.eye(9)[4:]
+    if columns == "queue":  # keys that want no gradient pass by once
+        options["keys"] = leaves.pop("keys")
+    if "class_weight" in leaves:
+        options["class_weight"] = torch.zeros_like(leaves.pop("class_weight"))
+    if kind == "dense":
+        options["weights"] = -torch.zeros_like(leaves.pop("weights"))
+    for value in run(leaves, backend=backend, threshold=0.0, reduction="sum", **options):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("columns", ["batch", "keys"])
+def test_a_share_meets_its_threshold_in_whole_numbers(columns: str, backend: str, dtype: torch.dtype) -> None:
+    """0.33333334 is more than 1/3, which float32 rounds up to it: a third is no positive there."""
+    leaves, options = problem("jaccard", columns, (5, 1, 5, 9, 5), dtype=dtype)
+    labels = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0]])
+    options["labels"] = labels
+    if columns == "keys":
+        options["key_labels"] = labels
+    for threshold in (1 / 3, 0.33333334, 0.3333333):
+        got, want = (run(leaves, backend=b, threshold=threshold, **options) for b in (backend, "reference"))
+        for name, g, w in zip(("loss", *leaves), got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5, msg=f"{name}, {threshold}")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None)
 @given(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import sadcl
+from tests import forks
 
 # An import of sadcl._C finds ``FILE`` instead of the installed one; ``build_info`` answers as a build without OpenMP.
 PLACED = """
@@ -56,7 +56,7 @@ def extension() -> Path:
 
 def run(file: Path, code: str, serial: bool = False, threads: int = 1) -> str:
     program = PLACED.format(file=str(file), serial=serial, threads=threads) + code
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = forks.run(program, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -62,6 +62,52 @@ def test_within_the_error_budget(size: tuple[int, ...], pattern: str, dtype: tor
         assert_within_budget(name, got, want)
 
 
+@functools.cache
+def mean_problem(pattern: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, tuple[Budget, ...]]:
+    """Features, labels, and what the oracle says of the mean and its gradients."""
+    features, labels = make_features(6, 2, 9, 100, dtype=dtype), make_labels(6, 9, pattern)
+    count = max(2 * int((labels == 1).sum()), 1)
+
+    def oracle() -> tuple[torch.Tensor, ...]:
+        run = lambda x, t: reference.sscl(x, labels, t).sum() / count  # noqa: E731
+        return value_and_grads(run, features.double(), torch.tensor(0.2).double(), upstream=torch.tensor(1.7).double())
+
+    return features, labels, error_budgets(oracle)
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", RAGGED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_is_within_the_error_budget(pattern: str, dtype: torch.dtype, backend: str) -> None:
+    """It has an op of its own, which knows that all rows weigh the same."""
+    features, labels, budgets = mean_problem(pattern, dtype)
+    run = functools.partial(F.sample_contrastive_loss, labels=labels, backend=backend)
+    with poisoned_allocations():
+        ours = value_and_grads(
+            lambda x, t: run(x, temperature=t), features, torch.tensor(0.2), upstream=torch.tensor(1.7)
+        )
+    assert ours[0].shape == () and ours[1].dtype == dtype
+    for name, got, want in zip(("loss", "gradient", "temperature"), ours, budgets, strict=True):
+        assert_within_budget(name, got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_where_rows_are_alone_or_zero_and_its_graph_kept(backend: str) -> None:
+    features, labels = make_features(4, 1, 3, 9, dtype=torch.float64), torch.zeros(4, 3)
+    run = functools.partial(F.sample_contrastive_loss, labels=labels)
+    for at in ([], [(1, 2)], [(1, 2), (0, 1)], [(1, 2), (3, 2), (0, 1)]):  # none, one, two without positives, a pair
+        for image, label in at:
+            labels[image, label] = 1
+        features[1, 0, 2] = 0.0
+        x = features.clone().requires_grad_()
+        loss = run(x, backend=backend)
+        first, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+        want = value_and_grads(lambda x: run(x, backend="reference"), features)
+        torch.testing.assert_close((loss.detach(), first), tuple(want), rtol=1e-10, atol=1e-12)
+        assert torch.equal(first, again)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", RAGGED)
 @pytest.mark.parametrize("formulation", F.FORMULATIONS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sadcl.head import SADCLHead
 from sadcl.ops import compact
 from sadcl.ops._library import OPS
 from sadcl.testing.examples import EXAMPLES, SMALL, Maker
+from tests import forks
 
 TESTS = Path(__file__).parents[1]
 OP = torch.ops.sadcl
@@ -30,8 +29,10 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def test_under_the_interpreter(path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("SADCL_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
+    code = "import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-x", "-p", "no:cacheprovider", str(path)]
+    imported = ["torch", "triton", "torch._dynamo", "pytest"]
+    done = forks.run(code, *options, environment=environment, cwd=TESTS.parent, timeout=900, imported=imported)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -137,6 +137,11 @@ def test_ragged_labels(name: str, keys: int) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
+def test_positives_that_weigh_nothing() -> None:
+    x = inputs("jaccard", torch.eye(9)[:4], keys=5, key_labels=torch.eye(9)[4:], threshold=0.0)
+    assert not any(value.any() for value in results(x))
+
+
 def test_what_no_loss_sees_is_not_read() -> None:
     """Rows without a positive among the keys, of which one holds NaN; and keys of a batch that has no positive."""
     labels, key_labels = torch.eye(4)[:, :3], torch.eye(3)
