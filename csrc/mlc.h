@@ -1,7 +1,5 @@
 // Arguments of the image-level multi-label losses, forward and backward.
 #pragma once
-#include <cmath>
-
 #include "array.h"
 #include "sscl.h"
 
@@ -29,7 +27,7 @@ struct LeastShare {
   LeastShare() = default;
   LeastShare(double threshold, int64_t classes) {
     for (int64_t u = 1; u <= classes; ++u) {
-      double i = std::ceil(threshold * double(u)) - 1;
+      double i = __builtin_ceil(threshold * double(u)) - 1;
       if (i < 0) i = 0;
       while (i / double(u) < threshold) ++i;
       if (i * of < shared * double(u)) shared = i, of = double(u);

@@ -64,7 +64,7 @@ def _delimiter(lines: Sequence[str]) -> tuple[str, int]:
     if said.lower().startswith("sep=") and len(said) <= len("sep=,"):
         return said[4:] or "\t", first + 1  # lines are stripped
     for delimiter in DELIMITERS:
-        if delimiter == " " and any(other in lines[first] for other in DELIMITERS[:-1]):
+        if delimiter == " " and lines and any(other in lines[first] for other in DELIMITERS[:-1]):
             continue  # it is in names
         with suppress(csv.Error):
             row = next(csv.reader(lines[first:], delimiter=delimiter), None)

@@ -113,9 +113,7 @@ def supcon_loss(
             views = features[:, :, None]
             keep = _sscl.scores_to_keep(views, pairs, group_ptr, tau, name)
             rounded = features.dtype == torch.bfloat16 and not by_name(backend)
-            x = _sscl.Inputs(
-                views, pairs, group_ptr, tau, normalize=False, released=False, keep=keep, rounded=rounded
-            )
+            x = _sscl.Inputs(views, pairs, group_ptr, tau, normalize=False, released=False, keep=keep, rounded=rounded)
             rows = _sscl.sscl(x, name).row_loss[:, :, 0]
     rows = rows.to(tau.dtype)
     if contrast_mode == "one":

@@ -121,7 +121,7 @@ sscl = Op(
             "cuda": Into(cuda_kernel("sscl", "sscl_backward")),
             "torch": portable.backward,
         },
-        needs=("features", "pairs", "class_ptr", "temperature", "normalize", "rounded", "lse", "norm", "kept"),
+        needs=(*Inputs._fields[:6], "rounded", "lse", "norm", "kept"),
     ),
 )
 

@@ -19,14 +19,20 @@ _BLOCK_ELEMENTS = 1 << 24
 _KEPT_ELEMENTS = 1 << 22
 
 
+def _is_small(n: int) -> bool:
+    """Whether ``n`` rows of the paper's formulation go at once, not by blocks. What is kept does not decide: a
+    checkpoint, or whoever watches, keeps nothing, and gets the same bits."""
+    return 0 < n * n <= _KEPT_ELEMENTS
+
+
 def scores_to_keep(n: int) -> int:
     """How many derivatives by the scores of ``n`` rows the forward keeps."""
-    return n * n if n * n <= _KEPT_ELEMENTS else 0
+    return n * n if _is_small(n) else 0
 
 
 def gradient_to_keep(n: int, d: int, turning: bool) -> int:
     """The same of the mean, whose gradient by ``n`` rows is known but for a factor: they, and the temperature's."""
-    return n * d + turning if 0 < n * n <= _KEPT_ELEMENTS else 0
+    return n * d + turning if _is_small(n) and d > 0 else 0
 
 
 class _Rows(NamedTuple):
@@ -88,11 +94,14 @@ def _products(z: Tensor, block: slice) -> Tensor:
     return products
 
 
-def _whole(z: Tensor, group: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _whole(x: Any, rows: _Rows, temperature: float) -> tuple[Tensor, Tensor]:
     """All scores at once: minus the rows' losses in parts ``[N, N]``, and their derivatives by the scores ``[N, N]``.
 
     A small problem is bound by the number of operators, not by what they do: these are few.
     """
+    z, v = rows.z, x.features.shape[1]
+    index = torch.arange(z.shape[0], dtype=torch.int32, device=z.device)
+    group = torch.searchsorted(x.class_ptr[1:] * v, index, right=True)
     same = (group[:, None] == group).fill_diagonal_(False)
     peers = same.sum(dim=1, keepdim=True, dtype=z.dtype)
     # A row's lowest number instead of -inf: where it is alone, it is its own pivot.
@@ -108,10 +117,8 @@ def forward(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.sscl.Inputs`."""
     b, v, c, _ = x.features.shape
     rows = _gather(x, x.normalize)
-    if x.keep:
-        index = torch.arange(rows.z.shape[0], dtype=torch.int32, device=rows.z.device)
-        group = torch.searchsorted(x.class_ptr[1:] * v, index, right=True)
-        likelihood, by_score = _whole(rows.z, group, _number(x.temperature))
+    if _is_small(rows.z.shape[0]) and not x.released:
+        likelihood, by_score = _whole(x, rows, _number(x.temperature))
         loss, out = -likelihood.sum(dim=1), _kept(by_score.view(-1), x)
     else:
         loss, out = _losses(x, rows, x.released)
@@ -124,21 +131,23 @@ def forward_mean(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.sscl.MeanInputs`: with ``keep`` the gradient, too, of which all is known."""
     _, v, _, d = x.features.shape
     rows = _gather(x, True, x.keep // (v * d) if x.keep else None)
-    z = rows.z
-    n = z.shape[0]
-    if not x.keep:
+    n = rows.z.shape[0]
+    if not _is_small(n):
         loss, out = _losses(x, rows, released=False)
         return {"mean": loss.sum() / max(n, 1), **out}
-    temperature = _number(x.temperature)
-    group = rows.label if v == 1 else rows.label[:, None].expand(-1, v).flatten()
-    likelihood, by_score = _whole(z, group, temperature)
-    g = (by_score + by_score.t()).mm(z)
-    scale = 1.0 / (temperature * n)
-    radial = torch.linalg.vecdot(z, g)
-    kept = (g.addcmul_(z, radial[:, None], value=-1) * rows.inverse.mul_(scale)).to(z.dtype).view(-1)
-    if x.keep > n * d:
-        kept = torch.cat([kept, radial.sum()[None] * (scale / (-2.0 * temperature))])
+    likelihood, by_score = _whole(x, rows, _number(x.temperature))
+    kept = _gradient_of_mean(x, rows, by_score, x.keep > n * d) if x.keep else rows.z.new_empty(0)
     return {"mean": likelihood.sum() / -n, **_kept(kept, x)}
+
+
+def _gradient_of_mean(x: Any, rows: _Rows, by_score: Tensor, turning: bool) -> Tensor:
+    """By the features' active rows, and with ``turning`` by the temperature after them: ``[N * D (+ 1)]``."""
+    temperature, z = _number(x.temperature), rows.z
+    g = (by_score + by_score.t()).mm(z)
+    scale = 1.0 / (temperature * z.shape[0])
+    radial = torch.linalg.vecdot(z, g)
+    gradient = (g.addcmul_(z, radial[:, None], value=-1) * (rows.inverse * scale)).to(z.dtype).view(-1)
+    return torch.cat([gradient, radial.sum()[None] * (scale / (-2.0 * temperature))]) if turning else gradient
 
 
 def _number(temperature: Tensor) -> float:
@@ -147,9 +156,11 @@ def _number(temperature: Tensor) -> float:
 
 
 def _kept(kept: Tensor, x: Any) -> dict[str, Tensor]:
-    """Outputs of which the backward reads this alone."""
+    """Outputs of which the backward reads ``kept`` alone, where it is kept."""
     capacity = x.pairs.shape[0] * x.features.shape[1]
     wide = norm_dtype(kept.device)
+    if not x.keep:  # to whoever watches, what is not read is the same every time
+        return {"lse": kept.new_zeros(2, capacity), "norm": kept.new_zeros(capacity, dtype=wide), "kept": kept[:0]}
     return {"lse": kept.new_empty(2, capacity), "norm": kept.new_empty(capacity, dtype=wide), "kept": kept}
 
 
@@ -215,8 +226,9 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     rows = _gather(x, x.normalize)
     n = rows.z.shape[0]
     m = upstream.grad_row_loss[rows.image, :, rows.label].reshape(-1).to(rows.z.dtype)
-    if saved.kept.numel():
-        weight = saved.kept.view(n, n) * m[:, None]
+    if _is_small(n) and not x.released:
+        by_score = saved.kept if saved.kept.numel() else _whole(x, rows, _number(x.temperature))[1]
+        weight = by_score.view(n, n) * m[:, None]
         g = (weight + weight.t()) @ rows.z
     else:
         g = _over_blocks(m, x, rows.z, saved)
@@ -225,14 +237,20 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
 
 def backward_mean(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """The same of the mean, the temperature's where it is wanted."""
-    kept, (_, v, _, d) = saved.kept, x.features.shape
+    kept, turning, (_, v, _, d) = saved.kept, "temperature" in wanted, x.features.shape
     if not kept.numel():
         rows = _gather(x, normalize=True)
         n = rows.z.shape[0]
-        return _gradients(_over_blocks((upstream.grad_mean / max(n, 1)).expand(n), x, rows.z, saved), x, rows, True)
-    given, count = kept * upstream.grad_mean, kept.numel() // (v * d)
-    result = {"grad_features": _scattered(given[: count * v * d], x, *_places(x, count))}
-    if "temperature" in wanted:
+        if not _is_small(n):
+            of_row = (upstream.grad_mean / max(n, 1)).expand(n)
+            return _gradients(_over_blocks(of_row, x, rows.z, saved), x, rows, True)
+        kept = _gradient_of_mean(x, rows, _whole(x, rows, _number(x.temperature))[1], turning)
+        places = rows.image, rows.label
+    else:
+        places = _places(x, kept.numel() // (v * d))
+    given, size = kept * upstream.grad_mean, places[0].shape[0] * v * d
+    result = {"grad_features": _scattered(given[:size], x, *places)}
+    if turning:
         result["grad_temperature"] = given[-1].clone()
     return result
 
@@ -253,7 +271,7 @@ def _scattered(of_rows: Tensor, x: Any, image: Tensor, label: Tensor) -> Tensor:
     """Zeros but for the active rows."""
     _, v, _, d = x.features.shape
     grad = x.features.new_zeros(x.features.shape)
-    grad[image, :, label] = of_rows.view(-1, v, d).to(grad.dtype)
+    grad[image, :, label] = of_rows.view(image.shape[0], v, d).to(grad.dtype)
     return grad
 
 

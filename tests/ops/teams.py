@@ -54,7 +54,8 @@ def losses(made: Callable[..., Tensor]) -> dict[str, Job]:
 
     return {
         "compact": lambda: tuple(F.compact_labels(y.repeat(16, 5), "cpp")),
-        "sscl": sscl(60),
+        "sscl": sscl(60, reduction="sum"),
+        "sscl_mean": sscl(60),
         "sscl-blocks": sscl(360),  # above 512 rows scores are not kept as a square
         "sscl-released": sscl(60, formulation="released"),
         "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, some, backend="cpp"), x, p),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,26 +55,40 @@ def test_several_python_threads_at_once(name: str) -> None:
     assert not failures
 
 
-def _in_child(queue: multiprocessing.Queue[list[tuple[str, list[float]]]]) -> None:
+def _sums() -> dict[str, list[float]]:
+    return {name: [float(t.double().sum()) for t in run()] for name, run in jobs().items()}
+
+
+def _in_child(queue: multiprocessing.Queue[dict[str, list[float]]]) -> None:
     torch.set_num_threads(1)  # torch's own regions, as a DataLoader worker does
     torch.get_num_threads = lambda: 3  # ours must not need it
-    queue.put([(name, [float(t.double().sum()) for t in run()]) for name, run in jobs().items()])
+    queue.put(_sums())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_fork() -> None:
-    """The parent's thread pool does not exist in the child: a parallel region there would wait forever."""
-    want = {name: [float(t.double().sum()) for t in run()] for name, run in jobs().items()}
+def after_fork() -> None:
+    """Every job in this process, then in a child of it."""
+    want = _sums()
     context = multiprocessing.get_context("fork")
-    queue: multiprocessing.Queue[list[tuple[str, list[float]]]] = context.Queue()
+    queue: multiprocessing.Queue[dict[str, list[float]]] = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
     child.start()
     try:
-        for name, sums in queue.get(timeout=120):
+        for name, sums in queue.get(timeout=120).items():
             assert sums == pytest.approx(want[name], rel=1e-4, abs=1e-4, nan_ok=True), name
     finally:
         child.join(10)
         child.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork() -> None:
+    """The parent's thread pool does not exist in the child: a parallel region there would wait forever.
+
+    From a process that has compiled nothing: torch.compile starts threads of the autograd engine, which refuses forks.
+    """
+    code = "import sys; sys.path[:] = sys.argv[1:]; import test_cpp_safety; test_cpp_safety.after_fork()"
+    done = forks.run(code, str(Path(__file__).parent), *sys.path, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 # Their blocks are as many as keep the threads busy.

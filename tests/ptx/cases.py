@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -306,28 +307,18 @@ def hold(case: Case, got: list[Tensor], names: list[str], budgets: Any) -> None:
             assert_within_budget(name, value[..., None] if want.truth.dim() > value.dim() else value, want)
 
 
-def precise(case: Case) -> Any:
-    """Context with the case's precision and tile."""
-    stack = mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": KINDS[case.kind][1]})
-    if case.tile == 0:
-        return stack
+@contextlib.contextmanager
+def precise(case: Case) -> Iterator[None]:
+    """With the case's precision and tile."""
     original = _tiles.candidates
 
     def picked(op: str, part: Any, kind: str) -> tuple[Any, ...]:
         rows = original(op, part, kind)
         return rows[min(case.tile, len(rows) - 1) :]
 
-    class Both:
-        def __enter__(self) -> None:
-            stack.__enter__()
-            self.tiles = mock.patch.object(_tiles, "candidates", picked)
-            self.tiles.__enter__()
-
-        def __exit__(self, *error: Any) -> None:
-            self.tiles.__exit__(*error)
-            stack.__exit__(*error)
-
-    return Both()
+    tiles = mock.patch.object(_tiles, "candidates", picked) if case.tile else contextlib.nullcontext()
+    with mock.patch.dict("os.environ", {"SADCL_TRITON_PRECISION": KINDS[case.kind][1]}), tiles:
+        yield
 
 
 def cases_of(op: str, kind: str, tile: int = 0) -> Iterator[Case]:

@@ -250,8 +250,8 @@ def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path: Path) 
     ("damage", "reason"),
     [
         (lambda content: content[: len(content) // 2], "not a readable checkpoint"),
-        (lambda content: b"", "not a readable checkpoint"),
-        (lambda content: b"not a checkpoint at all", "not a readable checkpoint"),
+        (lambda content: b"", "an empty file, not a checkpoint"),
+        (lambda content: b"not a checkpoint at all", "a text, not a checkpoint"),
     ],
 )
 def test_broken_checkpoint_names_its_path(tmp_path: Path, damage: Callable[[bytes], bytes], reason: str) -> None:
