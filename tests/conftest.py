@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from pathlib import Path
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# inductor takes from its cache what it made for another width of vectors, and computes nonsense.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    cache = f"torchinductor_{os.getuid()}_{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / cache))
 
 import numpy as np
 import pytest
