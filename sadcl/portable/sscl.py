@@ -119,7 +119,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     rows = _gather(x, x.normalize)
     if _is_small(rows.z.shape[0]) and not x.released:
         likelihood, by_score = _whole(x, rows, _number(x.temperature))
-        loss, out = -likelihood.sum(dim=1), _kept(by_score.view(-1), x)
+        loss, out = -likelihood.sum(dim=1), _kept(by_score.view(-1), x, rows)
     else:
         loss, out = _losses(x, rows, x.released)
     row_loss = loss.new_zeros(b, v, c)
@@ -137,7 +137,7 @@ def forward_mean(x: Any) -> dict[str, Tensor]:
         return {"mean": loss.sum() / max(n, 1), **out}
     likelihood, by_score = _whole(x, rows, _number(x.temperature))
     kept = _gradient_of_mean(x, rows, by_score, x.keep > n * d) if x.keep else rows.z.new_empty(0)
-    return {"mean": likelihood.sum() / -n, **_kept(kept, x)}
+    return {"mean": likelihood.sum() / -n, **_kept(kept, x, rows)}
 
 
 def _gradient_of_mean(x: Any, rows: _Rows, by_score: Tensor, turning: bool) -> Tensor:
@@ -155,12 +155,14 @@ def _number(temperature: Tensor) -> float:
     return temperature.item()
 
 
-def _kept(kept: Tensor, x: Any) -> dict[str, Tensor]:
+def _kept(kept: Tensor, x: Any, rows: _Rows) -> dict[str, Tensor]:
     """Outputs of which the backward reads ``kept`` alone, where it is kept."""
     capacity = x.pairs.shape[0] * x.features.shape[1]
     wide = norm_dtype(kept.device)
     if not x.keep:  # to whoever watches, what is not read is the same every time
-        return {"lse": kept.new_zeros(2, capacity), "norm": kept.new_zeros(capacity, dtype=wide), "kept": kept[:0]}
+        norm = kept.new_zeros(capacity, dtype=wide)
+        norm[: rows.norm.shape[0]] = rows.norm
+        return {"lse": kept.new_zeros(2, capacity), "norm": norm, "kept": kept[:0]}
     return {"lse": kept.new_empty(2, capacity), "norm": kept.new_empty(capacity, dtype=wide), "kept": kept}
 
 
