@@ -137,7 +137,10 @@ def _label_attention(case: SimpleNamespace) -> Problem:
 
     own = {"cpp": accumulation_dtype(case.dtype)}  # rounds its results alone
     each = {"cpp": ("memory_pos",)} if case.pos == "shared" else {}
-    return Problem(run, tensors, arithmetic=case.dtype, wider=own, shared=each, images=b)
+    repeated = tensors["in_proj_weight"].stride(0) == 0  # all entries of a query, of a key
+    return Problem(
+        run, tensors, arithmetic=case.dtype, wider=own, shared=each, images=b, alike=case.width if repeated else 1
+    )
 
 
 LAYERS: dict[str, Generator] = {

@@ -54,6 +54,13 @@ FOUND: dict[str, list[dict[str, Any]]] = {
             "isa": 0, "width": 24, "heads": 1, "masked": False, "form": "plain", "shared": False, "biased": False,
             "length": 8, "pos": "", "need": True,
         },
+        # Rows of a weight that repeat: the terms of a score are one number, and so are their errors.
+        {
+            "seed": 524286, "b": 1, "c": 3, "d": 1, "v": 1, "dtype": torch.float32, "pattern": "random",
+            "label_dtype": torch.float32, "layouts": ["contiguous", "contiguous", "expanded", "contiguous"], "only": 0,
+            "isa": -1, "width": 24, "heads": 3, "masked": False, "form": "plain", "shared": False, "biased": False,
+            "length": 4, "pos": "", "need": True,
+        },
     ],
     # A gradient of two parts, each rounded to float16, whose sum is rounded once more.
     "dual": [
