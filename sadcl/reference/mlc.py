@@ -125,7 +125,10 @@ def _weights(
     ``other [N, M]`` says which columns an anchor has: not itself.
     """
     one, known, one_there, known_there = (y == 1).long(), (y != -1).long(), (y_columns == 1).long(), y_columns != -1
-    count = lambda here, there: (here @ there.long().t()) * other  # noqa: E731  # whole numbers: exact
+
+    def count(here: Tensor, there: Tensor) -> Tensor:  # whole numbers: exact
+        return (here @ there.long().t()) * other
+
     both, own, theirs = count(one, one_there), count(one, known_there), count(known, one_there)
     either, met = own + theirs - both, count(known, known_there) > 0
     both, either, own, theirs = (number.double() for number in (both, either, own, theirs))
