@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 from pathlib import Path
 
 from benchmarks import harness, results
@@ -27,6 +28,8 @@ QUICK: dict[str, tuple[object, ...] | None] = {
     "average_precision": None,
 }
 
+PEERS = ("pytorch_metric_learning", "sklearn", "timm", "torchmetrics")
+
 
 def main(arguments: list[str] | None = None) -> None:
     known = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
@@ -37,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - set(known)):
         raise SystemExit(f"benchmarks: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if absent := [name for name in PEERS if importlib.util.find_spec(name) is None]:
+        print(f"peers that are not installed are left out: {', '.join(absent)} (the extra bench brings them)")
     harness.RECORD.memory = options.report is not None and Path("/proc/self/clear_refs").exists()
     harness.RECORD.quick = options.quick
     for name in options.names or (QUICK if options.quick else known):

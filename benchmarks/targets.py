@@ -54,7 +54,7 @@ TARGETS = (
     Target("ASL, float16", "asl float16", "sadcl, float32", 1.0),
     Target('SSCL, `backend="torch"`', "sscl coco", "compacted", 1.0, "sadcl torch"),
     Target('PSCL, `backend="torch"`', "pscl coco", "vectorised", 1.0, "sadcl torch"),
-    Target('ASL, `backend="torch"`', "asl", "plain", 1.0, "sadcl torch"),
+    Target('ASL, `backend="torch"`', "asl", "plain formula", 1.0, "sadcl torch"),
     Target("linear layer, 2048 to 2048", "linear 2048 x 2048", ("MKL", "oneDNN"), 0.97),
     Target("linear layer, 2048 to 8192", "linear 2048 x 8192", ("MKL", "oneDNN"), 0.97),
     Target("head + three losses + bank, B 8", "head 8", "plain torch modules", 1.5),
