@@ -73,7 +73,7 @@ def scores_to_keep(
         if released or watched(class_ptr) or class_ptr.is_meta:
             return 0
         n = v * int(class_ptr[-1])
-        return portable.gradient_to_keep(n, d, temperature.requires_grad) if mean else portable.scores_to_keep(n)
+        return portable.gradient_to_keep(n, features, temperature.requires_grad) if mean else portable.scores_to_keep(n)
     most = (pairs.shape[0] * v) ** 2
     if watched(class_ptr) or class_ptr.is_meta:
         # jit.trace would bake the number in; a comparison would make a graph for few rows and one for many.

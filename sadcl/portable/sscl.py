@@ -5,6 +5,8 @@ Runs on any device. It reads the number of active pairs (a sync on a GPU), which
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from .._dtypes import accumulation_dtype, norm_dtype
 _BLOCK_ELEMENTS = 1 << 24
 # A small problem (16 MB of scores) keeps for the backward what costs it one product of three.
 _KEPT_ELEMENTS = 1 << 22
+# So few features that a CPU keeps their whole gradient: the backward is one operator then.
+_WHOLE_ELEMENTS = 1 << 15
 
 
 def _is_small(n: int) -> bool:
@@ -30,9 +34,15 @@ def scores_to_keep(n: int) -> int:
     return n * n if _is_small(n) else 0
 
 
-def gradient_to_keep(n: int, d: int, turning: bool) -> int:
-    """The same of the mean, whose gradient by ``n`` rows is known but for a factor: they, and the temperature's."""
-    return n * d + turning if _is_small(n) and d > 0 else 0
+def gradient_to_keep(n: int, features: Tensor, turning: bool) -> int:
+    """The same of the mean, whose gradient is known but for a factor: by ``n`` rows or all, and by the temperature."""
+    if not _is_small(n) or features.numel() == 0:
+        return 0
+    return (features.numel() if _keeps_all(features) else n * features.shape[-1]) + turning
+
+
+def _keeps_all(features: Tensor) -> bool:
+    return features.device.type == "cpu" and features.numel() <= _WHOLE_ELEMENTS
 
 
 class _Rows(NamedTuple):
@@ -129,25 +139,32 @@ def forward(x: Any) -> dict[str, Tensor]:
 
 def forward_mean(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.sscl.MeanInputs`: with ``keep`` the gradient, too, of which all is known."""
-    _, v, _, d = x.features.shape
-    rows = _gather(x, True, x.keep // (v * d) if x.keep else None)
+    v, d = x.features.shape[1], x.features.shape[3]
+    everywhere = _keeps_all(x.features)
+    rows = _gather(x, True, x.keep // (v * d) if x.keep and not everywhere else None)
     n = rows.z.shape[0]
     if not _is_small(n):
         loss, out = _losses(x, rows, released=False)
         return {"mean": loss.sum() / max(n, 1), **out}
-    likelihood, by_score = _whole(x, rows, _number(x.temperature))
-    kept = _gradient_of_mean(x, rows, by_score, x.keep > n * d) if x.keep else rows.z.new_empty(0)
+    temperature = _number(x.temperature)
+    likelihood, by_score = _whole(x, rows, temperature)
+    kept = rows.z[:0, 0]
+    if x.keep:
+        kept, of_temperature = _gradient_of_mean(rows, by_score, temperature)
+        kept = (_scattered(kept, x, rows.image, rows.label, kept.dtype) if everywhere else kept).view(-1)
+        if x.keep > kept.shape[0]:
+            kept = torch.cat([kept, of_temperature()])
     return {"mean": likelihood.sum() / -n, **_kept(kept, x, rows)}
 
 
-def _gradient_of_mean(x: Any, rows: _Rows, by_score: Tensor, turning: bool) -> Tensor:
-    """By the features' active rows, and with ``turning`` by the temperature after them: ``[N * D (+ 1)]``."""
-    temperature, z = _number(x.temperature), rows.z
+def _gradient_of_mean(rows: _Rows, by_score: Tensor, temperature: float) -> tuple[Tensor, Callable[[], Tensor]]:
+    """By the features' active rows ``[N, D]``, and what gives that by the temperature ``[1]``."""
+    z = rows.z
     g = (by_score + by_score.t()).mm(z)
     scale = 1.0 / (temperature * z.shape[0])
     radial = torch.linalg.vecdot(z, g)
-    gradient = (g.addcmul_(z, radial[:, None], value=-1) * (rows.inverse * scale)).to(z.dtype).view(-1)
-    return torch.cat([gradient, radial.sum()[None] * (scale / (-2.0 * temperature))]) if turning else gradient
+    gradient = (g.addcmul_(z, radial[:, None], value=-1) * (rows.inverse * scale)).to(z.dtype)
+    return gradient, lambda: radial.sum()[None] * (scale / (-2.0 * temperature))
 
 
 def _number(temperature: Tensor) -> float:
@@ -239,20 +256,27 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
 
 def backward_mean(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """The same of the mean, the temperature's where it is wanted."""
-    kept, turning, (_, v, _, d) = saved.kept, "temperature" in wanted, x.features.shape
-    if not kept.numel():
+    kept, grad_mean, (_, v, _, d) = saved.kept, upstream.grad_mean, x.features.shape
+    everywhere = _keeps_all(x.features) and kept.numel() > 0
+    if everywhere:
+        given = kept * grad_mean
+        if not math.isfinite(grad_mean.item()):
+            given.masked_fill_(kept == 0, 0.0)  # inactive rows
+        of_features = given[: x.features.numel()].view(x.features.shape).to(x.features.dtype)
+    elif kept.numel():
+        given, places = kept * grad_mean, _places(x, kept.numel() // (v * d))
+        of_features = _scattered(given[: places[0].shape[0] * v * d], x, *places)
+    else:
         rows = _gather(x, normalize=True)
         n = rows.z.shape[0]
         if not _is_small(n):
-            of_row = (upstream.grad_mean / max(n, 1)).expand(n)
-            return _gradients(_over_blocks(of_row, x, rows.z, saved), x, rows, True)
-        kept = _gradient_of_mean(x, rows, _whole(x, rows, _number(x.temperature))[1], turning)
-        places = rows.image, rows.label
-    else:
-        places = _places(x, kept.numel() // (v * d))
-    given, size = kept * upstream.grad_mean, places[0].shape[0] * v * d
-    result = {"grad_features": _scattered(given[:size], x, *places)}
-    if turning:
+            return _gradients(_over_blocks((grad_mean / max(n, 1)).expand(n), x, rows.z, saved), x, rows, True)
+        temperature = _number(x.temperature)
+        gradient, of_temperature = _gradient_of_mean(rows, _whole(x, rows, temperature)[1], temperature)
+        of_features = _scattered(gradient * grad_mean, x, rows.image, rows.label)
+        given = of_temperature() * grad_mean if "temperature" in wanted else gradient
+    result = {"grad_features": of_features}
+    if "temperature" in wanted:
         result["grad_temperature"] = given[-1].clone()
     return result
 
@@ -269,10 +293,10 @@ def _gradients(g: Tensor, x: Any, rows: _Rows, normalize: bool) -> dict[str, Ten
     }
 
 
-def _scattered(of_rows: Tensor, x: Any, image: Tensor, label: Tensor) -> Tensor:
-    """Zeros but for the active rows."""
+def _scattered(of_rows: Tensor, x: Any, image: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros but for the active rows, in the features' dtype if no other is asked for."""
     _, v, _, d = x.features.shape
-    grad = x.features.new_zeros(x.features.shape)
+    grad = x.features.new_zeros(x.features.shape, dtype=dtype)
     grad[image, :, label] = of_rows.view(image.shape[0], v, d).to(grad.dtype)
     return grad
 
