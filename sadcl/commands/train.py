@@ -45,9 +45,16 @@ def train(
             distributed.wait()  # the folder is ours
             return _train(config, resume, say, edited)
         with locked(folder):
-            remove_drafts(folder)
+            for place in (folder, *_own_features(folder)):
+                remove_drafts(place)
             distributed.wait()
             return _train(config, resume, say, edited)
+
+
+def _own_features(folder: Path) -> list[Path]:
+    """Folders of feature maps that lie in the run's own: no other run writes there."""
+    features = folder / "features"
+    return [] if features.is_symlink() else [path for path in features.glob("*") if path.is_dir()]
 
 
 def _train(config: TrainConfig, resume: bool, say: Callable[[str], None], edited: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sadcl.checkpoint import write_atomically
+from sadcl.checkpoint import make_folder, write_atomically
 from sadcl.head import Maps
 
 __all__ = ["SHARD_IMAGES", "FeatureDataset", "ShardError", "cached_features"]
@@ -86,10 +86,11 @@ def cached_features(
     Raises:
         ShardError: a shard is cut off, or another's; with ``SADCL_CHECK=1`` in the environment also: it has other bits
             than those that were written.
+        ValueError: a file or a link that leads nowhere is in the place of a folder.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = path.with_name(f"{path.name}.{digest}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     count: int = len(images)  # type: ignore[arg-type]
     starts = range(0, count, SHARD_IMAGES)
     files = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]

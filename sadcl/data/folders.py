@@ -119,12 +119,16 @@ class Folders:
 
 
 def files_stamp(paths: Iterable[str | os.PathLike[str]]) -> str:
-    """Changes when one of the files does: which file a name leads to, its size, or when it was written."""
+    """Changes when one of the files does: which file a name leads to, its size, or when it was written.
+
+    The time of writing may be set to any other (``cp -p``, ``touch -r``, an archive), that of the last change of the
+    file or its name may not: both count. Windows has the first alone.
+    """
     digest = hashlib.sha256()
     folders = Folders()
     for path in paths:
         with suppress(OSError):  # what is gone is named by whoever reads it
             state = os.stat(path)
-            line = f"{folders.identity(os.fspath(path))}\0{state.st_size}\0{state.st_mtime_ns}\n"
+            line = f"{folders.identity(os.fspath(path))}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

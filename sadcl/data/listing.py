@@ -180,7 +180,7 @@ class ImageListing(Dataset[tuple[Tensor, Tensor]]):
         return digest.hexdigest()
 
     def stamp(self) -> str:
-        """Changes with what is in the picture files, by where a name leads, size and time of writing."""
+        """Changes with what is in the picture files, by where a name leads, size and times of change."""
         return files_stamp(self.paths)
 
     def summary(self) -> str:

@@ -32,7 +32,7 @@ def bar(iterable: Any = None, **options: Any) -> Any:
     None without standard error, and none of a process that is silent.
     """
     silent = sys.stderr is None or not distributed.is_main()
-    if silent or sys.stderr.isatty():
+    if silent or getattr(sys.stderr, "isatty", bool)():  # a program's own stream may have write() alone
         return tqdm(iterable, leave=False, disable=silent, **options)
     return Lines(iterable, **options)
 
@@ -79,8 +79,5 @@ class Lines:
             return
         self.last = now
         left = (now - self.began) / (self.n - self.initial) * (self.total - self.n)
-        print(
-            f"  {self.desc}: {self.unit} {self.n} of {self.total}, about {left:.0f} s left{self.more}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"  {self.desc}: {self.unit} {self.n} of {self.total}, about {left:.0f} s left{self.more}"
+        print(line, file=sys.stderr)

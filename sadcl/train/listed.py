@@ -47,8 +47,8 @@ def edits(then: Tensor, now: Tensor) -> str:
 
 
 def _relative(path: str, folder: str) -> str:
-    start = os.path.join(folder, "")
-    return path[len(start) :] if folder and path.startswith(start) else path
+    path, start = os.path.abspath(path), os.path.join(os.path.abspath(folder), "")
+    return path.removeprefix(start)
 
 
 def _read(packed: Tensor) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from sadcl.train.loop import (
     train_epoch,
 )
 from sadcl.train.order import seed_everything
-from sadcl.train.state import Progress, content, dump_batch, others_state, read_last, restore_stage
+from sadcl.train.state import Progress, check_backbone, content, dump_batch, others_state, read_last, restore_stage
 from sadcl.train.thresholds import tune_thresholds
 from sadcl.train.timing import SECTIONS
 from sadcl.train.transfer import init_from
@@ -312,6 +312,8 @@ class Run:
         if state is None:
             self.say(f"nothing to resume in {self.folder}: starting from the beginning")
             return None
+        if not self.config.model.train_backbone:
+            check_backbone(self.folder / "last.pt", state, self.model)
         self.progress.history = list(state["history"])
         self.progress.step = state.get("step", 0)
         batch = state["training"]["position"]["batch"]

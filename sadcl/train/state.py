@@ -21,11 +21,20 @@ from sadcl.train.listed import edits
 from sadcl.train.loop import NonFiniteLoss, Stage
 from sadcl.train.order import rng_state, set_rng_state
 
-__all__ = ["Progress", "content", "dump_batch", "others_state", "read_last", "restore_stage"]
+__all__ = ["Progress", "check_backbone", "content", "dump_batch", "others_state", "read_last", "restore_stage"]
 
 NAMES = {"train": "training", "val": "validation"}
-# Keys that a resumed run may change: they say where things are and what is drawn, not what is computed.
-FREE = ("output", "plots", "checkpoint_every", "data.workers", "data.feature_cache", "data.root")
+# Keys that a resumed run may change: they say where things are and what is drawn, not what is computed. The weights
+# that it started from are in the checkpoint.
+FREE = (
+    "output", "plots", "checkpoint_every", "data.workers", "data.feature_cache", "data.root", "model.pretrained",
+    "model.init_from",
+)  # fmt: skip
+# Where lists are: what they hold is compared by itself.
+LISTED = (
+    "data.train_list", "data.val_list", "data.train_csv", "data.val_csv", "data.train_folder", "data.val_folder",
+    "data.class_names",
+)  # fmt: skip
 
 
 @dataclass
@@ -143,8 +152,9 @@ def read_last(config: TrainConfig, images: Images, edited: bool = False) -> dict
         return None
     state = load_checkpoint(path)
     theirs = config_from_dict(state["config"]).as_dict()  # an older version's lacks the keys that came since
+    free = FREE + (LISTED if "listed" in state else ())
     for key, old, new in _differences(theirs, config.as_dict()):
-        if key not in FREE:
+        if key not in free:
             raise CheckpointError(
                 f"{path}: was started with {key} = {old!r}, not {new!r}; "
                 f"resume with --config {path.with_name('config.yaml')}"
@@ -164,6 +174,26 @@ def read_last(config: TrainConfig, images: Images, edited: bool = False) -> dict
             "each has its own part of the images and its own memory bank"
         )
     return state
+
+
+def check_backbone(path: Path, state: dict[str, Any], model: SADCL) -> None:
+    """Require of a frozen backbone, whose feature maps a run trains on, that it is the one that the run started with.
+
+    Args:
+        path: of the checkpoint.
+        state: what it holds.
+        model: as its config builds it now.
+
+    Raises:
+        CheckpointError: it has other weights (another file under the same name, other random ones).
+    """
+    kept = state["model"]
+    for name, value in model.backbone.state_dict(prefix="backbone.").items():
+        if name not in kept or not torch.equal(kept[name], value.cpu()):
+            raise CheckpointError(
+                f"{path}: was started with other weights of the backbone, whose feature maps it trains on ({name} is "
+                "the first that differs); resume with model.pretrained and model.init_from as they were"
+            )
 
 
 def dump_batch(folder: Path, error: NonFiniteLoss, stage: str, training: Stage) -> NonFiniteLoss:

@@ -57,6 +57,20 @@ def test_what_is_quick_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sys.stderr.getvalue() == ""
 
 
+def test_a_stream_may_have_write_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream:
+        write = staticmethod(said.append)
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Stream())
+    clock(monkeypatch, 6.0)
+    assert list(console.bar(range(4), desc="x", unit="step")) == [0, 1, 2, 3]
+    console.say("done")
+    assert "".join(said) == "  x: step 2 of 4, about 12 s left\ndone\n"
+
+
 def test_a_bar_in_a_terminal_and_nothing_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(console.bar(range(3), desc="x", unit="step", mininterval=0.0)) == [0, 1, 2]

@@ -52,6 +52,15 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("train.*/*"))
 
 
+def test_what_lies_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: a file, expected a folder"):
+        cache(Pictures(1), tmp_path / "file")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="link: a link to nowhere, which is not there"):
+        cache(Pictures(1), tmp_path / "link")
+
+
 def test_several_maps_in_shards_of_their_own(tmp_path: Path) -> None:
     pictures = Pictures(10)
     kept = cache(pictures, tmp_path)

@@ -63,6 +63,16 @@ def test_what_was_edited_is_said(tmp_path: Path, rows: Any, said: str) -> None:
     assert edits(before, after) == said
 
 
+@pytest.mark.parametrize("spelling", ["{folder}/a.png", "./a.png", "sub/../a.png", "sub//../a.png"])
+def test_one_name_in_other_words_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    before = side(tmp_path, ("sub/b.png", (), ()), ("a.png", (0,), ()))
+    entries = [Entry(str(tmp_path / "sub/b.png"), (), "here"), Entry(spelling.format(folder=tmp_path), (0,), "here")]
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path), ".", "", "sub/.."):
+        now = ImageListing("pictures", "list", entries, ["x", "y", "z"], 8)
+        assert edits(before, listed(now, folder)) == ""
+
+
 def test_long_lists_are_cut_short(tmp_path: Path) -> None:
     many = [(f"{i}.png", (0,), ()) for i in range(20)]
     assert edits(side(tmp_path, *many), side(tmp_path, A)).startswith(
@@ -134,6 +144,42 @@ def test_lists_that_were_not_edited_or_whose_folder_was_named_are_the_same(half:
         config = replace(half, data=replace(half.data, root=root))
         state = read_last(config, load_images(config.data, config.seed))
         assert state is not None and state["edits"] == {}
+
+
+def test_lists_may_be_called_otherwise_and_the_whole_may_move(half: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(Path(half.output).parent, folder)
+    (folder / "data" / "train.csv").rename(folder / "data" / "first.csv")
+    lists = {"train_list": f"{folder}/data/first.csv", "train_csv": None, "val_csv": f"{folder}/data/val.csv"}
+    config = replace(half, output=str(folder / "run"), data=replace(half.data, **lists))  # type: ignore[arg-type]
+    state = read_last(config, load_images(config.data, config.seed))
+    assert state is not None and state["edits"] == {}
+    path = folder / "run" / "last.pt"
+    save_checkpoint(path, {key: value for key, value in load_checkpoint(path).items() if key != "listed"})
+    with pytest.raises(CheckpointError, match="was started with data.train_csv"):
+        read_last(config, load_images(config.data, config.seed))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_another_backbone_under_the_same_name(half: TrainConfig, tmp_path: Path, frozen: bool) -> None:
+    """A head would go on with features of another network; a backbone that is trained is in the checkpoint."""
+    torch.manual_seed(0)
+    weights = Run(half, quiet).model.backbone.body.state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    model = replace(half.model, pretrained=str(tmp_path / "weights.pt"), train_backbone=not frozen)
+    config = replace(half, model=model)
+    path = Path(half.output) / "last.pt"
+    save_checkpoint(path, {**load_checkpoint(path), "config": config.as_dict()})
+    Run(config, quiet)._resume_state(edited=False)
+    first = next(iter(weights))
+    weights[first] = weights[first] + 1
+    torch.save(weights, tmp_path / "weights.pt")
+    run = Run(config, quiet)
+    if not frozen:
+        assert run._resume_state(edited=False) is not None
+        return
+    with pytest.raises(CheckpointError, match=rf"other weights of the backbone.*\(backbone.body.{first} is the first"):
+        run._resume_state(edited=False)
 
 
 @pytest.mark.parametrize("what", ["16 pictures are gone", "validation: 6 pictures are gone"])

@@ -136,9 +136,12 @@ def test_killed_at_random_and_resumed_is_the_same_run(
 def test_drafts_of_a_killed_run_are_removed(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
     config = tiny(pictures, tmp_path, step1__epochs=1, step2__epochs=0)
     (tmp_path / ".last.pt.abc.draft").write_bytes(b"half")
+    shard = tmp_path / "features" / "train.0" / ".00000.safetensors.abc.draft"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"half")
     (tmp_path / "lock").write_text("process 1 on nowhere\n")  # of a killed run: stops nobody
     train(config, say=quiet)
-    assert not {".last.pt.abc.draft", "lock"} & {path.name for path in tmp_path.iterdir()}
+    assert not {".last.pt.abc.draft", "lock"} & {path.name for path in tmp_path.iterdir()} and not shard.exists()
 
 
 # -- two runs on one folder --
