@@ -105,14 +105,15 @@ class Stage:
     def gradient_is_finite(self, forward: Forward) -> bool:
         """Whether the last backward left a finite gradient in this process; waits for the device.
 
-        A scaler looks itself, and passes overflows over; what overflows at any scale is infinite by itself.
+        Its square has to be, too: without a finite norm it is clipped to nothing, and Adam's moments never forget it. A
+        scaler looks itself, and passes overflows over; what overflows at any scale is infinite by itself.
         """
         if self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE:
             return True
         peaks = distributed.own_peaks(forward, averaged=self.will_step())
         if not peaks:
             peaks = [nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None], float("inf"))]
-        return bool(torch.stack(peaks).isfinite().all())
+        return bool(torch.stack(peaks).float().square().isfinite().all())
 
     def step(self, model: nn.Module) -> bool:
         """Clip, update the weights and their average, and move the learning rate on.

@@ -31,6 +31,10 @@ def another() -> NonFiniteLoss:
     return NonFiniteLoss("the loss or gradient of another process is not finite", {})
 
 
+def _squares(gradient: Tensor) -> bool:
+    return bool(gradient.float().square().isfinite().all())
+
+
 def accused(model: nn.Module, images: Maps, labels: Tensor, parts: dict[str, float]) -> NonFiniteLoss:
     """It happened in this process, with this batch.
 
@@ -40,7 +44,7 @@ def accused(model: nn.Module, images: Maps, labels: Tensor, parts: dict[str, flo
         labels: of the batch.
         parts: its losses.
     """
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not _squares(p.grad)]
     batch = {
         "images": move_maps(images, torch.device("cpu")),
         "labels": labels.cpu(),

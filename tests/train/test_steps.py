@@ -46,7 +46,7 @@ def train(model: Net, stage: Stage, on_step: Callable[[Any], None] = lambda part
     return train_epoch(model, model, stage, loss, contrastive=False, device=CPU, on_step=on_step)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e25])
 @pytest.mark.parametrize("step", [StepConfig(), StepConfig(clip=1.0), StepConfig(accumulate=2)], ids=str)
 @pytest.mark.parametrize("when", [1, 3])
 def test_gradient_that_is_not_finite_stops_at_its_batch(value: float, step: StepConfig, when: int) -> None:
