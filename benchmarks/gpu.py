@@ -229,6 +229,35 @@ def run(step: Step, seconds: float, env: dict[str, str], folder: Path) -> dict[s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a step failed or is left, else 0."""
+    options = _options(arguments)
+    if options.gate:
+        return int(gate(DTYPES[options.gate], torch.device(options.on), options.ops) > 0)
+    if not options.dry and not torch.cuda.is_available():
+        raise SystemExit("make gpu: torch finds no GPU here; DRY=1 runs the script without one")
+    output = options.output.resolve()
+    rows = output.parent / "gpu_rows"
+    content = _begun(output, options.dry)
+    end, left = time.monotonic() + 60 * options.minutes, 0
+    for batch in _batches(content, list(steps(options.dry, options.ops, rows))):
+        seconds = end - time.monotonic()
+        if seconds < 5:
+            left += len(batch)
+            continue
+        made = rows / f"{batch[0].name.removeprefix('time ')}.json"  # what is timed is a batch of its own
+        made.unlink(missing_ok=True)
+        results = _together(batch, content, seconds, options)
+        left += sum(result["state"] == "out of time" for result in results)
+        content["steps"] |= {step.name: result for step, result in zip(batch, results, strict=True)}
+        if made.is_file():
+            timed = json.loads(made.read_text())["rows"]
+            content["rows"] = [row for row in content["rows"] if row["op"] != timed[0]["op"]] + timed
+        write_atomically(output, lambda file: file.write(_json.dumps(content, indent=1).encode()))
+        if batch[0].name == "build" and results[0]["state"] != "passed":
+            break  # nothing else runs without it
+    return _told(content, left, output)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("build/gpu.json"), help="JSON (default build/gpu.json)")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on (default 8)")
@@ -236,59 +265,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", default=[], metavar="OP", help="only these")
     parser.add_argument("--gate", choices=list(DTYPES), help=argparse.SUPPRESS)
     parser.add_argument("--on", choices=["cpu", "cuda"], default="cuda", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.gate:
-        return int(gate(DTYPES[options.gate], torch.device(options.on), options.ops) > 0)
-    if not options.dry and not torch.cuda.is_available():
-        raise SystemExit("make gpu: torch finds no GPU here; DRY=1 runs the script without one")
+    return parser.parse_args(arguments)
+
+
+def _begun(output: Path, dry: bool) -> dict[str, Any]:
+    """The content of ``output`` if it is of this part and these versions, else that of a run that begins."""
+    content = {"format": 1, "dry": dry, **where(dry), "steps": {}, "rows": []}
+    if output.is_file():
+        known = json.loads(output.read_text())
+        if all(known.get(key) == content[key] for key in ("format", "dry", "gpu", "versions")):
+            return known
+    return content
+
+
+def _state(content: dict[str, Any], step: Step) -> Any:
+    return content["steps"].get(step.name, {}).get("state")
+
+
+def _batches(content: dict[str, Any], all_steps: Sequence[Step]) -> Iterator[list[Step]]:
+    """What has not passed yet: the gates at once, the others alone, last what took too long."""
+    pending = [step for step in all_steps if _state(content, step) != "passed"]
+    content["steps"] |= {s.name: {"state": "left out", "why": s.why_not} for s in pending if s.why_not}
+    pending = sorted((s for s in pending if not s.why_not), key=lambda s: _state(content, s) == "out of time")
+    for _, group in itertools.groupby(pending, key=lambda s: "gate" if s.name.startswith("gate ") else s.name):
+        yield list(group)
+
+
+def _together(
+    batch: Sequence[Step], content: dict[str, Any], seconds: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Results of steps that run at the same time; those that once took too long may have all ``seconds``."""
     env = dict(os.environ)
     if options.dry:
         env |= {"TRITON_INTERPRET": "1", "SADCL_BACKEND": "triton"}
     else:
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    output = options.output.resolve()
-    content: dict[str, Any] = {"format": 1, "dry": options.dry, **where(options.dry), "steps": {}, "rows": []}
-    if output.is_file():
-        known = json.loads(output.read_text())
-        if {key: known.get(key) for key in ("format", "dry", "gpu", "versions")} == {
-            key: content[key] for key in ("format", "dry", "gpu", "versions")
-        }:
-            content = known  # of this part and these versions: go on with it
-    rows = output.parent / "gpu_rows"
-    end = time.monotonic() + 60 * options.minutes
-    left = 0
 
-    def state(step: Step) -> Any:
-        return content["steps"].get(step.name, {}).get("state")
+    def result_of(step: Step) -> dict[str, Any]:
+        again = _state(content, step) == "out of time"
+        limit = seconds if again else min(seconds, 60 * options.minutes * step.share)
+        return run(step, limit, env, ROOT if options.dry or step.name == "build" else BUILT)
 
-    pending = [step for step in steps(options.dry, options.ops, rows) if state(step) != "passed"]
-    content["steps"] |= {s.name: {"state": "left out", "why": s.why_not} for s in pending if s.why_not}
-    pending = sorted((s for s in pending if not s.why_not), key=lambda step: state(step) == "out of time")
-    for _, group in itertools.groupby(pending, key=lambda step: "gate" if step.name.startswith("gate ") else step.name):
-        batch, seconds = list(group), end - time.monotonic()
-        if seconds < 5:
-            left += len(batch)
-            continue
-        for step in batch:
-            (rows / f"{step.name.removeprefix('time ')}.json").unlink(missing_ok=True)
-        print(f"{', '.join(step.name for step in batch)} ...", end=" ", flush=True)
+    print(f"{', '.join(step.name for step in batch)} ...", end=" ", flush=True)
+    with ThreadPoolExecutor(len(batch)) as pool:
+        results = list(pool.map(result_of, batch))
+    print(", ".join(f"{result['state']} ({result['seconds']} s)" for result in results), flush=True)
+    return results
 
-        def result_of(step: Step, seconds: float = seconds) -> dict[str, Any]:
-            limit = seconds if state(step) == "out of time" else min(seconds, 60 * options.minutes * step.share)
-            return run(step, limit, env, ROOT if options.dry or step.name == "build" else BUILT)
 
-        with ThreadPoolExecutor(len(batch)) as pool:
-            results = list(pool.map(result_of, batch))
-        print(", ".join(f"{result['state']} ({result['seconds']} s)" for result in results), flush=True)
-        content["steps"] |= {step.name: result for step, result in zip(batch, results, strict=True)}
-        left += sum(result["state"] == "out of time" for result in results)
-        made = rows / f"{batch[0].name.removeprefix('time ')}.json"
-        if made.is_file():
-            timed = json.loads(made.read_text())["rows"]
-            content["rows"] = [row for row in content["rows"] if row["op"] != timed[0]["op"]] + timed
-        write_atomically(output, lambda file: file.write(_json.dumps(content, indent=1).encode()))
-        if batch[0].name == "build" and results[0]["state"] != "passed":
-            break  # nothing else runs without it
+def _told(content: dict[str, Any], left: int, output: Path) -> int:
+    """Say what failed and what is left; what :func:`main` returns."""
     failed = [name for name, result in content["steps"].items() if result["state"] == "failed"]
     for name in failed:
         print(f"\n{name} failed:\n{content['steps'][name]['output']}")
