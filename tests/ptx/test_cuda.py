@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sadcl import _backends, functional
 from sadcl.cuda import _nvrtc
@@ -18,12 +17,11 @@ from sadcl.testing import make_features, make_labels
 from sadcl.testing.examples import EXAMPLES, Size
 from sadcl.testing.oracles import ORACLES
 from tests.ptx.cases import Case, check, examples_of, ours
+from tests.ptx.cuda_cases import SMALL, check_most_faults_are_seen, gaps, same
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
-from tests.ptx.mutants import Bench, outcomes_of
 
 pytestmark = pytest.mark.skipif(_nvrtc.path() is None, reason="NVRTC is not installed")
 CUDA = sorted(name for name, op in OPS.items() if "cuda" in op.backends and name in EXAMPLES and name in ORACLES)
-SMALL = Size(b=4, v=1, c=3, d=20, e=24, length=1, heads=1)
 
 
 def sizes_of(op: str) -> Iterator[Size]:
@@ -69,20 +67,15 @@ def test_bits_do_not_depend_on_the_order_of_warps_and_blocks(op: str) -> None:
     for options in ({}, {"order": 1}, {"order": 5}, {"strict_warps": True}):
         with executing_cuda(CudaExecutor(options)) as executor:
             found.append(ours(op, case.inputs(), executor, "cuda")[0])
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    assert all(same(other, found[0]) for other in found[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 @pytest.mark.parametrize("op", ["asl", "asl_total", "bank_update", "compact", "pscl"])
 def test_most_planted_faults_are_seen(op: str, kind: str) -> None:
-    """What no case sees leaves all bits as they were, or moves them by less than rounding does."""
-    bench = Bench([Case(op, kind, size, n) for size in sizes_of(op) for n in range(examples_of(op))], "cuda")
-    outcomes = list(outcomes_of(bench, op, kind, per_class=4))
-    unseen = [outcome for outcome in outcomes if outcome.verdict == "unseen"]
-    same = [outcome for outcome in outcomes if outcome.verdict == "no effect"]
-    assert len(unseen) <= 0.15 * (len(outcomes) - len(same)), unseen
-    assert len(same) <= 0.45 * len(outcomes), same
+    cases = [Case(op, kind, size, n) for size in sizes_of(op) for n in range(examples_of(op))]
+    check_most_faults_are_seen(cases, per_class=4, unseen=0.15, lost=0.45)
 
 
 def run(op: str, x: Any) -> Any:
@@ -102,14 +95,6 @@ def test_labels_of_every_dtype_and_layout(dtype: torch.dtype) -> None:
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def strided(x: Tensor) -> Tensor:
-    """The same numbers with gaps between them, which hold NaN."""
-    wide = torch.full([2 * n for n in x.shape], float("nan"), dtype=x.dtype)
-    every = tuple(slice(0, None, 2) for _ in x.shape)
-    wide[every] = x
-    return wide[every]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_strides_and_what_stands_in_ignored_places_change_no_bit(dtype: torch.dtype) -> None:
     labels = make_labels(6, 5, "ignored")
@@ -117,7 +102,7 @@ def test_strides_and_what_stands_in_ignored_places_change_no_bit(dtype: torch.dt
     x = pscl.Inputs(make_features(6, 5, 24, dtype=dtype), make_features(5, 24, dtype=dtype, seed=3), target,
                     torch.tensor(0.2), False)  # fmt: skip
     hidden = torch.where((target == -1)[:, :, None], float("nan"), x.features)
-    other = x._replace(features=strided(hidden), prototypes=strided(x.prototypes))
+    other = x._replace(features=gaps(hidden), prototypes=gaps(x.prototypes))
     op = OPS["pscl"]
     assert op.derivative is not None
     grad = torch.tensor([0.5]).expand(5)
@@ -137,7 +122,7 @@ def test_asl_of_an_ignored_nan_and_of_expanded_gradients() -> None:
     labels = make_labels(4, 9, "ignored")
     logits = torch.where(labels == -1, float("nan"), make_features(4, 9)).requires_grad_()
     with executing_cuda():
-        got = functional.asymmetric_loss(strided(logits), labels, reduction="none", backend="cuda")
+        got = functional.asymmetric_loss(gaps(logits), labels, reduction="none", backend="cuda")
         total = functional.asymmetric_loss(logits, labels, backend="cuda")
         (grad,) = torch.autograd.grad(total, logits)
     want = functional.asymmetric_loss(logits, labels, reduction="none", backend="reference")

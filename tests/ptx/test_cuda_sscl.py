@@ -15,13 +15,18 @@ from sadcl.ops import compact, sscl
 from sadcl.ops._library import OPS
 from sadcl.testing import error_budgets, make_features, make_labels
 from sadcl.testing.examples import Size
-from tests.ptx.cases import KEPT, KINDS, Case, OnGpu, check, hold, ours, truth
+from tests.ptx.cases import KINDS, Case, OnGpu, check, hold, ours, truth
+from tests.ptx.cuda_cases import (
+    SMALL,
+    check_missing_order_is_a_race,
+    check_most_faults_are_seen,
+    gaps,
+    results,
+    same,
+)
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
-from tests.ptx.mutants import Bench, mutants_of, outcomes_of
-from tests.ptx.ptxemu import Fault, Kernel
 
 pytestmark = pytest.mark.skipif(_nvrtc.path() is None, reason="NVRTC is not installed")
-SMALL = Size(b=4, v=1, c=3, d=20, e=24, length=1, heads=1)
 # Rows of a tile (32), of a load of the second product (64); width of a step (32), of a slice (64), of 8 warps (256).
 EDGES = [replace(SMALL, b=b, d=d) for b, d in ((31, 63), (32, 64), (33, 65), (63, 255), (64, 256), (65, 257))]
 EDGES += [replace(SMALL, b=b, d=d, v=2) for b, d in ((8, 31), (16, 32), (17, 33))]
@@ -57,16 +62,6 @@ def inputs(labels: Tensor, v: int = 1, d: int = 40, kind: str = "bf16", **others
     return x._replace(**others)
 
 
-def results(x: sscl.Inputs, processors: int = 3, **options: Any) -> list[Tensor]:
-    """Row losses and gradients by the executed kernels."""
-    with executing_cuda(CudaExecutor(options), processors) as executor:
-        return ours("sscl", x, executor, "cuda")[0][: -len(KEPT["sscl"])]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 LABELS = {
     "none active": torch.zeros(5, 3),
     "one active": torch.eye(3)[:, :2] * torch.tensor([1.0, 0.0]),
@@ -92,26 +87,18 @@ def test_ragged_labels(name: str, released: bool) -> None:
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 def test_bits_do_not_depend_on_blocks_nor_on_the_order_of_warps_and_blocks(kind: str) -> None:
     x = inputs(make_labels(30, 3, "random"), v=2, kind=kind)
-    want = results(x)
+    want = results("sscl", x)
     for processors, options in ((1, {}), (2, {"order": 1}), (4, {"order": 5}), (7, {"order": 11}),
                                 (3, {"strict_warps": True}), (5, {"order": 2, "strict_warps": True})):  # fmt: skip
-        assert same(want, results(x, processors, **options)), (processors, options)
+        assert same(want, results("sscl", x, processors, **options)), (processors, options)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 def test_several_rounds_of_weights_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs(make_labels(50, 3, "random"), v=2, kind=kind)
-    want = results(x)
+    want = results("sscl", x)
     monkeypatch.setattr(launcher, "WEIGHTS", 0)  # 32 rows a round
-    assert same(want, results(x, 3, order=3))
-
-
-def gaps(x: Tensor) -> Tensor:
-    """The same numbers with gaps between them."""
-    wide = torch.full([2 * n for n in x.shape], float("nan"), dtype=x.dtype)
-    every = tuple(slice(0, None, 2) for _ in x.shape)
-    wide[every] = x
-    return wide[every]
+    assert same(want, results("sscl", x, 3, order=3))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
@@ -119,9 +106,9 @@ def test_strides_and_what_stands_in_inactive_places_change_no_bit(kind: str) -> 
     labels = make_labels(14, 5, "ignored")
     x = inputs(labels, v=2, kind=kind)
     hidden = torch.where((labels == 1)[:, None, :, None], x.features, float("nan"))
-    want = results(x)
+    want = results("sscl", x)
     for features in (gaps(hidden), hidden.transpose(1, 2).contiguous().transpose(1, 2)):
-        assert same(want, results(x._replace(features=features)))
+        assert same(want, results("sscl", x._replace(features=features)))
 
 
 def test_an_expanded_upstream_gradient_and_a_tiny_one() -> None:
@@ -141,7 +128,7 @@ def test_an_expanded_upstream_gradient_and_a_tiny_one() -> None:
 @pytest.mark.parametrize("length", [1e-30, 1e30])
 def test_lengths_that_float32_cannot_square(length: float) -> None:
     x = inputs(make_labels(12, 3, "random"), kind="fp32")
-    plain, scaled = results(x), results(x._replace(features=x.features * length))
+    plain, scaled = results("sscl", x), results("sscl", x._replace(features=x.features * length))
     torch.testing.assert_close(plain[0], scaled[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(plain[1], scaled[1] * length, rtol=1e-4, atol=1e-6)
 
@@ -150,10 +137,10 @@ def test_a_zero_row_has_no_gradient_and_a_nan_spreads() -> None:
     x = inputs(torch.ones(6, 2), kind="fp32")
     features = x.features.clone()
     features[2] = 0
-    loss, grad, _ = results(x._replace(features=features))
+    loss, grad, _ = results("sscl", x._replace(features=features))
     assert loss.isfinite().all() and (grad[2] == 0).all() and grad[1].any()
     features[3, 0, 1, 4] = float("nan")
-    assert results(x._replace(features=features))[0].isnan().all()
+    assert results("sscl", x._replace(features=features))[0].isnan().all()
 
 
 def fused(x: sscl.Inputs, labels: Tensor, capacity: int | None = None, **options: Any) -> tuple[Any, Any]:
@@ -198,7 +185,7 @@ def test_more_rows_than_there_is_room_for_are_nan() -> None:
     active, out = fused(inputs(labels), labels, capacity=7)
     assert active.overflowed and out.row_loss.isnan().sum() == 7 and out.lse[1].isnan().all()
     few = inputs(labels)._replace(pairs=active.pairs, class_ptr=active.class_ptr)
-    loss, grad, _ = results(few)
+    loss, grad, _ = results("sscl", few)
     assert loss.isnan().sum() == 7 and grad.isnan().any()
     with pytest.raises(ValueError, match="labels: a fused launch takes at most 8192 pairs of 2048 classes"):
         fused(inputs(torch.zeros(1, 2049)), torch.zeros(1, 2049))
@@ -214,38 +201,22 @@ def test_the_barrier_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) ->
     state = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(launcher, "counters", lambda _: state)
     x = inputs(make_labels(30, 3, "random"))
-    want = results(x, 5)
+    want = results("sscl", x, 5)
     for processors, weights in ((2, 1 << 20), (4, 0)):
         monkeypatch.setattr(launcher, "WEIGHTS", weights)
-        assert same(want, results(x, processors))
+        assert same(want, results("sscl", x, processors))
         assert not state.any()
 
 
 @pytest.mark.parametrize("order", [0, 1])  # a drawn one may have block 0 come last, which then misses nothing
 def test_a_missing_barrier_of_the_grid_is_found(order: int) -> None:
     x = inputs(make_labels(40, 3, "random"), v=2, d=20)
-    kernels: dict[str, Kernel] = {}
-    with executing_cuda(CudaExecutor(edit=lambda name, kernel: kernels.setdefault(name, kernel)), 3) as executor:
-        ours("sscl", x, executor, "cuda")
-    missing = [(name, mutant) for name, kernel in kernels.items() for mutant in mutants_of(kernel.program)
-               if mutant.what == "barrier of the grid removed"]  # fmt: skip
-    assert len(missing) == 5  # the last stands between rounds of weights, of which there is one here
-    for name, mutant in missing[:4]:
-        faulty = mutant.kernel()
-        edit = lambda n, kernel, name=name, faulty=faulty: faulty if n == name else kernel  # noqa: E731
-        with executing_cuda(CudaExecutor({"order": order}, edit), 3) as executor, pytest.raises(Fault, match="race"):
-            ours("sscl", x, executor, "cuda")
+    check_missing_order_is_a_race("sscl", x, order, barriers=5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 @pytest.mark.parametrize("number", [PAPER, RELEASED])
 def test_most_planted_faults_are_seen(kind: str, number: int) -> None:
-    """What no case sees leaves all bits as they were, or moves them by less than rounding does."""
-    bench = Bench([case_of(kind, size, number) for size in (*EDGES[2:9:2], MANY[1])], "cuda")
-    outcomes = list(outcomes_of(bench, "sscl", kind, per_class=4))
-    survivors = [outcome for outcome in outcomes if outcome.verdict in ("unseen", "no effect")]
-    unseen = [outcome for outcome in survivors if outcome.verdict == "unseen"]
-    assert len(unseen) <= 0.05 * (len(outcomes) - len(survivors) + len(unseen)), unseen
-    assert len(survivors) <= 0.35 * len(outcomes), survivors
-    assert not [o for o in survivors if o.what.startswith(("barrier of the grid", "order"))], survivors
+    cases = [case_of(kind, size, number) for size in (*EDGES[2:9:2], MANY[1])]
+    check_most_faults_are_seen(cases, per_class=4, unseen=0.05, lost=0.35)
