@@ -122,13 +122,16 @@ def dual_contrastive_loss(
         sample_temperature=sample_temperature,
         prototype_temperature=prototype_temperature,
         released=formulation == "released",
+        mean=formulation == "paper" and not weights.given,
         keep=0,
     )
     keep = _sscl.scores_to_keep(_dual.views_of(x), x.pairs, x.class_ptr, x.sample_temperature, name)
     out = _dual.dual(x._replace(keep=keep), name)
+    if x.mean:
+        return DualParts(out.sample, out.prototype)
     return DualParts(
-        sscl.finish(out.row_loss, active, x.released, None, weights, "mean"),
-        pscl.finish(out.class_loss, active, x.released, weights, "mean"),
+        sscl.finish(out.sample, active, x.released, None, weights, "mean"),
+        pscl.finish(out.prototype, active, x.released, weights, "mean"),
     )
 
 

@@ -90,6 +90,10 @@ def prototype_contrastive_loss(
         return over_ranks(x, over, released, reduction)
     if x.backend == "reference":
         classes = reference.pscl(x.features, x.prototypes, x.active.target, x.tau, released).to(x.tau.dtype)
+    elif reduction == "mean" and not released and not x.weights.given and x.backend in _pscl.pscl_mean.backends:
+        active = x.active
+        mean = _pscl.MeanInputs(x.features, x.prototypes, active.target, active.class_ptr, x.tau)
+        return _pscl.pscl_mean(mean, x.backend).mean
     else:
         inputs = _pscl.Inputs(x.features, x.prototypes, x.active.target, x.tau, released)
         classes = _pscl.pscl(inputs, x.backend).class_loss

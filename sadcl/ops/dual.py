@@ -34,14 +34,15 @@ class Inputs(NamedTuple):
     sample_temperature: Tensor  # [] in the accumulation dtype
     prototype_temperature: Tensor  # []
     released: bool
+    mean: bool  # the means over active rows and over positives, taken inside; not of the released formulation
     keep: int
 
 
 class Outputs(NamedTuple):
     """Both losses, then both ops' statistics."""
 
-    row_loss: Tensor
-    class_loss: Tensor
+    sample: Tensor  # [B, V, C], or [] the mean
+    prototype: Tensor  # [C], or []
     lse: Tensor
     norm: Tensor
     kept: Tensor
@@ -58,13 +59,6 @@ class Gradients(NamedTuple):
     prototypes: Tensor
     sample_temperature: Tensor
     prototype_temperature: Tensor
-
-
-class _Upstream(NamedTuple):
-    """What the two backward kernels take from above."""
-
-    grad_row_loss: Tensor
-    grad_class_loss: Tensor
 
 
 def stacked(embeddings: Tensor, bank: Tensor | None) -> Tensor:
@@ -87,18 +81,22 @@ def _views(embeddings: Tensor, bank: Tensor | None) -> tuple[Any, Tensor | None]
     return extension().Array(embeddings.data_ptr(), DTYPE_CODES[embeddings.dtype], shape, strides), None
 
 
-def _apart(x: Inputs, views: Any) -> tuple[sscl.Inputs, pscl.Inputs]:
-    """The two ops' inputs."""
+def _apart(x: Inputs, views: Any) -> tuple[Any, Any]:
+    """The two ops' inputs, or those of their means."""
+    rows, classes = (x.pairs, x.class_ptr, x.sample_temperature), (x.embeddings, x.prototypes, x.target)
+    if x.mean:
+        return sscl.MeanInputs(views, *rows, x.keep), pscl.MeanInputs(*classes, x.class_ptr, x.prototype_temperature)
     return (
-        sscl.Inputs(views, x.pairs, x.class_ptr, x.sample_temperature, True, x.released, x.keep),
-        pscl.Inputs(x.embeddings, x.prototypes, x.target, x.prototype_temperature, x.released),
+        sscl.Inputs(views, *rows, True, x.released, x.keep),
+        pscl.Inputs(*classes, x.prototype_temperature, x.released),
     )
 
 
-def _outputs_apart(out: Outputs) -> tuple[sscl.Outputs, pscl.Outputs]:
+def _outputs_apart(x: Inputs, out: Outputs) -> tuple[Any, Any]:
+    of_rows, of_classes = (sscl.Mean, pscl.Mean) if x.mean else (sscl.Outputs, pscl.Outputs)
     return (
-        sscl.Outputs(out.row_loss, out.lse, out.norm, out.kept),
-        pscl.Outputs(out.class_loss, out.score, out.norm_x, out.norm_p, out.class_lse),
+        of_rows(out.sample, out.lse, out.norm, out.kept),
+        of_classes(out.prototype, out.score, out.norm_x, out.norm_p, out.class_lse),
     )
 
 
@@ -111,16 +109,17 @@ def views_of(x: Inputs) -> Tensor:
 def allocate(x: Inputs) -> Outputs:
     """Uninitialised outputs."""
     of_rows, of_classes = _apart(x, views_of(x))
-    row_loss, lse, norm, kept = sscl.allocate(of_rows)
-    class_loss, score, norm_x, norm_p, class_lse = pscl.allocate(of_classes)
-    return Outputs(row_loss, class_loss, lse, norm, kept, score, norm_x, norm_p, class_lse)
+    sample, *rows = (sscl.allocate_mean if x.mean else sscl.allocate)(of_rows)
+    prototype, *classes = (pscl.allocate_mean if x.mean else pscl.allocate)(of_classes)
+    return Outputs(sample, prototype, *rows, *classes)
 
 
 def _cpp(x: Inputs, out: Outputs) -> None:
     views, _copy = _views(x.embeddings, x.bank)
-    (x_rows, x_classes), (out_rows, out_classes) = _apart(x, views), _outputs_apart(out)
-    native("sscl_forward")(x_rows, out_rows)
-    native("pscl_forward")(x_classes, out_classes)
+    (x_rows, x_classes), (out_rows, out_classes) = _apart(x, views), _outputs_apart(x, out)
+    what = "mean_forward" if x.mean else "forward"
+    native(f"sscl_{what}")(x_rows, out_rows)
+    native(f"pscl_{what}")(x_classes, out_classes)
 
 
 def _allocate_gradients(x: Inputs, wanted: tuple[str, ...]) -> Gradients:
@@ -134,17 +133,17 @@ def _allocate_gradients(x: Inputs, wanted: tuple[str, ...]) -> Gradients:
 
 def _backward_cpp(upstream: Any, x: Inputs, saved: Outputs, out: Gradients) -> None:
     views, _copy = _views(x.embeddings, x.bank)
-    (x_rows, x_classes), (rows, classes) = _apart(x, views), _outputs_apart(saved)
-    of_classes = upstream.grad_class_loss
+    (x_rows, x_classes), (rows, classes) = _apart(x, views), _outputs_apart(x, saved)
+    of_rows, of_classes = upstream
     if of_classes is None:
-        of_classes = upstream.grad_row_loss.new_zeros(x.prototypes.shape[0])
-    given = _Upstream(upstream.grad_row_loss, of_classes)
-    native("pscl_backward")(
-        given, x_classes, classes,
+        of_classes = of_rows.new_zeros(() if x.mean else x.prototypes.shape[0])
+    names = ("mean_backward", "grad_mean", "grad_mean") if x.mean else ("backward", "grad_row_loss", "grad_class_loss")
+    native(f"pscl_{names[0]}")(
+        x_classes, classes, **{names[2]: of_classes},
         grad_features=out.views[0], grad_prototypes=out.prototypes, grad_temperature=out.prototype_temperature,
     )  # fmt: skip
-    native("sscl_backward")(
-        given, x_rows, rows,
+    native(f"sscl_{names[0]}")(
+        x_rows, rows, **{names[1]: of_rows},
         grad_features=out.views.transpose(0, 1), grad_temperature=out.sample_temperature,
         add_to_first=True,
     )  # fmt: skip

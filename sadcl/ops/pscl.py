@@ -1,4 +1,4 @@
-"""Op ``pscl``: prototype-to-sample contrastive loss, one number per class.
+"""Ops ``pscl`` and ``pscl_mean``: prototype-to-sample contrastive loss, one number per class, or its mean.
 
 Forward keeps the ``[B, C]`` scores, the norms and two log-sum-exps per class; backward needs no product of features
 with prototypes again. These are float64: a gradient row hangs on one difference of two softmax weights, and a float32
@@ -39,15 +39,16 @@ class Outputs(NamedTuple):
 
 def allocate(x: Inputs) -> Outputs:
     """Uninitialised outputs."""
-    b, c, _ = x.features.shape
-    acc, wide = accumulation_dtype(x.features.dtype), norm_dtype(x.features.device)
     return Outputs(
-        class_loss=x.features.new_empty(c, dtype=acc),
-        score=x.features.new_empty((b, c), dtype=wide),
-        norm_x=x.features.new_empty((b, c), dtype=wide),
-        norm_p=x.features.new_empty(c, dtype=wide),
-        lse=x.features.new_empty((2, c), dtype=wide),
+        x.features.new_empty(x.features.shape[1], dtype=accumulation_dtype(x.features.dtype)), *_statistics(x)
     )
+
+
+def _statistics(x: Inputs | MeanInputs) -> tuple[Tensor, ...]:
+    """What the backward reads, uninitialised."""
+    b, c, _ = x.features.shape
+    wide = norm_dtype(x.features.device)
+    return tuple(x.features.new_empty(shape, dtype=wide) for shape in ((b, c), (b, c), (c,), (2, c)))
 
 
 pscl = Op(
@@ -69,5 +70,44 @@ pscl = Op(
             "cuda": Into(cuda_kernel("pscl", "pscl_backward")),
             "torch": portable.backward,
         },
+    ),
+)
+
+
+class MeanInputs(NamedTuple):
+    """What the mean over the positives is of; fields as those of :class:`Inputs` and ``sadcl.ops.compact.Active``."""
+
+    features: Tensor
+    prototypes: Tensor
+    target: Tensor
+    class_ptr: Tensor  # int32 [C + 1]
+    temperature: Tensor
+
+
+class Mean(NamedTuple):
+    """The mean, and what the backward reads."""
+
+    mean: Tensor  # accumulation dtype []
+    score: Tensor
+    norm_x: Tensor
+    norm_p: Tensor
+    lse: Tensor
+
+
+def allocate_mean(x: MeanInputs) -> Mean:
+    """Uninitialised outputs."""
+    return Mean(x.features.new_empty((), dtype=accumulation_dtype(x.features.dtype)), *_statistics(x))
+
+
+# The usual call in one crossing each way: without the sum, its gradient and what autograd keeps of both.
+pscl_mean = Op(
+    "pscl_mean",
+    MeanInputs,
+    Mean,
+    allocate_mean,
+    {"cpp": Into(native("pscl_mean_forward"))},
+    Backward(
+        gradients=("features", "prototypes", "temperature"),
+        implementations={"cpp": Into(native("pscl_mean_backward"))},
     ),
 )

@@ -146,7 +146,8 @@ class Mean(NamedTuple):
     kept: Tensor
 
 
-def _allocate_mean(x: MeanInputs) -> Mean:
+def allocate_mean(x: MeanInputs) -> Mean:
+    """Uninitialised outputs."""
     rows = x.pairs.shape[0] * x.features.shape[1]
     acc = accumulation_dtype(x.features.dtype)
     return Mean(
@@ -174,7 +175,7 @@ sscl_mean = Op(
     "sscl_mean",
     MeanInputs,
     Mean,
-    _allocate_mean,
+    allocate_mean,
     {"cpp": Into(native("sscl_mean_forward")), "torch": portable.forward_mean},
     Backward(
         gradients=("features", "temperature"),

@@ -121,6 +121,11 @@ def _pscl(make: Maker) -> Iterator[Any]:
         yield pscl.Inputs(x, p, make.active().target, make.number(0.3), released)
 
 
+def _pscl_mean(make: Maker) -> Iterator[Any]:
+    x = next(_pscl(make))
+    yield pscl.MeanInputs(x.features, x.prototypes, x.target, make.active().class_ptr, x.temperature)
+
+
 def _asl(make: Maker) -> Iterator[Any]:
     """Soft labels and class weights, which have gradients; then hard labels, some of them ignored."""
     logits = make.normal(make.size.b, make.size.c)
@@ -191,8 +196,8 @@ def _dual(make: Maker) -> Iterator[Any]:
     s = make.size
     first, second = (make.normal(s.b, s.c, s.d, seed=seed) for seed in (1, 2))
     p, active = make.normal(s.c, s.d, seed=9), make.active()
-    for bank_view, released in ((second, False), (None, True)):
-        yield dual.Inputs(first, bank_view, p, *active, make.number(0.3), make.number(0.2), released, 0)
+    for bank_view, released, mean in ((second, False, False), (None, True, False), (second, False, True)):
+        yield dual.Inputs(first, bank_view, p, *active, make.number(0.3), make.number(0.2), released, mean, 0)
 
 
 def _dual_mean(make: Maker) -> Iterator[Any]:
@@ -267,6 +272,7 @@ EXAMPLES: dict[str, Callable[[Maker], Iterator[Any]]] = {
     "pscl": _pscl,
     "sscl": _sscl,
     "sscl_mean": _sscl_mean,
+    "pscl_mean": _pscl_mean,
     "two_way": _two_way,
     "zlpr": _zlpr,
 }

@@ -51,6 +51,11 @@ def _pscl(x: Any) -> Results:
     return (reference.pscl(x.features, x.prototypes, x.target, x.temperature, x.released),)
 
 
+def _pscl_mean(x: Any) -> Results:
+    classes = reference.pscl(x.features, x.prototypes, x.target, x.temperature, False)
+    return (classes.sum() / (x.target == 1).sum().clamp(min=1),)
+
+
 def _group_rows(x: Any) -> Results:
     if x.pairs is not None:
         target = _target(x)
@@ -77,7 +82,11 @@ def _mlc(x: Any) -> Results:
 def _dual(x: Any) -> Results:
     views = x.embeddings[:, None] if x.bank is None else torch.stack([x.embeddings, x.bank], 1)
     rows = reference.sscl(views, x.target, x.sample_temperature, x.released)
-    return rows, reference.pscl(x.embeddings, x.prototypes, x.target, x.prototype_temperature, x.released)
+    classes = reference.pscl(x.embeddings, x.prototypes, x.target, x.prototype_temperature, x.released)
+    if not x.mean:
+        return rows, classes
+    count = (x.target == 1).sum()
+    return rows.sum() / (views.shape[1] * count).clamp(min=1), classes.sum() / count.clamp(min=1)
 
 
 def _dual_mean(x: Any) -> Results:
@@ -140,6 +149,7 @@ ORACLES: dict[str, Callable[[Any], Results]] = {
     "pscl": _pscl,
     "sscl": _sscl,
     "sscl_mean": _sscl_mean,
+    "pscl_mean": _pscl_mean,
     "two_way": lambda x: reference.two_way(*x),
     "zlpr": lambda x: (reference.zlpr(*x),),
 }

@@ -58,7 +58,12 @@ def losses(made: Callable[..., Tensor]) -> dict[str, Job]:
         "sscl_mean": sscl(60),
         "sscl-blocks": sscl(360),  # above 512 rows scores are not kept as a square
         "sscl-released": sscl(60, formulation="released"),
-        "pscl": lambda: value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, some, backend="cpp"), x, p),
+        "pscl": lambda: value_and_grads(
+            lambda x, p: F.prototype_contrastive_loss(x, p, some, reduction="sum", backend="cpp"), x, p
+        ),
+        "pscl_mean": lambda: value_and_grads(
+            lambda x, p: F.prototype_contrastive_loss(x, p, some, backend="cpp"), x, p
+        ),
         "dual": lambda: value_and_grads(lambda x, b: sum(F.dual_contrastive_loss(x, b, p, y, backend="cpp")), x, bank),
         "asl": lambda: value_and_grads(lambda x: F.asymmetric_loss(x.flatten(1), columns, backend="cpp"), x),
         "mlc": lambda: value_and_grads(

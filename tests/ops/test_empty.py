@@ -58,10 +58,15 @@ def make_pscl(s: Any, released: bool) -> pscl.Inputs:
     )
 
 
-def make_dual(s: Any, released: bool) -> dual.Inputs:
+def make_pscl_mean(s: Any) -> pscl.MeanInputs:
+    x = make_pscl(s, False)
+    return pscl.MeanInputs(*x[:3], active(s).class_ptr, x.temperature)
+
+
+def make_dual(s: Any, released: bool, mean: bool = False) -> dual.Inputs:
     rows, views = active(s), (leaf(s.B, s.C, s.D), leaf(s.B, s.C, s.D) if s.V > 1 else None)
     tau = torch.tensor(0.3, requires_grad=True), torch.tensor(0.2, requires_grad=True)
-    return dual.Inputs(*views, leaf(s.C, s.D), rows.pairs, rows.class_ptr, rows.target, *tau, released, 7)
+    return dual.Inputs(*views, leaf(s.C, s.D), rows.pairs, rows.class_ptr, rows.target, *tau, released, mean, 7)
 
 
 def make_asl(s: Any, sum_classes: bool) -> asl.Inputs:
@@ -88,8 +93,10 @@ CASES: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
     "sscl": (sscl.sscl, lambda s: make_sscl(s, False, 0), "BVCD"),
     "sscl-released": (sscl.sscl, lambda s: make_sscl(s, True, 7), "BVCD"),
     "pscl": (pscl.pscl, lambda s: make_pscl(s, False), "BCD"),
+    "pscl-mean": (pscl.pscl_mean, make_pscl_mean, "BCD"),
     "pscl-released": (pscl.pscl, lambda s: make_pscl(s, True), "BCD"),
     "dual": (dual.dual, lambda s: make_dual(s, False), "BCD"),
+    "dual-mean": (dual.dual, lambda s: make_dual(s, False, mean=True), "BCD"),
     "dual-released": (dual.dual, lambda s: make_dual(s, True), "BCD"),
     "asl": (asl.asl, lambda s: make_asl(s, False), "BC"),
     "asl-sums": (asl.asl, lambda s: make_asl(s, True), "BC"),
@@ -138,7 +145,14 @@ def test_sizes_of_zero(name: str, zeros: str) -> None:
         views = dual.stacked(inputs.embeddings, inputs.bank)
         rows = sscl.Inputs(views, *inputs[3:5], inputs.sample_temperature, True, inputs.released, 0)
         classes = pscl.Inputs(inputs.embeddings, inputs.prototypes, inputs.target, *inputs[7:9])
-        want = [sscl.sscl(rows, "torch").row_loss, pscl.pscl(classes, "torch").class_loss, *got[2:]]
+        losses = sscl.sscl(rows, "torch").row_loss, pscl.pscl(classes, "torch").class_loss
+        if inputs.mean:
+            count = int(inputs.class_ptr[-1])
+            losses = losses[0].sum() / max(count * views.shape[1], 1), losses[1].sum() / max(count, 1)
+        want = [*losses, *got[2:]]
+    elif name == "pscl-mean":
+        loss = pscl.pscl(pscl.Inputs(*inputs[:3], inputs.temperature, False), "torch").class_loss
+        want = [loss.sum() / max(int(inputs.class_ptr[-1]), 1), *got[1:]]
     elif "torch" in op.backends:
         want = value_and_grads(op, inputs, "torch")
     else:
