@@ -12,9 +12,13 @@ def update(x: Any, out: Any) -> None:
     """Write ``x.slots``, see :class:`sadcl.ops.bank.Inputs`."""
     scores = wide(x.scores)
     recognised = (scores if x.probabilities else scores.sigmoid()) > x.threshold
-    write = (recognised & (x.labels == 1))[:, :, None]
+    write = recognised & (x.labels == 1)
     current = x.slots[: x.features.shape[0]]
-    current.copy_(torch.where(write, x.features.to(current.dtype), current))
+    if current.device.type == "cpu":  # elsewhere the host would wait to hear how many there are
+        image, label = write.nonzero().unbind(1)
+        current[image, label] = x.features[image, label].to(current.dtype)
+    else:
+        current.copy_(torch.where(write[:, :, None], x.features.to(current.dtype), current))
 
 
 def wide(scores: Tensor) -> Tensor:

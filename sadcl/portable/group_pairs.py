@@ -90,7 +90,8 @@ def values(x: Any, own: Tags, columns: Columns, like: Tensor, swapped: bool = Fa
         both, mine, theirs, known = pair_counts(own.labels, columns.tags.labels)
         if swapped and x.weighting == SIMDIS:
             mine, theirs = theirs, mine
-        positive, value = pair_values(x.weighting, x.threshold, both, mine, theirs, known)
+        classes = own.labels.has.shape[1]
+        positive, value = pair_values(x.weighting, x.threshold, classes, both, mine, theirs, known)
     positive = banish(positive, columns, False)
     return positive, torch.where(positive, value, 0.0)
 

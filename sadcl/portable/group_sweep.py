@@ -18,7 +18,7 @@ from .. import _checks
 from .._collectives import Group, Met, all_gather, exchange, meet, pass_on
 from .._dtypes import accumulation_dtype, norm_dtype
 from .group_pairs import Columns, Tags
-from .mlc import Labels, planes
+from .mlc import planes
 
 # A block of scores, and a block of vectors, hold at most this many elements: 4 MB on a CPU; elsewhere launches cost.
 _BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -168,7 +168,7 @@ class Sweep:
             return Tags(ids=sent[:, 0].repeat_interleave(v))
         if x.labels is None:
             return Tags()
-        return Tags(labels=Labels(*(plane.repeat_interleave(v, 0) for plane in planes(sent, self.acc))))
+        return Tags(labels=planes(sent, self.acc).each(lambda plane: plane.repeat_interleave(v, 0)))
 
     def _packed(self) -> Tensor:
         """What this rank sends: vectors, then tags, as bytes."""

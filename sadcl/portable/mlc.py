@@ -7,20 +7,21 @@ Mulsupcon's ``W = (y share) y'`` is never formed at all: its products are two th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype, norm_dtype
+from .._thresholds import least_share
 
 WEIGHTINGS = ("all", "any", "mulsupcon", "jaccard", "overlap", "simdis", "msc")
 ALL, ANY, MULSUPCON, JACCARD, OVERLAP, SIMDIS, MSC = range(len(WEIGHTINGS))
 DENSE = len(WEIGHTINGS)  # weights are given
 
-# A block of scores holds at most this many elements (64 MB of float32).
-_BLOCK_ELEMENTS = 1 << 24
+# A block of scores holds at most this many elements: 64 MB of float32, and on a CPU 2 MB, which a cache holds.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
 
 
 class Labels(NamedTuple):
@@ -28,9 +29,13 @@ class Labels(NamedTuple):
 
     has: Tensor
     ignores: Tensor
+    complete: bool  # whether nothing is ignored, as far as a host sees that without waiting
 
     def rows(self, block: slice) -> Labels:
-        return Labels(self.has[block], self.ignores[block])
+        return self.each(lambda plane: plane[block])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Labels:
+        return Labels(change(self.has), change(self.ignores), self.complete)
 
 
 class _Problem(NamedTuple):
@@ -47,7 +52,8 @@ class _Problem(NamedTuple):
 
 def planes(labels: Tensor, acc: torch.dtype) -> Labels:
     ignores = (labels == -1).to(acc) if labels.dtype.is_signed else torch.zeros_like(labels, dtype=acc)
-    return Labels((labels == 1).to(acc), ignores)
+    complete = labels.device.type == "cpu" and not bool(ignores.any())
+    return Labels((labels == 1).to(acc), ignores, complete)
 
 
 def _problem(x: Any) -> _Problem:
@@ -66,11 +72,13 @@ def _problem(x: Any) -> _Problem:
     columns = torch.cat(units if x.include_batch else [units[0][:0], *units[1:]])
     labels = column_labels = log_factor = share = None
     if x.labels is not None:
-        labels = Labels(*(plane.repeat_interleave(v, 0) for plane in planes(x.labels, acc)))
+        labels = planes(x.labels, acc).each(lambda plane: plane.repeat_interleave(v, 0))
         column_labels = labels if x.include_batch else labels.rows(slice(0))
         if x.key_labels is not None:
-            pairs = zip(column_labels, planes(x.key_labels, acc), strict=True)
-            column_labels = Labels(*(torch.cat(pair) for pair in pairs))
+            theirs = planes(x.key_labels, acc)
+            has = torch.cat([column_labels.has, theirs.has])
+            ignores = torch.cat([column_labels.ignores, theirs.ignores])
+            column_labels = Labels(has, ignores, column_labels.complete and theirs.complete)
     if x.prototypes is not None:
         log_factor = columns.new_full((columns.shape[0],), x.beta)
         log_factor[-x.prototypes.shape[0] :] = 1.0
@@ -84,7 +92,7 @@ def _problem(x: Any) -> _Problem:
 
 def _blocks(p: _Problem) -> Iterator[slice]:
     n = p.anchors.shape[0]
-    size = max(1, _BLOCK_ELEMENTS // max(p.columns.shape[0], 1))
+    size = max(1, _BLOCK_ELEMENTS.get(p.norm.device.type, 1 << 24) // max(p.columns.shape[0], 1))
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
@@ -96,24 +104,32 @@ def _no_self(x: Any, block: slice, pairs: Tensor, value: float) -> Tensor:
 
 
 def pair_counts(one: Labels, other: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``I, |y_i|, |y_j|`` and the known classes of each pair."""
+    """``I, |y_i|, |y_j|`` and the known classes of each pair; but for I what says all in less than a number a pair."""
+    if one.complete and other.complete:
+        known = one.has.new_full((1, 1), one.has.shape[1])
+        return one.has @ other.has.t(), one.has.sum(dim=1, keepdim=True), other.has.sum(dim=1), known
     knows, other_knows = 1.0 - one.ignores, (1.0 - other.ignores).t()
     return one.has @ other.has.t(), one.has @ other_knows, knows @ other.has.t(), knows @ other_knows
 
 
 def pair_values(
-    weighting: int, threshold: float, both: Tensor, own: Tensor, theirs: Tensor, known: Tensor
+    weighting: int, threshold: float, classes: int, both: Tensor, own: Tensor, theirs: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which pairs are positives in a weighting that counts them, and what one weighs before that."""
-    either = own + theirs - both
-    if weighting in (JACCARD, OVERLAP):
-        wide = norm_dtype(both.device)  # as the oracle compares with the threshold
-        value = both.to(wide) / either.clamp(min=1.0).to(wide)
-        positive = (either > 0) & (value >= threshold) if weighting == JACCARD else both > 0
-        return positive, value.to(both.dtype)
+    if weighting in (ALL, ANY):
+        positive = both > 0 if weighting == ANY else (own + theirs == 2 * both) & (known > 0)
+        return positive, positive.to(both.dtype)
     if weighting == SIMDIS:
-        return both > 0, both / own.clamp(min=1.0) / (1.0 + theirs - both)
-    return (both == either) & (known > 0) if weighting == ALL else both > 0, torch.ones_like(both)
+        return both > 0, both / own.clamp(min=1.0) / (theirs + 1.0 - both)
+    either = own + theirs - both
+    value = both / either.clamp(min=1.0)
+    if weighting == OVERLAP:
+        return both > 0, value
+    shared, union = least_share(threshold, classes)
+    wide = norm_dtype(both.device)
+    exact = classes * union <= 1 << (24 if both.dtype == torch.float32 else 53)
+    enough = both * union >= either * shared if exact else both.to(wide) / either.clamp(min=1.0) >= threshold
+    return enough.logical_and_(either > 0), value
 
 
 def _weights(p: _Problem, x: Any, block: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,35 +139,41 @@ def _weights(p: _Problem, x: Any, block: slice) -> tuple[Tensor, Tensor, Tensor 
         return w, (w != 0).any(dim=1), None
     assert p.labels is not None and p.column_labels is not None
     both, own, theirs, known = pair_counts(p.labels.rows(block), p.column_labels)
-    either = own + theirs - both
     if x.weighting == MSC:
-        term = _no_self(x, block, x.alpha / either.clamp(min=1.0), 0.0)
+        term = _no_self(x, block, x.alpha / (own + theirs - both).clamp(min=1.0), 0.0)
         has = p.labels.has[block]
         share = has / (1.0 + term @ p.column_labels.has)
         weighted = share if x.class_weight is None else share * x.class_weight
         w = torch.cat([term * (weighted @ p.column_labels.has.t()), weighted], dim=1)
         return w, has.any(dim=1), torch.cat([term, share], dim=1)
-    positive, value = pair_values(x.weighting, x.threshold, both, own, theirs, known)
-    positive = _no_self(x, block, positive, False)
-    w = torch.where(positive, value, 0.0)
-    count = (w if x.weighting == OVERLAP else positive).sum(dim=1, keepdim=True)
-    return w / torch.where(count > 0, count, 1), positive.any(dim=1), None
+    classes = p.labels.has.shape[1]
+    positive, w = pair_values(x.weighting, x.threshold, classes, both, own, theirs, known)
+    if x.weighting == JACCARD:
+        w.mul_(positive)
+    _no_self(x, block, w, 0.0)
+    _no_self(x, block, positive, False)
+    count = (w if x.weighting in (ALL, ANY, OVERLAP) else positive).sum(dim=1, keepdim=True)
+    return w.div_(torch.where(count > 0, count, 1)), count[:, 0] > 0, None
 
 
-def _scores(p: _Problem, x: Any, block: slice) -> tuple[Tensor, Tensor]:
-    """``s`` of a block, 0 against itself; and ``s + log b``, there -inf."""
-    s = _no_self(x, block, p.anchors[block] @ p.columns.t() / x.temperature, 0.0)
-    weighted = s.clone() if p.log_factor is None else s + p.log_factor
-    return s, _no_self(x, block, weighted, float("-inf"))
+def _scores(p: _Problem, x: Any, block: slice) -> Tensor:
+    """``s`` of a block, 0 against itself."""
+    return _no_self(x, block, (p.anchors[block] @ p.columns.t()).div_(x.temperature), 0.0)
+
+
+def _weighted(p: _Problem, x: Any, block: slice, s: Tensor) -> Tensor:
+    """``s + log b``, -inf against itself, in the place of ``s``."""
+    return _no_self(x, block, s if p.log_factor is None else s.add_(p.log_factor), float("-inf"))
 
 
 def _logsumexp(s: Tensor, wide: torch.dtype) -> Tensor:
-    """Over columns. Peak and rest are added in the wide dtype: large peaks would swallow digits of the rest."""
+    """Over columns, in the place of ``s``. Peak and rest are added in the wide dtype: large peaks would swallow
+    digits of the rest."""
     if s.shape[1] == 0:
         return torch.full(s.shape[:1], float("-inf"), dtype=wide, device=s.device)
     peak = s.amax(dim=1)
-    peak = torch.where(peak == float("-inf"), 0.0, peak)
-    return peak.to(wide) + torch.exp(s - peak[:, None]).sum(dim=1).to(wide).log()
+    peak.masked_fill_(peak == float("-inf"), 0.0)
+    return peak.to(wide) + s.sub_(peak[:, None]).exp_().sum(dim=1).to(wide).log()
 
 
 def _class_sums(p: _Problem) -> Tensor:
@@ -173,11 +195,11 @@ def forward(x: Any) -> dict[str, Tensor]:
     lam, mean = p.anchors.new_zeros(b * v), p.anchors.new_zeros(b * v)  # of W, of W s
     lse, positive = p.norm.new_empty(b * v), torch.zeros(b * v, dtype=torch.bool, device=p.norm.device)
     for block in _blocks(p):
-        s, weighted = _scores(p, x, block)
-        lse[block] = _logsumexp(weighted, wide)
+        s = _scores(p, x, block)
         if x.weighting != MULSUPCON:
             w, positive[block], _ = _weights(p, x, block)
-            lam[block], mean[block] = w.sum(dim=1), (w * s).sum(dim=1)
+            lam[block], mean[block] = w.sum(dim=1), w.mul_(s).sum(dim=1)
+        lse[block] = _logsumexp(_weighted(p, x, block, s), wide)
     if x.weighting == MULSUPCON:
         assert p.share is not None
         share, positive = _class_share(p, x), (p.share > 0).any(dim=1)
@@ -208,21 +230,24 @@ def backward(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) -> dict
     high = lse.to(acc)
     low = torch.exp(high.to(lse.dtype) - lse).to(acc)
     z = torch.where(active[:, None], p.anchors, 0.0)  # an anchor without a positive may hold anything
+    everyone = active.device.type == "cpu" and bool(active.all())
     of_anchors, of_columns = torch.zeros_like(z), torch.zeros_like(p.columns)
     rare = _Rare(p, x, wanted)
     for block in _blocks(p):
-        s, weighted = _scores(p, x, block)
-        softmax = torch.exp(weighted - high[block, None]) * low[block, None]
+        s, factor = _scores(p, x, block), m[block] * low[block]
         if x.weighting == MULSUPCON:
-            lam = _class_share_sum(p, x, block)
-            coefficient = m[block, None] * lam[:, None] * softmax
+            w, factor = None, factor * _class_share_sum(p, x, block)
         else:
             w, _, terms = _weights(p, x, block)
-            coefficient = m[block, None] * (w.sum(dim=1, keepdim=True) * softmax - w)
+            factor = factor * w.sum(dim=1)
             rare.add(block, s, terms, m[block], lse[block])
-        coefficient = torch.where(active[block, None], coefficient, 0.0)
-        of_anchors[block] = coefficient @ p.columns
-        of_columns += coefficient.t() @ z[block]
+        coefficient = _weighted(p, x, block, s).sub_(high[block, None]).exp_().mul_(factor[:, None])
+        if w is not None:
+            coefficient.sub_(w.mul_(m[block, None]))
+        if not everyone:
+            coefficient.masked_fill_(~active[block, None], 0.0)
+        torch.mm(coefficient, p.columns, out=of_anchors[block])
+        of_columns.addmm_(coefficient.t(), z[block])
     if x.weighting == MULSUPCON:
         _subtract_pulls(p, x, m, z, of_anchors, of_columns)
         rare.add_classes(m, lse)
