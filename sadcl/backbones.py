@@ -115,10 +115,36 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Feature map ``[B, channels, H', W']``, or a tuple of them, of preprocessed ``[B, 3, H, W]``."""
+        """Feature map ``[B, channels, H', W']``, or a tuple of them, of preprocessed ``[B, 3, H, W]``.
+
+        Raises:
+            ValueError: images of another shape, or of a size that the network cannot take.
+        """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
-        features = self._features(self.body, images)
+        if torch.compiler.is_compiling():
+            return self._maps(self.body, images)
+        try:
+            return self._maps(self.body, images)
+        except Exception:
+            size = (images.shape[-2], images.shape[-1])
+            if size != self.preprocessing.size:
+                self.check_size(size)
+            raise
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Require that images of a size can be taken; nothing is computed where the meta device can tell.
+
+        Args:
+            size: (H, W).
+
+        Raises:
+            ValueError: they cannot, and why.
+        """
+        self._probe(self._maps, size)
+
+    def _maps(self, body: nn.Module, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        features = self._features(body, images)
         if isinstance(features, Tensor):
             return self._as_map(features, images)
         return (*features[:-1], self._as_map(features[-1], images))

@@ -10,9 +10,13 @@ __all__ = ["build_model", "make_loss"]
 
 
 def build_model(config: TrainConfig, num_classes: int) -> SADCL:
-    """The step-1 model of a config: no projection, prototypes or bank yet."""
+    """The step-1 model of a config: no projection, prototypes or bank yet.
+
+    Raises:
+        ValueError: the backbone cannot take pictures of this size, or of ``eval_image_size``.
+    """
     m = config.model
-    return SADCL(
+    model = SADCL(
         num_classes,
         m.backbone,
         m.pretrained,
@@ -28,6 +32,12 @@ def build_model(config: TrainConfig, num_classes: int) -> SADCL:
         frozen=m.frozen if m.train_backbone else "all",
         strides=m.strides,
     )
+    if config.eval_image_size:
+        try:
+            model.backbone.check_size((config.eval_image_size, config.eval_image_size))
+        except ValueError as error:
+            raise ValueError(f"eval_image_size: {error}") from error
+    return model
 
 
 def make_loss(config: LossConfig) -> DualContrastiveLoss:

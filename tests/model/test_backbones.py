@@ -158,6 +158,27 @@ def test_other_sizes_have_their_own_grids():
             assert twins(torch.empty(1, 3, *size, device="meta")).shape == (1, 512, size[0] // 32, size[1] // 32)
 
 
+@pytest.mark.parametrize("name", ["resmlp_12_224", "visformer_tiny", "gcvit_xxtiny", "convit_tiny", "test_vit"])
+def test_sizes_that_a_network_cannot_take_are_refused_by_name(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("meta"):
+        backbone = build_backbone(f"timm:{name}", image_size=64)
+        backbone.check_size((64, 64))
+        backbone(torch.empty(1, 3, 64, 64))
+        for refused in (lambda: backbone(torch.empty(1, 3, 104, 96)), lambda: backbone.check_size((104, 96))):
+            with pytest.raises(ValueError, match="backbone: .* cannot take images of 104 x 96: .*Error: "):
+                refused()
+
+
+def test_what_fails_at_a_size_that_it_can_take_is_not_blamed_on_the_size():
+    backbone = build_backbone("test_vit", image_size=(48, 64)).eval()
+    backbone.body.blocks[0].register_forward_hook(lambda *_: 1 / 0 if len(_[1][0]) > 1 else None)
+    for size in ((48, 64), (64, 64)):
+        with pytest.raises(ZeroDivisionError):
+            backbone(torch.randn(2, 3, *size))
+
+
 def test_a_count_that_fits_no_grid_is_an_error():
     backbone = build_backbone("test_vit", image_size=(48, 64)).eval()
     forward = backbone.body.forward_features

@@ -162,6 +162,13 @@ def test_finished_models_at_another_size(pictures: Path, tmp_path: Path) -> None
 # -- other labels --
 
 
+def test_a_size_that_the_backbone_cannot_take_is_refused_before_training(pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = tiny(pictures, tmp_path, eval_image_size=96, model__backbone="timm:visformer_tiny")
+    for run in (lambda: Run(config, quiet), lambda: plan(config)):
+        with pytest.raises(ValueError, match="eval_image_size: backbone: Visformer cannot take images of 96 x 96"):
+            run()
+
+
 def test_voc_takes_cocos_rows() -> None:
     voc = "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
     names = (voc + "sheep sofa train tvmonitor").split()
