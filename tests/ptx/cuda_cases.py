@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sadcl.testing.examples import Size
-from tests.ptx.cases import KEPT, Case, ours
+from tests.ptx.budgets import KEPT, ours
+from tests.ptx.cases import Case
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
 from tests.ptx.mutants import Bench, Mutant, mutants_of, outcomes_of
 from tests.ptx.ptxemu import Fault, Kernel, opcodes

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, budgets_of, cases_of, hold, ours, precise
+from tests.ptx.budgets import budgets_of, hold, ours
+from tests.ptx.cases import KINDS, PRODUCTS, TRITON, Case, cases_of, precise
 from tests.ptx.launching import Executor, executing
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
 from tests.ptx.ptxemu import Fault, Kernel, opcodes

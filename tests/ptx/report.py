@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ptx.cases import FLOAT32, PRODUCTS, TRITON, cases_of, check
+from tests.ptx.budgets import FLOAT32, check
+from tests.ptx.cases import PRODUCTS, TRITON, cases_of
 
 _KINDS = ("bf16", "fp32", "fp64", "tf32")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu_executed.md"

@@ -16,7 +16,8 @@ from sadcl.ops._library import OPS
 from sadcl.testing import make_features, make_labels
 from sadcl.testing.examples import EXAMPLES, Size
 from sadcl.testing.oracles import ORACLES
-from tests.ptx.cases import Case, check, examples_of, ours
+from tests.ptx.budgets import check, ours
+from tests.ptx.cases import Case, examples_of
 from tests.ptx.cuda_cases import SMALL, check_most_faults_are_seen, gaps, same
 from tests.ptx.launching_cuda import CudaExecutor, executing_cuda
 

@@ -15,7 +15,8 @@ from sadcl.cuda import mlc as launcher
 from sadcl.ops import mlc
 from sadcl.ops._library import OPS
 from sadcl.testing import make_features, make_labels
-from tests.ptx.cases import KINDS, Case, check
+from tests.ptx.budgets import check
+from tests.ptx.cases import KINDS, Case
 from tests.ptx.cuda_cases import (
     SMALL,
     check_miscounted_bits_are_seen,

@@ -15,7 +15,8 @@ from sadcl.ops import compact, sscl
 from sadcl.ops._library import OPS
 from sadcl.testing import error_budgets, make_features, make_labels
 from sadcl.testing.examples import Size
-from tests.ptx.cases import KINDS, Case, OnGpu, check, hold, ours, truth
+from tests.ptx.budgets import OnGpu, check, hold, ours, truth
+from tests.ptx.cases import KINDS, Case
 from tests.ptx.cuda_cases import (
     SMALL,
     check_missing_order_is_a_race,

@@ -9,7 +9,8 @@ from torch.nn.functional import one_hot
 
 import sadcl.functional as F
 from tests.ops.test_large_scores import assert_as_good, sscl_case, sscl_grad, supcon_case, supcon_grad
-from tests.ptx.cases import KINDS, OFTEN, PRODUCTS, TRITON, Case, cases_of, check, ours, precise
+from tests.ptx.budgets import check, ours
+from tests.ptx.cases import KINDS, OFTEN, PRODUCTS, TRITON, Case, cases_of, precise
 from tests.ptx.launching import ARCH, Executor, executing
 
 
