@@ -58,11 +58,12 @@ def _run_seed(study: Study, name: str, seed: int, trials: Sequence[Trial], clock
     if not missing:
         return False
     bench = Bench(study.config, name, seed)
+    study.check_pictures(missing[0], bench.listed)
     for trial in missing:
         began = time.perf_counter()
         result = bench.train(trial)
         result["seconds"] = time.perf_counter() - began
-        about = {"title": bench.title, "protocol": bench.protocol}
+        about = {"title": bench.title, "protocol": bench.protocol, "listed": bench.listed}
         content = {"settings": study.settings(trial), "result": result, "data": about}
         text = dumps(content, indent=1).encode()
         write_atomically(study.path(trial), lambda file, text=text: file.write(text))

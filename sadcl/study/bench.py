@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -54,7 +55,11 @@ def _width(channels: int | tuple[int, ...]) -> int:
 
 
 class Bench:
-    """What the trials of one part and seed share: the pictures (or their feature maps) and SARL's step 1."""
+    """What the trials of one part and seed share: the pictures (or their feature maps) and SARL's step 1.
+
+    Attributes:
+        listed: changes with the pictures and labels of lists; empty of composed scenes, which a seed draws.
+    """
 
     def __init__(self, config: StudyConfig, name: str, seed: int) -> None:
         self.part: PartConfig = getattr(config, name)
@@ -65,6 +70,8 @@ class Bench:
         torch.manual_seed(seed)  # of the head's initial weights, and of a backbone that is not pretrained
         images = load_images(self.config.data, seed)
         self.title, self.protocol = images.title, images.protocol
+        rows = [] if self.config.data.composed else [side.numpy().tobytes() for side in images.listed.values()]
+        self.listed = hashlib.sha256(b"".join(rows)).hexdigest()[:16] if rows else ""
         self.model = build_model(self.config, len(images.classes)).to(self.device)
         self.step1: nn.Module | None = None
         self.train_set: Pairs

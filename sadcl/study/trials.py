@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,25 @@ class Study:
         found = json.loads(path.read_text())["result"]
         return {name: math.nan if value is None else value for name, value in found.items()}
 
+    def check_pictures(self, trial: Trial, listed: str) -> None:
+        """Require of all results on the lists of a trial that they are of its pictures: arms are compared.
+
+        Args:
+            trial: that is to be trained.
+            listed: what :class:`sadcl.study.bench.Bench` says of its pictures.
+
+        Raises:
+            ValueError: the lists were edited since; names a result of before.
+        """
+        lists = _lists(self.settings(trial))
+        for path in sorted((self.folder / "trials").glob("*.json")):
+            content = json.loads(path.read_text())
+            if _lists(content["settings"]) == lists and content["data"].get("listed", listed) != listed:
+                raise ValueError(
+                    f"{path}: was trained on other pictures or labels than the lists name now; expected another "
+                    "output, or the trials of before removed"
+                )
+
     # -- the plan --
 
     def weight_trials(self, name: str, seed: int) -> list[Trial]:
@@ -131,3 +150,8 @@ class Study:
             epochs = f"{part.step1.epochs}+{part.step2.epochs} epochs of {part.train_images}"
             lines.append(f"  {name:10} {phase:8} {done:4} / {count:<4} seeds {seeds}, {epochs} images")
         return "\n".join(lines)
+
+
+def _lists(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures of a trial's settings, whatever its seed and part."""
+    return {k: v for k, v in settings["data"].items() if k not in ("split_seed", "train_images", "val_images")}

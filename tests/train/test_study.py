@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from PIL import Image  # noqa: E402
 
 from sadcl.cli import main  # noqa: E402
 from sadcl.commands.study import run, study  # noqa: E402
-from sadcl.study.bench import PooledLinear  # noqa: E402
+from sadcl.study.bench import Bench, PooledLinear  # noqa: E402
 from sadcl.study.compare import compare, holm  # noqa: E402
 from sadcl.study.config import ARMS, Choice, PartConfig, StudyConfig, candidates, parse_study  # noqa: E402
 from sadcl.study.trials import Study, Trial  # noqa: E402
@@ -228,6 +229,24 @@ def test_killed_study_continues_where_it_was(
     more.finetuned.seeds = [21, 23]
     study(more, say=said.append)
     assert sum(" mAP " in line for line in said) == 1, "a further seed needs its own trainings only"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "val.csv"])
+def test_edited_lists_are_not_compared_with_those_of_before(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "study")
+    shutil.copytree(pictures, tmp_path / "pictures")
+    for path in (tmp_path / "study" / "trials").iterdir():
+        path.write_text(path.read_text().replace(str(pictures), str(tmp_path / "pictures")))
+    more = tiny(tmp_path / "pictures", tmp_path / "study")
+    more.finetuned.seeds = [21, 23]
+    plan, trial = Study(more), Trial("finetuned", "sarl", Choice(1e-3, 1e-3), 23)
+    plan.check_pictures(trial, Bench(more, "finetuned", 23).listed)
+    rows = (tmp_path / "pictures" / name).read_text().splitlines(keepends=True)
+    (tmp_path / "pictures" / name).write_text("".join(rows[1:]))
+    with pytest.raises(ValueError, match="json: was trained on other pictures or labels than the lists name now"):
+        study(more, say=quiet)
 
 
 def test_control_differs_from_the_method_by_the_losses_alone(pictures: Path, tmp_path: Path) -> None:
