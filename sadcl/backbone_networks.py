@@ -62,12 +62,12 @@ def create(name: str, size: tuple[int, int], strides: Sequence[int] | None) -> N
         config = getattr(body, "pretrained_cfg", None) or {}
         mean, std = tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
     wanted, indices = _stages(body, strides)
-    features = partial(_several, indices) if indices else _forward_features
+    features = partial(_several, indices) if len(indices) > 1 else _forward_features
     return Network(body, features, mean, std, (), wanted)
 
 
 def _stages(body: nn.Module, strides: Sequence[int] | None) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """Strides of the maps, and which stages of a timm network give all but the last of them."""
+    """Strides of the maps, and which stages of a timm network give them."""
     if strides is None:
         return None, ()
     info = getattr(body, "feature_info", None) or ()
@@ -81,7 +81,7 @@ def _stages(body: nn.Module, strides: Sequence[int] | None) -> tuple[tuple[int, 
             f"strides: expected some of {sorted(has)}, which {type(body).__name__} has, the finest first and "
             f"{max(has)} at the end, got {list(wanted)}"
         )
-    return wanted, tuple(has[stride] for stride in wanted[:-1])
+    return wanted, tuple(has[stride] for stride in wanted)
 
 
 def _forward_features(body: nn.Module, images: Tensor) -> Tensor:
@@ -89,8 +89,9 @@ def _forward_features(body: nn.Module, images: Tensor) -> Tensor:
 
 
 def _several(indices: tuple[int, ...], body: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    # The last stage is asked for, though not used: some networks stop after the last that is.
     last, maps = body.forward_intermediates(images, indices=list(indices))  # type: ignore[operator]
-    return (*maps, last)
+    return (*maps[:-1], last)
 
 
 def last_map(body: nn.Module, images: Tensor) -> Tensor:
@@ -142,7 +143,9 @@ def _timm_model(name: str, size: tuple[int, int]) -> nn.Module:
                 raise ValueError(f"backbone: timm cannot build {name!r}: {error}") from error
         except Exception as error:
             where = f"images of {size[0]} x {size[1]}"
-            raise ValueError(f"backbone: timm cannot build {name!r} for {where}: {error}") from error
+            raise ValueError(
+                f"backbone: timm cannot build {name!r} for {where}: {type(error).__name__} {error}"
+            ) from error
     if not hasattr(body, "forward_features"):
         raise ValueError(f"backbone: timm's {name!r} has no forward_features")
     return body

@@ -12,7 +12,7 @@ from sadcl.backbones import Backbone, Preprocessing, build_backbone, folded
 from sadcl.head import SADCLHead
 from sadcl.model import SADCL
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 
 SMALL = {
     "hidden_dim": 16,
@@ -110,6 +110,19 @@ def test_maps_of_several_strides(name, strides, channels, grids):
         twin = SADCL(**model.config()).eval()
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(images).logits, output.logits)
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "timm:resnet10t"])
+def test_the_last_of_several_maps_is_the_last_of_all(name):
+    if not timm.is_model(name.removeprefix("timm:")):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("meta"):
+        last = build_backbone(name, image_size=224)(torch.empty(1, 3, 224, 224))
+        for strides in ((16, 32), (4, 8, 16, 32)):
+            backbone = build_backbone(name, image_size=224, strides=strides)
+            maps = backbone(torch.empty(1, 3, 224, 224))
+            assert [224 // one.shape[2] for one in maps] == list(strides)
+            assert maps[-1].shape == last.shape and backbone.channels == tuple(one.shape[1] for one in maps)
 
 
 @pytest.mark.parametrize(
