@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from sadcl.train.config_file import with_config_files
+from sadcl.train.config_file import moved, with_config_files
 from sadcl.train.data_config import DataConfig
 
 __all__ = [
@@ -279,8 +279,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Parsed:
     )
     parser.add_argument("--dry-run", action="store_true", help="print data, parameters, memory and steps, then stop")
     parser.add_class_arguments(TrainConfig)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = with_config_files(sys.argv[1:] if argv is None else argv, TrainConfig)
+        arguments = with_config_files(argv, TrainConfig)
     except ValueError as error:
         parser.error(str(error))
     parsed = parser.parse_args(arguments)
@@ -291,6 +292,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Parsed:
         check_config(config)
     except ValueError as error:
         parser.error(str(error))
+    if (resume or edited) and (folder := moved(argv, config.output)) is not None:
+        here = f"there is nothing to resume in {config.output}, but beside the config file"
+        parser.error(f"output: {here}: expected --output {folder}")
     return Parsed(config, resume or edited, dry_run, edited)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["with_config_files"]
+__all__ = ["moved", "with_config_files"]
 
 STRING, NULL, BOOL = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "bool"))
 WORDS = {"false": "off", "no": "off", "off": "off", "true": "on", "yes": "on", "on": "on"}
@@ -24,19 +24,37 @@ def with_config_files(arguments: Sequence[str], kind: type) -> list[str]:
     Raises:
         ValueError: a file is no YAML, or does not consist of keys with values; the message names it.
     """
-    given, found = list(arguments), []
-    while given:
-        argument = given.pop(0)
-        option, equals, path = argument.partition("=")
-        if option != "--config" or not (equals or given):
+    found: list[str] = []
+    for argument, path in _options(arguments):
+        if path is None:
             found.append(argument)
-            continue
-        path = path if equals else given.pop(0)
-        if not os.path.isfile(path):
+        elif not os.path.isfile(path):
             found += ["--config", path]
         elif text := _read(path, kind):
             found += ["--config", text]
     return found
+
+
+def moved(arguments: Sequence[str], output: str) -> str | None:
+    """The folder of a run that the arguments name by its config file alone, if it was moved there from ``output``."""
+    if os.path.isfile(os.path.join(output, "last.pt")) or any(one.startswith("--output") for one in arguments):
+        return None
+    folders = [
+        os.path.dirname(path) or "." for _, path in _options(arguments) if path is not None and os.path.isfile(path)
+    ]
+    return next((folder for folder in folders if os.path.isfile(os.path.join(folder, "last.pt"))), None)
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each argument, and of ``--config`` its path (``--config FILE`` is one)."""
+    given = list(arguments)
+    while given:
+        argument = given.pop(0)
+        option, equals, path = argument.partition("=")
+        if option != "--config" or not (equals or given):
+            yield argument, None
+        else:
+            yield option, path if equals else given.pop(0)
 
 
 def _read(path: str, kind: type) -> str:

@@ -160,6 +160,23 @@ def test_lists_may_be_called_otherwise_and_the_whole_may_move(half: TrainConfig,
         read_last(config, load_images(config.data, config.seed))
 
 
+def test_a_run_that_moved_is_not_begun_again_where_it_was(
+    half: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move(half.output, tmp_path / "moved")
+    for folder in (str(tmp_path / "moved"), "."):
+        for resume in ("--resume", "--resume-edited"):
+            with pytest.raises(SystemExit):
+                parse_arguments([f"--config={folder}/config.yaml", resume])
+            assert f"but beside the config file: expected --output {folder}" in capsys.readouterr().err
+            assert parse_arguments([f"--config={folder}/config.yaml", resume, "--output", folder]).resume
+        assert parse_arguments([f"--config={folder}/config.yaml", "--resume", "--output=new"]).config.output == "new"
+        assert not parse_arguments(["--config", f"{folder}/config.yaml"]).resume
+        monkeypatch.chdir(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", "config.yaml", "--resume"])
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_another_backbone_under_the_same_name(half: TrainConfig, tmp_path: Path, frozen: bool) -> None:
     """A head would go on with features of another network; a backbone that is trained is in the checkpoint."""
