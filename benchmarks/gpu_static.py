@@ -182,7 +182,7 @@ def write_report(results: list[Result]) -> None:
         "Compiled, not executed: nobody has timed these kernels. Registers are of a thread (AMD: vector registers of",
         "a lane), spills are bytes to memory (AMD: scratch memory), `fit` is how many programs a multiprocessor holds",
         "at once, `wide` counts 128-bit global loads and stores in the text. fp32 `ieee` products are FFMA on NVIDIA",
-        "parts, by definition.",
+        "parts, by definition. `make tritons` compiles sm_90's with other versions: [benchmarks.md](benchmarks.md#gpu).",
         "",
         "| part | operands | kernel | tile | registers | spills | shared | fit | matrix instruction | wide |",
         "|---|---|---|---|---|---|---|---|---|---|",
