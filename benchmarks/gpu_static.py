@@ -100,19 +100,29 @@ def compile_job(job: Job) -> Any:
 
 
 def nvidia_usage(binary: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack: what is spilled to memory, or kept there."""
-    import triton
+    """Registers a thread, and bytes of its stack that are used: what is spilled to memory, or kept there.
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    LLVM may reserve bytes that nothing is left to use: of Triton 3.9 the two-way gradient has four.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.cubin")
         source.write_bytes(binary)
-        done = subprocess.run([str(tool), "--dump-resource-usage", str(source)], capture_output=True, text=True)
-    used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
-    if len(used) != 1:
-        raise RuntimeError(f"cuobjdump: {done.stdout}{done.stderr}")
-    registers, stack, local = map(int, used[0])
+        shown = _cuobjdump("--dump-resource-usage", source)
+        used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
+        if len(used) != 1:
+            raise RuntimeError(f"cuobjdump: {shown}")
+        registers, stack, local = map(int, used[0])
+        if stack + local and not re.search(r"\b(LDL|STL)\b", _cuobjdump("--dump-sass", source)):
+            return registers, 0
     return registers, stack + local
+
+
+def _cuobjdump(option: str, source: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([str(tool), option, str(source)], capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:
@@ -182,7 +192,7 @@ def write_report(results: list[Result]) -> None:
         "Compiled, not executed: nobody has timed these kernels. Registers are of a thread (AMD: vector registers of",
         "a lane), spills are bytes to memory (AMD: scratch memory), `fit` is how many programs a multiprocessor holds",
         "at once, `wide` counts 128-bit global loads and stores in the text. fp32 `ieee` products are FFMA on NVIDIA",
-        "parts, by definition. `make tritons` compiles sm_90's with other versions: [benchmarks.md](benchmarks.md#gpu).",
+        "parts, by definition. Compiled with other versions (`make tritons`): [benchmarks.md](benchmarks.md#gpu).",
         "",
         "| part | operands | kernel | tile | registers | spills | shared | fit | matrix instruction | wide |",
         "|---|---|---|---|---|---|---|---|---|---|",

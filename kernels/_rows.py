@@ -336,6 +336,7 @@ def stage_vectors(parts: Sequence[Tensor], norm: Tensor, normalize: bool, known:
         n = x.shape[0] * x.shape[1]
         launch(_stage_vectors_kernel, capped(part_of(x.device), ceil_div(n, _BLOCK_ROWS), 8) if n else 0,
                (x, table._replace(views=x.shape[1]), norm, first, n, x.stride()),
+               registers=64 if like.element_size() == 4 else None,  # else 8 bytes spill on sm_90 with Triton 3.6
                NORMALIZE=normalize, KNOWN=known, BLOCK_R=_BLOCK_ROWS, BLOCK_D=_block_d(d))  # fmt: skip
         first += n
     return table

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import importlib.util
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,38 @@ def test_kernels_assign_to_flat_tuples() -> None:
 def test_spills_are_found() -> None:
     result = examine(dataclasses.replace(job("sm_90", "_pair_maximum_kernel"), max_registers=40))
     assert result.registers <= 40 and result.spilled > 0 and result.faults == (f"spills {result.spilled} bytes",)
+
+
+STACK = """.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry kernel(.param .u64 to, .param .u64 at) {{
+  .local .align 4 .b8 depot[64];
+  .reg .b64 %d<5>;
+  .reg .b32 %r<2>;
+  ld.param.u64 %d1, [to];
+  ld.param.u64 %d2, [at];
+  mov.u64 %d3, depot;
+  add.u64 %d4, %d3, %d2;
+  mov.u32 %r1, %tid.x;
+  {store}
+  {load}
+  st.global.u32 [%d1], %r1;
+  ret;
+}}"""
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_stack_that_nothing_uses_is_no_spill(used: bool, tmp_path: Path) -> None:
+    import triton
+
+    store, load = ("st.local.u32 [%d4], %r1;", "ld.local.u32 %r1, [depot+8];") if used else ("", "")
+    (tmp_path / "a.ptx").write_text(STACK.format(store=store, load=load))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    subprocess.run([tool, "-arch=sm_90", tmp_path / "a.ptx", "-o", tmp_path / "a.cubin"], check=True)
+    cubin = tmp_path / "a.cubin"
+    assert "STACK:64" in gpu_static._cuobjdump("--dump-resource-usage", cubin)
+    assert gpu_static.nvidia_usage(cubin.read_bytes())[1] == (64 if used else 0)
 
 
 def test_results_are_kept_and_faults_end_in_failure(
