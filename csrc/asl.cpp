@@ -62,6 +62,35 @@ struct Call {
   T cut;  // a negative's logit under which its probability is surely under the margin
 };
 
+// The formula of negatives with a margin as it usually is, gamma_neg a whole number of 2 or more and the margin above eps:
+// no floor binds, and what the margin holds at 0 or a NaN decides is a factor of all that it should decide.
+template <class T>
+struct Usual {
+  vec<T> p, not_p;
+
+  SADCL_INLINE explicit Usual(vec<T> x) {
+    const vec<T> e = exp<T>(-vmax<T>(splat<T>(T(-87)), x));  // NaN stays; what is lower is under any margin
+    p = T(1) / (e + T(1));
+    not_p = e * p;
+  }
+  SADCL_INLINE Usual(vec<T> probability, vec<T> rest) : p(probability), not_p(rest) {}
+
+  SADCL_INLINE Element<T> element(const Focus<T>& f) const {
+    const vec<T> clipped = vmax<T>(vec<T>{}, p - f.clip), sum = not_p + f.clip;
+    const vec<T> q = T(1) < sum ? splat<T>(1) : sum;
+    Split<T> split(q);
+    split.fraction = split.exponent == T(0) ? -clipped : split.fraction;  // near q = 1 what is known best
+    const vec<T> divisor = split.fraction + T(2), inverse = T(1) / (divisor * q);
+    const vec<T> log_q = split.exponent * T(0.693147180559945309417) +
+                         twice_atanh<T>(Math<T>::kLog, split.fraction * q * inverse);
+    vec<T> lower = clipped;
+    for (int i = 2; i < f.whole_neg; ++i) lower *= clipped;
+    vec<T> pull = clipped * (divisor * inverse);
+    if (!f.detach) pull -= log_q * f.gamma_neg;
+    return {-(log_q * clipped) * lower, p * not_p * lower * pull};
+  }
+};
+
 // What a vector gives; `loss` null: only the sum is wanted; `grad` null: no derivative.
 template <class T>
 SADCL_INLINE void give(Element<T> e, int64_t at, const T* weight, T* loss, T* grad, Totals<T>& totals) {
@@ -73,7 +102,7 @@ SADCL_INLINE void give(Element<T> e, int64_t at, const T* weight, T* loss, T* gr
 
 // n elements, whole vectors. The formula goes in two loops: of its 110 instructions, most of which wait for the one
 // before, a processor has hardly more than one vector in flight.
-template <class T, bool kClip>
+template <class T, bool kClip, bool kUsual>
 void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call,
              Totals<T>& totals) {
   constexpr int L = Simd<T>::kLanes;
@@ -90,6 +119,11 @@ void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
   }
   storeu(logit + count, splat<T>(T(-1e4)));  // fills up the last vector, with losses of 0
   for (int64_t i = 0; i < count; i += L) {
+    if (kUsual) {
+      const Usual<T> s(loadu(logit + i));
+      storeu(p + i, s.p), storeu(not_p + i, s.not_p);
+      continue;
+    }
     Sigmoid<T> s;
     s.template set<!kClip>(loadu(logit + i));
     storeu(p + i, s.p), storeu(not_p + i, s.not_p);
@@ -99,10 +133,15 @@ void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
     const uint32_t mask = masks[i / L];
     const int64_t to = from + __builtin_popcount(mask);
     if (done < to) {  // written as it is computed: stores in a row would wait for memory, with nothing to do meanwhile
-      Sigmoid<T> s;
-      s.p = loadu(p + done), s.not_p = loadu(not_p + done), s.slope = s.p * s.not_p;
-      if (!kClip) s.softplus = loadu(softplus + done);
-      const Element<T> e = all_negative<T, kClip>(loadu(logit + done), s, call.focus);
+      Element<T> e;
+      if (kUsual) {
+        e = Usual<T>(loadu(p + done), loadu(not_p + done)).element(call.focus);
+      } else {
+        Sigmoid<T> s;
+        s.p = loadu(p + done), s.not_p = loadu(not_p + done), s.slope = s.p * s.not_p;
+        if (!kClip) s.softplus = loadu(softplus + done);
+        e = all_negative<T, kClip>(loadu(logit + done), s, call.focus);
+      }
       storeu(p + done, e.loss), storeu(not_p + done, e.grad);
       done += L;
     }
@@ -118,12 +157,12 @@ void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
 }
 
 // One chunk of contiguous inputs; returns the sum of its losses.
-template <class T, bool kClip>
+template <class T, bool kClip, bool kUsual>
 double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call, bool& wrong) {
   constexpr int64_t L = Simd<T>::kLanes;
   Totals<T> totals;
   const int64_t c = n / L * L;
-  vectors<T, kClip>(c, x, y, weight, loss, grad, call, totals);
+  vectors<T, kClip, kUsual>(c, x, y, weight, loss, grad, call, totals);
   if (c < n) {  // the rest, filled up with ignored elements
     T part[5][L];
     for (int64_t i = 0; i < L; ++i) {
@@ -132,7 +171,7 @@ double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
       part[1][i] = inside ? y[c + i] : T(-1);
       part[2][i] = inside && weight ? weight[c + i] : T(1);
     }
-    vectors<T, kClip>(L, part[0], part[1], part[2], part[3], part[4], call, totals);
+    vectors<T, kClip, kUsual>(L, part[0], part[1], part[2], part[3], part[4], call, totals);
     if (loss) memcpy(loss + c, part[3], size_t(n - c) * sizeof(T));
     if (grad) memcpy(grad + c, part[4], size_t(n - c) * sizeof(T));
   }
@@ -171,7 +210,7 @@ const T* contiguous(const Array& a, int64_t b, int64_t c, int64_t n, T* buffer, 
   return buffer;
 }
 
-template <class T, bool kClip>
+template <class T, bool kClip, bool kUsual>
 bool forward(const AslForward& a) {
   const int64_t B = a.logits.shape[0], C = a.logits.shape[1], chunks = (C + kChunk - 1) / kChunk;
   [[maybe_unused]] const int threads = B * C < 1 << 13 ? 1 : team_size(a.threads);
@@ -191,7 +230,7 @@ bool forward(const AslForward& a) {
     const T* x = contiguous<T>(a.logits, b, c, n, buffer[0], ignore);
     T* loss = a.sum_classes ? nullptr : static_cast<T*>(a.loss) + at;
     T* grad = a.slope == nullptr ? nullptr : static_cast<T*>(a.slope) + at;
-    part[i] = chunk<T, kClip>(n, x, y, weight ? weight + c : nullptr, loss, grad, call, wrong);
+    part[i] = chunk<T, kClip, kUsual>(n, x, y, weight ? weight + c : nullptr, loss, grad, call, wrong);
     bad = bad || wrong || wide;
   }
   if (a.sum_classes) {
@@ -230,7 +269,9 @@ void backward(const AslBackward& a) {
 
 template <class T>
 bool forward(const AslForward& args) {
-  return args.clip == 0 ? forward<T, false>(args) : forward<T, true>(args);
+  if (args.clip == 0) return forward<T, false, false>(args);
+  const bool usual = Focus<T>::whole(args.gamma_neg) >= 2 && args.clip > 2 * args.eps;
+  return usual ? forward<T, true, true>(args) : forward<T, true, false>(args);
 }
 
 }  // namespace
