@@ -62,8 +62,8 @@ struct Call {
   T cut;  // a negative's logit under which its probability is surely under the margin
 };
 
-// The formula of negatives with a margin as it usually is, gamma_neg a whole number of 2 or more and the margin above eps:
-// no floor binds, and what the margin holds at 0 or a NaN decides is a factor of all that it should decide.
+// The formula of negatives with a margin as it usually is, gamma_neg a whole number of 2 or more and the margin above
+// eps: no floor binds, and what the margin holds at 0 or a NaN decides is a factor of all that it should decide.
 template <class T>
 struct Usual {
   vec<T> p, not_p;
@@ -81,8 +81,8 @@ struct Usual {
     Split<T> split(q);
     split.fraction = split.exponent == T(0) ? -clipped : split.fraction;  // near q = 1 what is known best
     const vec<T> divisor = split.fraction + T(2), inverse = T(1) / (divisor * q);
-    const vec<T> log_q = split.exponent * T(0.693147180559945309417) +
-                         twice_atanh<T>(Math<T>::kLog, split.fraction * q * inverse);
+    const vec<T> log_q =
+        split.exponent * T(0.693147180559945309417) + twice_atanh<T>(Math<T>::kLog, split.fraction * q * inverse);
     vec<T> lower = clipped;
     for (int i = 2; i < f.whole_neg; ++i) lower *= clipped;
     vec<T> pull = clipped * (divisor * inverse);
@@ -102,8 +102,8 @@ SADCL_INLINE void give(Element<T> e, int64_t at, const T* weight, T* loss, T* gr
 
 // n elements, whole vectors. The formula goes in two loops: of its 110 instructions, most of which wait for the one
 // before, a processor has hardly more than one vector in flight.
-template <class T, bool kClip, bool kUsual>
-void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call,
+template <class T, class S, bool kClip, bool kUsual>
+void vectors(int64_t n, const S* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call,
              Totals<T>& totals) {
   constexpr int L = Simd<T>::kLanes;
   T logit[kRoom], p[kRoom], not_p[kRoom], softplus[kClip ? 1 : kRoom];
@@ -111,7 +111,7 @@ void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
   int64_t count = 0, others = 0;
   for (int64_t i = 0; i < n; i += L) {
     const bool negative = !any<T>(bits_of<T>(loadu(y + i)));
-    const vec<T> values = loadu(x + i);
+    const vec<T> values = widened(x + i);
     masks[i / L] = !negative ? 0 : kClip ? not_under<T>(values, call.cut) : (1u << L) - 1;
     count += pack<T>(logit + count, values, masks[i / L]);
     mixed[others] = uint32_t(i);
@@ -152,26 +152,26 @@ void vectors(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* gra
     const int64_t i = mixed[k];
     const vec<T> label = loadu(y + i);
     totals.wrong |= ~(((label >= T(0)) & (label <= T(1))) | (label == T(-1)));
-    give(any_label<T, kClip>(loadu(x + i), label, call.focus), i, weight, loss, grad, totals);
+    give(any_label<T, kClip>(widened(x + i), label, call.focus), i, weight, loss, grad, totals);
   }
 }
 
 // One chunk of contiguous inputs; returns the sum of its losses.
-template <class T, bool kClip, bool kUsual>
-double chunk(int64_t n, const T* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call, bool& wrong) {
+template <class T, class S, bool kClip, bool kUsual>
+double chunk(int64_t n, const S* x, const T* y, const T* weight, T* loss, T* grad, const Call<T>& call, bool& wrong) {
   constexpr int64_t L = Simd<T>::kLanes;
   Totals<T> totals;
   const int64_t c = n / L * L;
-  vectors<T, kClip, kUsual>(c, x, y, weight, loss, grad, call, totals);
+  vectors<T, S, kClip, kUsual>(c, x, y, weight, loss, grad, call, totals);
   if (c < n) {  // the rest, filled up with ignored elements
     T part[5][L];
     for (int64_t i = 0; i < L; ++i) {
       const bool inside = c + i < n;
-      part[0][i] = inside ? x[c + i] : T(0);
+      part[0][i] = inside ? widen(x[c + i]) : T(0);
       part[1][i] = inside ? y[c + i] : T(-1);
       part[2][i] = inside && weight ? weight[c + i] : T(1);
     }
-    vectors<T, kClip, kUsual>(L, part[0], part[1], part[2], part[3], part[4], call, totals);
+    vectors<T, T, kClip, kUsual>(L, part[0], part[1], part[2], part[3], part[4], call, totals);
     if (loss) memcpy(loss + c, part[3], size_t(n - c) * sizeof(T));
     if (grad) memcpy(grad + c, part[4], size_t(n - c) * sizeof(T));
   }
@@ -210,7 +210,17 @@ const T* contiguous(const Array& a, int64_t b, int64_t c, int64_t n, T* buffer, 
   return buffer;
 }
 
-template <class T, bool kClip, bool kUsual>
+// Logits of one row as contiguous S: T made so, or what they are, to be widened as they are read.
+template <class T, class S>
+const S* logits_of(const Array& a, int64_t b, int64_t c, int64_t n, T* buffer, bool& wrong) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return contiguous<T>(a, b, c, n, buffer, wrong);
+  } else {
+    return static_cast<const S*>(a.data) + b * a.stride[0] + c;
+  }
+}
+
+template <class T, class S, bool kClip, bool kUsual>
 bool forward(const AslForward& a) {
   const int64_t B = a.logits.shape[0], C = a.logits.shape[1], chunks = (C + kChunk - 1) / kChunk;
   [[maybe_unused]] const int threads = B * C < 1 << 13 ? 1 : team_size(a.threads);
@@ -227,10 +237,10 @@ bool forward(const AslForward& a) {
     T buffer[2][kChunk];
     bool wide = false, ignore = false, wrong = false;
     const T* y = contiguous<T>(a.labels, b, c, n, buffer[1], wide);
-    const T* x = contiguous<T>(a.logits, b, c, n, buffer[0], ignore);
+    const S* x = logits_of<T, S>(a.logits, b, c, n, buffer[0], ignore);
     T* loss = a.sum_classes ? nullptr : static_cast<T*>(a.loss) + at;
     T* grad = a.slope == nullptr ? nullptr : static_cast<T*>(a.slope) + at;
-    part[i] = chunk<T, kClip, kUsual>(n, x, y, weight ? weight + c : nullptr, loss, grad, call, wrong);
+    part[i] = chunk<T, S, kClip, kUsual>(n, x, y, weight ? weight + c : nullptr, loss, grad, call, wrong);
     bad = bad || wrong || wide;
   }
   if (a.sum_classes) {
@@ -267,11 +277,20 @@ void backward(const AslBackward& a) {
   }
 }
 
+template <class T, class S>
+bool forward(const AslForward& args) {
+  if (args.clip == 0) return forward<T, S, false, false>(args);
+  const bool usual = Focus<T>::whole(args.gamma_neg) >= 2 && args.clip > 2 * args.eps;
+  return usual ? forward<T, S, true, true>(args) : forward<T, S, true, false>(args);
+}
+
 template <class T>
 bool forward(const AslForward& args) {
-  if (args.clip == 0) return forward<T, false, false>(args);
-  const bool usual = Focus<T>::whole(args.gamma_neg) >= 2 && args.clip > 2 * args.eps;
-  return usual ? forward<T, true, true>(args) : forward<T, true, false>(args);
+  if (sizeof(T) == 4 && args.logits.stride[1] == 1) {
+    if (args.logits.dtype == kBF16) return forward<float, BFloat16>(args);
+    if (args.logits.dtype == kF16) return forward<float, Float16>(args);
+  }
+  return forward<T, T>(args);
 }
 
 }  // namespace

@@ -123,6 +123,35 @@ inline void read_row(const Array& a, int64_t offset, int64_t stride, int64_t n, 
   read_row_as(static_cast<const double*>(a.data) + offset, stride, n, out);
 }
 
+// A register of a contiguous row, widened.
+template <class T>
+SADCL_INLINE vec<T> widened(const T* x) {
+  return loadu(x);
+}
+SADCL_INLINE vec<float> widened(const BFloat16* x) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return vec<float>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+  vec<float> out;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) out[i] = widen(x[i]);
+  return out;
+#endif
+}
+SADCL_INLINE vec<float> widened(const Float16* x) {
+  float out[Simd<float>::kLanes];
+#ifdef __F16C__
+  static_assert(kHalves == Simd<float>::kLanes, "a register of float32");
+  widen_halves(x, out);
+#else
+  for (int i = 0; i < Simd<float>::kLanes; ++i) out[i] = widen(x[i]);
+#endif
+  return loadu(out);
+}
+
 inline void write_row(void* data, DType dtype, int64_t offset, int64_t n, const float* x) {
   if (dtype == kBF16) {
     BFloat16* out = static_cast<BFloat16*>(data) + offset;
