@@ -130,6 +130,7 @@ void vectors(int64_t n, const S* x, const T* y, const T* weight, T* loss, T* gra
     if (!kClip) storeu(softplus + i, s.softplus);
   }
   for (int64_t i = 0, from = 0, done = 0; i < n; i += L) {
+    __builtin_prefetch(x + i + kChunk), __builtin_prefetch(y + i + kChunk);  // the next chunk's, while this one is computed
     const uint32_t mask = masks[i / L];
     const int64_t to = from + __builtin_popcount(mask);
     if (done < to) {  // written as it is computed: stores in a row would wait for memory, with nothing to do meanwhile
