@@ -88,6 +88,7 @@ void products(const Array& features, const Array& vectors, int64_t b, int64_t c,
 struct RowGradients {
   const Array *features, *vectors;
   const double *along, *across, *own;  // [B, C], [B, C] or null, [C] or null
+  const double* norms;                 // [C] of the vectors, or null where `across` is
   bool skip;
   void *grad_features, *grad_vectors;  // contiguous, of the inputs' dtypes; null: not wanted
   int threads;
@@ -161,19 +162,6 @@ void class_gradients(const RowGradients& g, int64_t c, int64_t d, int64_t n) {
   if (g.grad_vectors == nullptr) return;
   for (int64_t i = 0; i < n; ++i) vector[i] = T(total[i]);
   write_row(g.grad_vectors, p.dtype, c * D + d, n, vector);
-}
-
-template <class T>
-void row_gradients(const RowGradients& g) {
-  const int64_t C = g.features->shape[1], D = g.features->shape[2];
-  if (g.grad_features != nullptr)
-    want_huge_pages(g.grad_features, size_t(g.features->shape[0] * C * D * element_size(g.features->dtype)));
-  const int64_t block = C < 2 * g.threads ? kRowBlock / 4 : kRowBlock, blocks = (D + block - 1) / block;
-#pragma omp parallel for num_threads(g.threads) schedule(static)
-  for (int64_t i = 0; i < C * blocks; ++i) {
-    const int64_t c = i / blocks, d = i % blocks * block;
-    class_gradients<T>(g, c, d, D - d < block ? D - d : block);
-  }
 }
 
 SADCL_KERNELS_END

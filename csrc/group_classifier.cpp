@@ -1,7 +1,7 @@
 // Group-wise linear classifier: logit[b, c] = <W[c], h[b, c]> + bias[c], compiled once per instruction set.
 #include "group_classifier.h"
 
-#include "class_rows.h"
+#include "class_floats.h"
 
 SADCL_KERNELS_BEGIN
 namespace {
@@ -33,8 +33,8 @@ void backward(const GroupClassifierBackward& a) {
     for (int64_t c = 0; c < C; ++c)
       along[b * C + c] =
           static_cast<const T*>(a.grad_logits.data)[b * a.grad_logits.stride[0] + c * a.grad_logits.stride[1]];
-  row_gradients<T>({&a.features, &a.weight, along.get(), nullptr, nullptr, false, a.grad_features, a.grad_weight,
-                    classifier_threads(a.features, a.threads)});
+  row_gradients<T>({&a.features, &a.weight, along.get(), nullptr, nullptr, nullptr, false, a.grad_features,
+                    a.grad_weight, classifier_threads(a.features, a.threads)});
 }
 
 }  // namespace
