@@ -18,17 +18,6 @@ typedef uint16_t Halves __attribute__((vector_size(kVecBytes / 2)));
 typedef uint16_t HalvesAt __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
 constexpr int kFloats = Simd<float>::kLanes;
 
-SADCL_INLINE Floats widened(const float* x) { return loadu(x); }
-SADCL_INLINE Floats widened(const BFloat16* x) {
-  const Halves bits = *reinterpret_cast<const HalvesAt*>(x);
-  return Floats(__builtin_convertvector(bits, Simd<float>::I) << 16);
-}
-SADCL_INLINE Floats widened(const Float16* x) {
-  float y[kFloats];
-  for (int64_t d = widen_most(x, kFloats, y); d < kFloats; ++d) y[d] = widen(x[d]);
-  return loadu(y);
-}
-
 SADCL_INLINE void put(float* out, Floats x) { storeu(out, x); }
 SADCL_INLINE void put(BFloat16* out, Floats x) {  // the bits of narrow()
   const Simd<float>::I bits = bits_of<float>(x);
