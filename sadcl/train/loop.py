@@ -105,15 +105,17 @@ class Stage:
     def gradient_is_finite(self, forward: Forward) -> bool:
         """Whether the last backward left a finite gradient in this process; waits for the device.
 
-        Its square has to be, too: without a finite norm it is clipped to nothing, and Adam's moments never forget it. A
-        scaler looks itself, and passes overflows over; what overflows at any scale is infinite by itself.
+        Its square has to be, too: without a finite norm it is clipped to nothing, and Adam's moments never forget it.
+        What is infinite or NaN is left to a scaler, which passes the step over, until no smaller scale can help.
         """
-        if self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE:
-            return True
         peaks = distributed.own_peaks(forward, averaged=self.will_step())
         if not peaks:
             peaks = [nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None], float("inf"))]
-        return bool(torch.stack(peaks).float().square().isfinite().all())
+        found, scale = torch.stack(peaks).float(), self.scaler.get_scale()
+        good = (found / scale).square().isfinite()
+        if self.scaler.is_enabled() and scale > SMALLEST_SCALE:
+            good |= ~found.isfinite()
+        return bool(good.all())
 
     def step(self, model: nn.Module) -> bool:
         """Clip, update the weights and their average, and move the learning rate on.
@@ -281,7 +283,7 @@ def train_epoch(
         numbers = values.get()
         finite = all(map(math.isfinite, numbers.values())) and stage.gradient_is_finite(forward)
         if not distributed.everyone(finite):
-            raise another() if finite else accused(model, images, labels, numbers)
+            raise another() if finite else accused(model, images, labels, numbers, stage.scaler.get_scale())
         for name, value in numbers.items():
             stage.sums[name] = stage.sums.get(name, 0.0) + value * len(labels)
         seen += len(labels)

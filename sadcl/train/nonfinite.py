@@ -31,11 +31,13 @@ def another() -> NonFiniteLoss:
     return NonFiniteLoss("the loss or gradient of another process is not finite", {})
 
 
-def _squares(gradient: Tensor) -> bool:
-    return bool(gradient.float().square().isfinite().all())
+def _squares(gradient: Tensor, scale: float) -> bool:
+    return bool((gradient.float() / scale).square().isfinite().all())
 
 
-def accused(model: nn.Module, images: Maps, labels: Tensor, parts: dict[str, float]) -> NonFiniteLoss:
+def accused(
+    model: nn.Module, images: Maps, labels: Tensor, parts: dict[str, float], scale: float = 1.0
+) -> NonFiniteLoss:
     """It happened in this process, with this batch.
 
     Args:
@@ -43,8 +45,9 @@ def accused(model: nn.Module, images: Maps, labels: Tensor, parts: dict[str, flo
         images: of the batch.
         labels: of the batch.
         parts: its losses.
+        scale: of the gradients.
     """
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not _squares(p.grad)]
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not _squares(p.grad, scale)]
     batch = {
         "images": move_maps(images, torch.device("cpu")),
         "labels": labels.cpu(),

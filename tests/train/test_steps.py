@@ -90,6 +90,17 @@ def test_gradient_that_no_scale_helps_stops() -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("scale", [SMALLEST_SCALE, 1.0, 1024.0])
+def test_finite_gradient_without_a_finite_norm_stops_beside_a_scaler(scale: float) -> None:
+    """The hook sees what is scaled: 1e25 stays finite at each of these, and so does the scaler's own look at it."""
+    model, stage = spoilt({3}, 1e25, StepConfig(), scale=scale)
+    with pytest.raises(NonFiniteLoss, match="gradient is not finite") as caught:
+        train(model, stage)
+    assert stage.steps == 2 and caught.value.batch["gradient"] == ["head.queries"]
+    moments = [value for state in stage.optimizer.state.values() for value in state.values()]
+    assert all(bool(value.isfinite().all()) for value in (*model.parameters(), *moments))
+
+
 # -- schedules --
 
 
