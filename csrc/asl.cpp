@@ -130,7 +130,8 @@ void vectors(int64_t n, const S* x, const T* y, const T* weight, T* loss, T* gra
     if (!kClip) storeu(softplus + i, s.softplus);
   }
   for (int64_t i = 0, from = 0, done = 0; i < n; i += L) {
-    __builtin_prefetch(x + i + kChunk), __builtin_prefetch(y + i + kChunk);  // the next chunk's, while this one is computed
+    __builtin_prefetch(x + i + kChunk),
+        __builtin_prefetch(y + i + kChunk);  // the next chunk's, while this one is computed
     const uint32_t mask = masks[i / L];
     const int64_t to = from + __builtin_popcount(mask);
     if (done < to) {  // written as it is computed: stores in a row would wait for memory, with nothing to do meanwhile
@@ -289,7 +290,9 @@ template <class T>
 bool forward(const AslForward& args) {
   if (sizeof(T) == 4 && args.logits.stride[1] == 1) {
     if (args.logits.dtype == kBF16) return forward<float, BFloat16>(args);
+#ifdef __F16C__  // without the instruction a chunk at a time is quicker
     if (args.logits.dtype == kF16) return forward<float, Float16>(args);
+#endif
   }
   return forward<T, T>(args);
 }
