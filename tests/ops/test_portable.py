@@ -22,7 +22,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def problem(shape: tuple[int, int], share: float) -> tuple[Tensor, Tensor]:
-    """Logits, and labels of which a share is positive, another ignored (there NaN is held); the first images have none."""
+    """Logits, and labels, a share of them positive, a share ignored (where NaN stands); the first images have none."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(shape, generator=generator)
     draw = torch.rand(shape, generator=generator)
