@@ -55,8 +55,6 @@ SADCL_INLINE void multiply_chain(const E* a, const E* b, int depth, T* c, int64_
   vec<T> acc[ROWS][VECS];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) {
-    __builtin_prefetch(c + r * stride, 1);  // rows of c lie pages apart: without this the last step waits for memory
-    if (VECS * kVecBytes > 64) __builtin_prefetch(c + r * stride + L, 1);
 #pragma GCC unroll 2
     for (int i = 0; i < VECS; ++i) acc[r][i] = vec<T>{};
   }
@@ -75,8 +73,14 @@ SADCL_INLINE void multiply_chain(const E* a, const E* b, int depth, T* c, int64_
     if (kRegisters == 16) asm volatile("" ::: "memory");
   };
   constexpr int kApart = kRegisters == 32 ? 2 : 4;  // steps from line to line, each 48 or 24 cycles
+  // Rows of c lie pages apart: the last step would wait for memory. One at a time, since lines of a whole tile asked
+  // for at once keep the panels' own waiting (2 % of the time).
+  const T* row = c;
   int k = 0;
-  for (; k + 2 * kApart <= depth; k += 2 * kApart) {
+  for (int r = 1; k + 2 * kApart <= depth; k += 2 * kApart, ++r) {
+    __builtin_prefetch(row, 1);
+    if (VECS * kVecBytes > 64) __builtin_prefetch(row + L, 1);
+    row += r < ROWS ? stride : 0;
     soon.one.next();
 #pragma GCC unroll 4
     for (int u = 0; u < kApart; ++u) step();
