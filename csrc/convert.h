@@ -136,13 +136,13 @@ SADCL_INLINE vec<float> widened(const BFloat16* x) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   return vec<float>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 #else
-  vec<float> out;
+  vec<float> out{};
   for (int i = 0; i < Simd<float>::kLanes; ++i) out[i] = widen(x[i]);
   return out;
 #endif
 }
 SADCL_INLINE vec<float> widened(const Float16* x) {
-  float out[Simd<float>::kLanes];
+  float out[Simd<float>::kLanes] = {};
 #ifdef __F16C__
   static_assert(kHalves == Simd<float>::kLanes, "a register of float32");
   widen_halves(x, out);
