@@ -121,7 +121,7 @@ def _pictures() -> ModuleType:
 
 
 def test_tables_name_entries_that_the_benches_have() -> None:
-    optional = {"pytorch-metric-learning", "timm"}
+    optional = {"pytorch-metric-learning", "scikit-learn", "timm", "torchmetrics"}
     made_of = {row: {name, *names} for row, name, names in (
         *((t.row, t.entry, (t.peer,) if isinstance(t.peer, str) else t.peer) for t in targets.TARGETS),
         *((of.row, of.entry, (*of.naive, *of.best)) for of in targets.README))}  # fmt: skip
