@@ -23,11 +23,6 @@ template <class T, class Product>
 void forward_by(const LabelAttention& a) {
   const Problem<T> p(a);
   Product mm(a.threads);
-  const int64_t labels = p.B * p.C * p.E;
-  want_huge_pages(a.out, labels * sizeof(T)), want_huge_pages(a.context, labels * sizeof(T));
-  want_huge_pages(a.weights, p.B * p.L * p.H * p.C * sizeof(T));
-  want_huge_pages(a.keys, (a.folded ? p.Q * p.H * p.C : p.B * p.L) * p.E * sizeof(T));
-  want_huge_pages(a.values, (a.folded ? p.H * labels : p.B * p.L * p.E) * sizeof(T));
   const Vector<T> bias(a.in_bias, 3 * p.E), out_bias(a.out_bias, p.E);
   Result<T> q = result(static_cast<T*>(a.q), {p.E}), out = result(static_cast<T*>(a.out), {p.E});
   q.bias = bias.from(0), out.bias = out_bias.from(0);
@@ -44,10 +39,6 @@ void backward_by(const LabelAttentionBackward& g) {
   const Problem<T> p(a);
   Product mm(a.threads);
   const int64_t E = p.E, labels = p.B * p.C;
-  if (g.grad_memory) want_huge_pages(g.grad_memory, p.B * p.L * E * sizeof(T));
-  if (g.grad_pos) want_huge_pages(g.grad_pos, p.B * p.L * E * sizeof(T));
-  if (g.grad_in_weight) want_huge_pages(g.grad_in_weight, 3 * E * E * element_size(a.in_weight.dtype));
-  if (g.grad_out_weight) want_huge_pages(g.grad_out_weight, E * E * element_size(a.out_weight.dtype));
   const Vector<T> bias(a.in_bias, 3 * E);
   const Index out_rows = Problem<T>::rows_of(g.grad_out), out_columns = {g.grad_out.stride[2]};
   auto narrower = [](const void* wanted, const Array& weight) { return wanted && weight.dtype != own_dtype<T>(); };

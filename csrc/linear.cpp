@@ -16,7 +16,6 @@ void run(const Linear& a) {
   Scratch<T> bias(N);
   Result<T> out;
   out.data = static_cast<T*>(a.out), out.rows = {N};
-  want_huge_pages(a.out, size_t(M * N) * sizeof(T));
   if (a.bias.data != nullptr) {
     read_row(a.bias, 0, a.bias.stride[0], N, bias.get());
     out.bias = bias.get();
