@@ -1,7 +1,8 @@
 """A linear layer as a function, by the faster of two float32 products.
 
-Why: torch's fp32 product is MKL's, which on AMD processors with AVX-512 runs at a third of what they can do. Which
-one runs is decided by the processor alone, and by ``SADCL_LINEAR``:
+Why: torch's fp32 product is MKL's, which on AMD processors with AVX-512 reaches 70 to 90 % of ours (a Zen 4,
+docs/benchmark_notes.md, also for why it is not oneDNN's). Which one runs is decided by the processor alone, and by
+``SADCL_LINEAR``:
 
 - ``auto`` (default): ours on AMD processors with AVX-512, torch's everywhere else. On a Zen 3 (AVX2) both reach the
   same speed within 10 %, so torch's stays there.
