@@ -121,7 +121,7 @@ def check_teams(sanitizer: Sanitizer, built: Path) -> None:
     ran = {(Path(file).name, int(line)) for file, line in re.findall(r"(\S+):(\d+)", lines)}
     regions = {
         (path.name, number)
-        for path in (ROOT / "csrc").iterdir()
+        for path in (ROOT / "csrc").glob("*.*")
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if line.startswith("#pragma omp parallel")
     }
