@@ -73,6 +73,9 @@ def losses(made: Callable[..., Tensor]) -> dict[str, Job]:
         "mlc-queue": lambda: value_and_grads(
             lambda x: mlc(x, keys=keys, key_labels=key_labels, weighting="overlap", include_batch=False), views
         ),
+        "mlc-classes": lambda: value_and_grads(
+            lambda x, k: mlc(x, keys=k, key_labels=key_labels, weighting="mulsupcon"), views, keys
+        ),
         "group_rows": lambda: value_and_grads(own_rows, views, keys),
         "zlpr": lambda: value_and_grads(lambda x: F.zlpr_loss(x.flatten(1), columns, backend="cpp"), x),
         "two_way": lambda: value_and_grads(lambda x: F.two_way_loss(x.flatten(1), columns, backend="cpp"), x),
@@ -102,6 +105,15 @@ def layers(made: Callable[..., Tensor]) -> dict[str, Job]:
         upstream = made(b, query.shape[-2], width + more, seed=9)
         return lambda: value_and_grads(run, query, memory, parameters[0], biases[0], parameters[1], upstream=upstream)
 
+    def wide() -> tuple[Tensor, ...]:  # weights whose gradients, where they are rounded, a team rounds
+        query, memory = made(5, 192, seed=12), made(2, 8, 192, seed=13)
+        weights = made(3 * 192, 192, seed=14) * 0.1, made(192, 192, seed=15) * 0.1
+
+        def run(query: Tensor, memory: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
+            return F.label_attention(query, memory, in_weight, None, out_weight, None, heads, backend="cpp")[0]
+
+        return value_and_grads(run, query, memory, *weights, upstream=made(2, 5, 192, seed=16))
+
     def update() -> tuple[Tensor, ...]:
         store = MemoryBank(b, c, 2 * d)
         store.update(torch.cat((x, x), 2), x[..., 0] + 2, torch.ones(b, c), 0.6)
@@ -114,6 +126,7 @@ def layers(made: Callable[..., Tensor]) -> dict[str, Job]:
         "label_attention-masked": attention(
             "plain", many, key_padding_mask=padded, need_weights=True, memory_pos=place
         ),
+        "label_attention-wide": wide,
         "group_classifier": lambda: value_and_grads(classifier, x, upstream=x[..., 0]),
         "bank": update,
         "linear": lambda: value_and_grads(linear, memory, parameters[1], biases[1], upstream=memory),

@@ -92,7 +92,7 @@ def test_after_fork() -> None:
 
 
 # Their blocks are as many as keep the threads busy.
-FOLLOW_THREADS = {"sscl-blocks", "mlc", "mlc-batch", "mlc-queue", "group_rows"}
+FOLLOW_THREADS = {"sscl-blocks", "mlc", "mlc-batch", "mlc-queue", "mlc-classes", "group_rows"}
 
 
 def bits(threads: int) -> dict[str, list[bytes]]:
