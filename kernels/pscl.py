@@ -95,7 +95,8 @@ def _class_kernel(
         valid += tl.sum((target != -1).to(tl.int32), axis=0)
     lse_all = log_of(high_all, sum_all)
     lse_pos = log_of(high_pos, sum_pos)
-    loss = tl.where(positives > 0, lse_all - lse_pos, 0.0)
+    # NaN in a valid row is the class's loss, whether or not it has a positive.
+    loss = tl.where((positives > 0) | (lse_all != lse_all), lse_all - lse_pos, 0.0)
     if RELEASED:
         loss = tl.where((positives == 0) & (valid > 0), lse_all - high_all, loss)
     tl.store(loss_ptr + offs_c, loss.to(loss_ptr.dtype.element_ty), mask=mask_c)

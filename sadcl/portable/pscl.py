@@ -34,7 +34,7 @@ def forward(x: Any) -> dict[str, Tensor]:
     there = score if ignored is None else score.masked_fill(ignored, float("-inf"))
     lse = torch.logsumexp(there, 0), torch.logsumexp(score.masked_fill(no_positive, float("-inf")), 0)
     absent = no_positive.all(dim=0)
-    class_loss = (lse[0] - lse[1]).masked_fill_(absent, 0.0)
+    class_loss = (lse[0] - lse[1]).masked_fill_(absent & ~lse[0].isnan(), 0.0)
     if x.released and there.shape[0] > 0:
         absent = absent if ignored is None else absent & ~ignored.all(dim=0)
         class_loss = torch.where(absent, lse[0] - there.amax(dim=0), class_loss)

@@ -63,14 +63,14 @@ class _Segments(NamedTuple):
     groups: int
 
 
-def _places(x: Any, count: int) -> tuple[Tensor, Tensor]:
-    """Image and label of the active pairs, ``[P]`` each."""
-    pair, c = x.pairs[:count].long(), x.features.shape[2]
+def _places(x: Any, count: int | None) -> tuple[Tensor, Tensor]:
+    """Image and label of the active pairs, ``[P]`` each; None: as many as the classes hold (a device is waited for)."""
+    pair, c = x.pairs[: int(x.class_ptr[-1]) if count is None else count].long(), x.features.shape[2]
     return pair // c, pair % c
 
 
 def _gather(x: Any, normalize: bool, count: int | None = None) -> _Rows:
-    image, label = _places(x, int(x.class_ptr[-1]) if count is None else count)
+    image, label = _places(x, count)
     rows = x.features[image, :, label].flatten(0, 1)
     acc, wide = accumulation_dtype(rows.dtype), norm_dtype(rows.device)
     if not normalize:
@@ -141,7 +141,7 @@ def forward_mean(x: Any) -> dict[str, Tensor]:
     """Outputs of :class:`sadcl.ops.sscl.MeanInputs`: with ``keep`` the gradient, too, of which all is known."""
     v, d = x.features.shape[1], x.features.shape[3]
     everywhere = _keeps_all(x.features)
-    rows = _gather(x, True, x.keep // (v * d) if x.keep and not everywhere else None)
+    rows = _gather(x, True, _pairs_of(x.keep, v * d) if x.keep and not everywhere else None)
     n = rows.z.shape[0]
     if not _is_small(n):
         loss, out = _losses(x, rows, released=False)
@@ -155,6 +155,11 @@ def forward_mean(x: Any) -> dict[str, Tensor]:
         if x.keep > kept.shape[0]:
             kept = torch.cat([kept, of_temperature()])
     return {"mean": likelihood.sum() / -n, **_kept(kept, x, rows)}
+
+
+def _pairs_of(kept: int, width: int) -> int | None:
+    """How many pairs of image and label have kept so many numbers, one of which may be the temperature's."""
+    return kept // width if width > 1 else None
 
 
 def _gradient_of_mean(rows: _Rows, by_score: Tensor, temperature: float) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -260,11 +265,14 @@ def backward_mean(upstream: Any, x: Any, saved: Any, wanted: tuple[str, ...]) ->
     everywhere = _keeps_all(x.features) and kept.numel() > 0
     if everywhere:
         given = kept * grad_mean
-        if not math.isfinite(grad_mean.item()):
-            given.masked_fill_(kept == 0, 0.0)  # inactive rows
-        of_features = given[: x.features.numel()].view(x.features.shape).to(x.features.dtype)
+        of_features = given[: x.features.numel()].view(x.features.shape)
+        if math.isfinite(grad_mean.item()):
+            of_features = of_features.to(x.features.dtype)
+        else:  # inactive rows are 0 still
+            image, label = _places(x, None)
+            of_features = _scattered(of_features[image, :, label], x, image, label)
     elif kept.numel():
-        given, places = kept * grad_mean, _places(x, kept.numel() // (v * d))
+        given, places = kept * grad_mean, _places(x, _pairs_of(kept.numel(), v * d))
         of_features = _scattered(given[: places[0].shape[0] * v * d], x, *places)
     else:
         rows = _gather(x, normalize=True)

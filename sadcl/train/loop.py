@@ -105,8 +105,8 @@ class Stage:
     def gradient_is_finite(self, forward: Forward) -> bool:
         """Whether the last backward left a finite gradient in this process; waits for the device.
 
-        Its square has to be, too: without a finite norm it is clipped to nothing, and Adam's moments never forget it.
-        What is infinite or NaN is left to a scaler, which passes the step over, until no smaller scale can help.
+        The square of its largest element has to be, too: what has none is clipped to nothing, and Adam's moments never
+        forget it. Infinite and NaN are left to a scaler, which passes the step over, until no smaller scale helps.
         """
         peaks = distributed.own_peaks(forward, averaged=self.will_step())
         if not peaks:

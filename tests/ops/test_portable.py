@@ -98,3 +98,36 @@ def test_whole_gradient_of_few_features(most: int, upstream: float, monkeypatch:
     if upstream == 2.0:
         want = value_and_grads(lambda x, t: upstream * run("reference", x, t), x, torch.tensor(0.3))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("upstream", [float("nan"), float("inf")])
+def test_an_upstream_that_is_not_finite_is_not_hidden(upstream: float) -> None:
+    """Also where the gradient that was kept is 0: two rows of opposite direction, each the other's only positive."""
+    x = torch.randn(3, 1, 2, 4, generator=torch.Generator().manual_seed(3))
+    labels = torch.tensor([[1.0, 0], [1, 0], [0, 0]])
+    for backend in ("reference", "torch"):
+        _, grad, of_temperature = value_and_grads(
+            lambda x, t, b=backend: upstream * F.sample_contrastive_loss(x, labels, temperature=t, backend=b),
+            x,
+            torch.tensor(0.5),
+        )
+        assert grad[:2, :, 0].isnan().all() and (grad[2] == 0).all() and (grad[:, :, 1] == 0).all()
+        assert of_temperature.isnan()
+
+
+@pytest.mark.parametrize("most", [0, 1 << 15])
+def test_one_view_of_one_number(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temperature's gradient, kept behind the rows', is then as wide as a row."""
+    monkeypatch.setattr(sscl, "_WHOLE_ELEMENTS", most)
+    labels = torch.zeros(30, 4)
+    labels[5] = labels[9] = 1
+    x = torch.randn(30, 1, 4, 1, generator=torch.Generator().manual_seed(4))
+    got, want = (
+        value_and_grads(
+            lambda x, t, b=backend: F.sample_contrastive_loss(x, labels, temperature=t, backend=b),
+            x,
+            torch.tensor(0.5),
+        )
+        for backend in ("torch", "reference")
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

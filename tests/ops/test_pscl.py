@@ -147,8 +147,12 @@ def test_defined_results(backend: str) -> None:
     none = torch.zeros_like(labels)
     loss, *grads = value_and_grads(lambda x, p: F.prototype_contrastive_loss(x, p, none, backend=backend), x, p)
     assert loss == 0 and all((grad == 0).all() for grad in grads)
-    x[0, labels.sum(dim=0).argmax()] = float("nan")
-    assert F.prototype_contrastive_loss(x, p, labels, backend=backend).isnan()
+    for column in (labels.sum(dim=0).argmax(), 0):
+        x, _, labels = problem(6, 5, 16)
+        labels[:, 0] = 0  # NaN is seen in a class without a positive, too
+        x[0, column] = float("nan")
+        loss = F.prototype_contrastive_loss(x, p, labels, reduction="none", backend=backend)
+        assert loss[:, column].isnan().all() and F.prototype_contrastive_loss(x, p, labels, backend=backend).isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
