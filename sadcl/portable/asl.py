@@ -179,8 +179,9 @@ def _lower_power(base: Tensor, gamma: float) -> Tensor:
 
 
 def _any_label(x: Any, slope: Tensor | None) -> Tensor:
+    """The same by the whole formula."""
     t = _terms(x)
-    keep = t.log_likelihood * t.weight
+    gain = t.log_likelihood * t.weight
     if slope is not None:
         t.d_log_likelihood.neg_()
         if not x.detach_focal_weight:
@@ -191,7 +192,7 @@ def _any_label(x: Any, slope: Tensor | None) -> Tensor:
         torch.mul(t.d_log_likelihood, t.weight, out=slope)
         if _perhaps(t.ignored):
             slope.masked_fill_(t.ignored, 0.0)
-    return keep.masked_fill_(t.ignored, 0.0) if _perhaps(t.ignored) else keep
+    return gain.masked_fill_(t.ignored, 0.0) if _perhaps(t.ignored) else gain
 
 
 def backward(upstream: Any, x: Any, saved: Any, out: Any) -> None:

@@ -102,7 +102,7 @@ def test_whole_gradient_of_few_features(most: int, upstream: float, monkeypatch:
 
 @pytest.mark.parametrize("upstream", [float("nan"), float("inf")])
 def test_an_upstream_that_is_not_finite_is_not_hidden(upstream: float) -> None:
-    """Also where the gradient that was kept is 0: two rows of opposite direction, each the other's only positive."""
+    """Also where the gradient that was kept is 0: two rows, each the other's only positive and only pair."""
     x = torch.randn(3, 1, 2, 4, generator=torch.Generator().manual_seed(3))
     labels = torch.tensor([[1.0, 0], [1, 0], [0, 0]])
     for backend in ("reference", "torch"):
